@@ -1,0 +1,50 @@
+"""Packaging of vocojax: VoCo-LLaMA (arXiv 2406.12275) in JAX/Flax for TPU and GPU."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# The flax releases this package is written for stop short of jax 0.11.1.
+JAX = ">=0.10,<0.11.1"
+
+setup(
+    name="vocojax",
+    version="0.1.0",
+    description="VoCo-LLaMA in JAX/Flax: an image's 576 vision tokens compressed into 1 to 128 VoCo tokens",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vocojax", "vocojax.*"]),
+    install_requires=[
+        f"jax{JAX}",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "ml_collections>=1.1",
+        "absl-py>=2.4",
+        "einops>=0.8",
+        "transformers>=5.0",
+        "safetensors>=0.6",
+        "etils[epath]>=1.15",
+        "Pillow>=11",
+        "tensorboardX>=2.6",
+        "tqdm>=4.67",
+    ],
+    extras_require={
+        "quickstart": ["easy-vqa==1.0"],
+        "tpu": [f"jax[tpu]{JAX}"],
+        "cuda": [f"jax[cuda13]{JAX}"],
+        "test": [
+            "pytest>=9",
+            "hypothesis>=6.150",
+            "ruff>=0.14",
+            "mypy>=1.18",
+            "torch==2.13.0",
+            "sentencepiece>=0.2",
+            "easy-vqa==1.0",
+        ],
+        "notebooks": ["nbclient>=0.10", "ipykernel>=7", "matplotlib>=3.10"],
+    },
+)

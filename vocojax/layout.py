@@ -1,0 +1,249 @@
+"""The prompt layout and who may see whom. Nothing else in the package decides either. Host side, numpy.
+
+A sample is k visual units followed by one or more threads of text about them:
+
+    unit   = [BOS] [V_1 ... V_n] [newline] [<voco> x N]
+    sample = unit_1 ... unit_k  thread_1 ... thread_m        a thread of text opens with its own newline token
+
+Several threads (questions about the same images) share the units' VoCo tokens and do not see each other. Without units
+a sample is one thread that opens with BOS. Visibility is two integer vectors (`View.start`, `View.stop`): query i may
+attend to key j iff `start[i] <= j <= i and i < stop[j]`. For one unit (n = 3, N = 2) and two threads:
+
+    query \\ key  B V V V n C C | t t | u u
+      unit       causal inside the unit
+      t          . . . . . x x   x x   . .        `voco`: text sees the VoCo tokens of its units and its own thread
+      u          . . . . . x x   . .   x x
+      t          x x x x x x x   x x   . .        `causal`: text sees whole units as well (upper bound, baselines)
+"""
+
+import enum
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+Visibility = Literal["voco", "causal"]
+IGNORE = -100  # the label of a token that is no target, as everywhere in the field
+
+
+class Role(enum.IntEnum):
+    """What a token is."""
+
+    PAD = 0
+    BOS = 1
+    VISION = 2
+    NEWLINE = 3
+    VOCO = 4
+    TEXT = 5
+
+
+class Span(NamedTuple):
+    """A piece of a thread's text as a template emits it; the tokens of target spans are trained on."""
+
+    text: str
+    is_target: bool = False
+
+
+class Encoded(NamedTuple):
+    """Token ids, and for each the index of the character after its last one."""
+
+    ids: list[int]
+    ends: list[int]
+
+
+class TextTokenizer(Protocol):
+    """What the layout needs of a tokenizer. `encode` adds no BOS and recognises special tokens written out."""
+
+    bos_id: int
+    voco_id: int
+    voco_token: str
+
+    def encode(self, text: str) -> Encoded: ...
+
+
+class UnitShape(NamedTuple):
+    """`tokens`: vision (or a baseline's compressed) tokens of a unit; `vocos`: VoCo tokens behind them (N)."""
+
+    tokens: int
+    vocos: int
+
+
+class LayoutError(ValueError):
+    """A sample that can't be laid out; the message names the record and `reason` is a short key to count it under."""
+
+    def __init__(self, record: str, problem: str, reason: str):
+        self.reason = reason
+        super().__init__(f"record {record!r}: {problem}")
+
+
+class View(NamedTuple):
+    """Positions and visibility of a sample's tokens, each int32 [S]; indices count from the sample's first token."""
+
+    positions: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+
+@dataclass(frozen=True)
+class SampleLayout:
+    """One sample, token by token. All arrays have length S.
+
+    ids: int32; vision tokens hold the BOS id, which nothing reads.
+    roles: int8 `Role`.
+    labels: int32, the token's own id where it is a target, else `IGNORE` (not shifted; token i is predicted at i - 1).
+    threads: int32, which thread of text a token belongs to, -1 inside units.
+    num_units, unit_length: the first `num_units * unit_length` tokens are units.
+    dropped: text tokens that truncation cut off the end.
+    """
+
+    record: str
+    unit: UnitShape
+    ids: np.ndarray
+    roles: np.ndarray
+    labels: np.ndarray
+    threads: np.ndarray
+    num_units: int
+    unit_length: int
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def text_start(self) -> int:
+        """Index of the first text token."""
+        return self.num_units * self.unit_length
+
+    def view(self, visibility: Visibility) -> View:
+        """Positions and visibility.
+
+        `voco`: text sees, of the units, only VoCo tokens, and a unit sees only itself. Positions are compact: unit t
+        is numbered as if it stood alone, shifted by t*N, so that the VoCo tokens of all units are consecutive.
+        `causal`: everything earlier in the sample is visible and units are numbered one after the other.
+        Threads never see each other and are numbered alike, as if each stood alone behind the units.
+        """
+        length, units_end = len(self), self.text_start
+        unit_index = np.minimum(np.arange(length) // max(self.unit_length, 1), self.num_units)
+        in_unit = np.arange(length) < units_end
+        if visibility == "voco":
+            stride = self.unit.vocos
+            text_position = self.unit_length + (self.num_units - 1) * stride if self.num_units else 0
+            hidden = in_unit & (self.roles != Role.VOCO)
+            start = np.where(in_unit, unit_index * self.unit_length, 0)
+            stop = np.where(hidden, (unit_index + 1) * self.unit_length, length)
+        else:
+            stride = self.unit_length
+            text_position = units_end
+            start = np.zeros(length, np.int64)
+            stop = np.full(length, length)
+        positions = np.arange(length) - unit_index * (self.unit_length - stride)
+        thread_starts, thread_ends = self.thread_bounds()
+        for first, end in zip(thread_starts, thread_ends, strict=True):
+            positions[first:end] = text_position + np.arange(end - first)
+            stop[first:end] = end
+        return View(positions.astype(np.int32), start.astype(np.int32), stop.astype(np.int32))
+
+    def thread_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """First index of every thread, and the index after its last token."""
+        starts = self.text_start + np.flatnonzero(np.diff(self.threads[self.text_start :], prepend=-1))
+        return starts, np.append(starts[1:], len(self))[: len(starts)]
+
+
+def lay_out_sample(
+    record: str,
+    num_units: int,
+    threads: Sequence[Sequence[Span]],
+    tokenizer: TextTokenizer,
+    unit: UnitShape,
+    max_length: int,
+) -> SampleLayout:
+    """Lays out one sample.
+
+    Args:
+      record: the name used in errors.
+      num_units: images (or frames) of the sample, k >= 0.
+      threads: texts about the units, each a list of spans from a template.
+      tokenizer: see `TextTokenizer`.
+      unit: tokens and VoCo tokens per unit.
+      max_length: text is dropped from the end beyond this many tokens; `dropped` says how many.
+
+    Raises:
+      LayoutError: no thread, several threads without a unit, units longer than `max_length`, or a text that spells
+        the VoCo token.
+    """
+    if not threads:
+        raise LayoutError(record, "has no text", "no text")
+    if len(threads) > 1 and num_units == 0:
+        raise LayoutError(record, "several threads need at least one unit to share", "threads without unit")
+    newline_ids, bodies = _encode_threads(record, threads, tokenizer, unit.vocos, bool(num_units))
+    unit_ids = [tokenizer.bos_id] * (1 + unit.tokens) + newline_ids + [tokenizer.voco_id] * unit.vocos
+    unit_roles = ([Role.BOS] + [Role.VISION] * unit.tokens + [Role.NEWLINE] * len(newline_ids)
+                  + [Role.VOCO] * unit.vocos)
+    room = max_length - num_units * len(unit_ids)
+    if room < 1:
+        raise LayoutError(record, f"its {num_units} units take {num_units * len(unit_ids)} tokens, which leaves no "
+                          f"room for text in a row of {max_length}: use fewer images or a longer row", "units too long")
+    ids, roles = list(unit_ids) * num_units, list(unit_roles) * num_units
+    labels, owners = [IGNORE] * len(ids), [-1] * len(ids)
+    if not num_units:
+        ids, roles, labels, owners = [tokenizer.bos_id], [Role.BOS], [IGNORE], [0]
+    for thread, body in enumerate(bodies):
+        for token, is_target in body:
+            ids.append(token)
+            roles.append(Role.TEXT)
+            labels.append(token if is_target else IGNORE)
+            owners.append(thread)
+    kept = slice(0, max_length)
+    return SampleLayout(
+        record=record,
+        unit=unit,
+        ids=np.array(ids[kept], np.int32),
+        roles=np.array(roles[kept], np.int8),
+        labels=np.array(labels[kept], np.int32),
+        threads=np.array(owners[kept], np.int32),
+        num_units=num_units,
+        unit_length=len(unit_ids) if num_units else 0,
+        dropped=max(0, len(ids) - max_length),
+    )
+
+
+def require_targets(sample: SampleLayout) -> SampleLayout:
+    """The sample itself; `LayoutError` if none of its tokens is a target, since training on it would teach nothing."""
+    if not (sample.labels != IGNORE).any():
+        cause = (f"truncation dropped {sample.dropped} text tokens and every target with them: use a longer row"
+                 if sample.dropped else "no answer in its conversation has a target token")
+        raise LayoutError(sample.record, cause, "truncated away" if sample.dropped else "no target")
+    return sample
+
+
+def _encode_threads(
+    record: str, threads: Sequence[Sequence[Span]], tokenizer: TextTokenizer, vocos: int, has_units: bool
+) -> tuple[list[int], list[list[tuple[int, bool]]]]:
+    """Token ids of a unit's newline, and every thread's tokens with their target flags.
+
+    A thread is encoded whole, as "newline, <voco>, newline, text": tokenizers that mark the beginning of a text (the
+    sentencepiece ones) then give the ids that the released code's prompt string has. Without VoCo tokens the prompt
+    is LLaVA's own, "newline, text"; without units it is the text alone.
+    """
+    lead = "" if not has_units else ("\n" + tokenizer.voco_token + "\n" if vocos else "\n")
+    lead_unit_end = lead.find(tokenizer.voco_token) if vocos and has_units else len(lead)
+    newline_ids: list[int] = []
+    bodies = []
+    for spans in threads:
+        encoded = tokenizer.encode(lead + "".join(span.text for span in spans))
+        if encoded.ids.count(tokenizer.voco_id) != (1 if vocos and has_units else 0):
+            raise LayoutError(record, f"its text spells the reserved token {tokenizer.voco_token!r}", "reserved token")
+        first = next((i for i, end in enumerate(encoded.ends) if end > lead_unit_end), len(encoded.ids))
+        newline_ids = encoded.ids[:first]
+        bounds = np.array(list(itertools.accumulate((len(span.text) for span in spans), initial=len(lead))))
+        body = []
+        for token, end in zip(encoded.ids[first:], encoded.ends[first:], strict=True):
+            if token == tokenizer.voco_id:
+                continue
+            # A token belongs to the span that holds its last character.
+            span = int(np.searchsorted(bounds, end, side="left")) - 1
+            body.append((token, span >= 0 and spans[span].is_target))
+        bodies.append(body)
+    return newline_ids, bodies

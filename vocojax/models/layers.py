@@ -1,0 +1,79 @@
+"""Layers shared by the vision tower, the compressors and the decoder.
+
+Parameters are stored in the dtype they were created or loaded in (fp32 masters, bf16 where frozen) and cast to the
+activation's dtype where they are used; norms compute in fp32.
+
+Every parameter carries logical axis names; `training/sharding.py` maps them to mesh axes. Creating a parameter never
+shards it (`eager_sharding=False`): whoever creates a model jits the creation with the shardings it wants.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Initializer = Callable[..., jax.Array]
+Axes = tuple[str | None, ...]
+
+
+def parameter(init: Initializer, shape: tuple[int, ...], axes: Axes, rngs: nnx.Rngs) -> nnx.Param:
+    """An fp32 parameter of that shape with one logical axis name per dimension."""
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel (+ bias)` over the last axis; kernel [in, out]."""
+
+    def __init__(self, in_width: int, out_width: int, axes: Axes, *, use_bias: bool, rngs: nnx.Rngs):
+        self.kernel = parameter(nnx.initializers.lecun_normal(), (in_width, out_width), axes, rngs)
+        self.bias = parameter(nnx.initializers.zeros, (out_width,), axes[1:], rngs) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis with scale and bias, in fp32."""
+
+    def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
+        self.scale = parameter(nnx.initializers.ones, (width,), ("norm",), rngs)
+        self.bias = parameter(nnx.initializers.zeros, (width,), ("norm",), rngs)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis with a scale, in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
+        self.scale = parameter(nnx.initializers.ones, (width,), ("norm",), rngs)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class BidirectionalAttention(nnx.Module):
+    """Multi-head attention without a mask, from `x` to `context` (to itself if they are the same array)."""
+
+    def __init__(self, width: int, context_width: int, num_heads: int, *, rngs: nnx.Rngs):
+        into = lambda in_width: Linear(in_width, width, ("embed", "heads"), use_bias=True, rngs=rngs)
+        self.query, self.key, self.value = into(width), into(context_width), into(context_width)
+        self.out = Linear(width, width, ("heads", "embed"), use_bias=True, rngs=rngs)
+        self.num_heads = num_heads
+
+    def __call__(self, x_UQE: jax.Array, context_UKE: jax.Array) -> jax.Array:
+        split = lambda y: y.reshape(*y.shape[:-1], self.num_heads, -1)
+        attended_UQHD = jax.nn.dot_product_attention(
+            split(self.query(x_UQE)), split(self.key(context_UKE)), split(self.value(context_UKE))
+        )
+        return self.out(attended_UQHD.reshape(x_UQE.shape))

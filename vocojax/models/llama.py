@@ -1,0 +1,152 @@
+"""The LLaMA decoder: RMSNorm, rotary positions (also Llama 3's), SwiGLU, grouped-query attention."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vocojax.config import DecoderConfig, RopeScalingConfig
+from vocojax.kernels.interval_attention import IntervalMask, interval_attention
+from vocojax.models.layers import Linear, RMSNorm, parameter
+from vocojax.models.stack import scan, stack
+
+
+class KeyValues(NamedTuple):
+    """Keys (after RoPE) and values of some tokens in every layer, each [L, B, K, G, D]."""
+
+    k_LBKGD: jax.Array
+    v_LBKGD: jax.Array
+
+    @property
+    def length(self) -> int:
+        """Tokens held per row."""
+        return self.k_LBKGD.shape[2]
+
+
+def rope_frequencies(head_width: int, theta: float, scaling: RopeScalingConfig | None) -> np.ndarray:
+    """Radians per position of each of the D/2 rotated pairs, fp32.
+
+    With `scaling`, wavelengths beyond `original_max_positions / low_freq_factor` are stretched by `factor`, those
+    below `original_max_positions / high_freq_factor` are kept, and those between are interpolated (Llama 3.1).
+    """
+    frequencies = theta ** -(np.arange(0, head_width, 2, dtype=np.float64) / head_width)
+    if scaling is not None:
+        turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = np.clip(keep, 0.0, 1.0)
+        frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def rotate(x_BSHD: jax.Array, positions_BS: jax.Array, frequencies: np.ndarray) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864); pairs are (d, d + D/2) as in the LLaMA weights. Rotations compose:
+    rotating by p and then by t is rotating by p + t."""
+    angles_BS1D = positions_BS[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles_BS1D), jnp.sin(angles_BS1D)
+    first, second = jnp.split(x_BSHD.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSHD.dtype)
+
+
+class DecoderBlock(nnx.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        width, heads, kv_heads = config.width, config.num_heads, config.num_kv_heads
+        linear = lambda i, o, axes: Linear(i, o, axes, use_bias=False, rngs=rngs)
+        self.attention_norm = RMSNorm(width, config.norm_eps, rngs=rngs)
+        self.query = linear(width, heads * config.head_width, ("embed", "heads"))
+        self.key = linear(width, kv_heads * config.head_width, ("embed", "kv_heads"))
+        self.value = linear(width, kv_heads * config.head_width, ("embed", "kv_heads"))
+        self.out = linear(heads * config.head_width, width, ("heads", "embed"))
+        self.mlp_norm = RMSNorm(width, config.norm_eps, rngs=rngs)
+        self.gate = linear(width, config.mlp_width, ("embed", "mlp"))
+        self.up = linear(width, config.mlp_width, ("embed", "mlp"))
+        self.down = linear(config.mlp_width, width, ("mlp", "embed"))
+        self.config = config
+
+    def __call__(
+        self,
+        x_BSE: jax.Array,
+        positions_BS: jax.Array,
+        mask: IntervalMask,
+        prefix_BPGD: tuple[jax.Array, jax.Array] | None,
+        attention: str | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Returns the layer's output and the keys and values of x's own tokens, each [B, S, G, D]."""
+        config = self.config
+        frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)
+        split = lambda y: y.reshape(*y.shape[:-1], -1, config.head_width)
+        normed = self.attention_norm(x_BSE)
+        q_BSHD = rotate(split(self.query(normed)), positions_BS, frequencies)
+        k_BSGD = rotate(split(self.key(normed)), positions_BS, frequencies)
+        v_BSGD = split(self.value(normed))
+        k_BKGD, v_BKGD = k_BSGD, v_BSGD
+        if prefix_BPGD is not None:
+            k_BKGD = jnp.concatenate([prefix_BPGD[0].astype(k_BSGD.dtype), k_BSGD], axis=1)
+            v_BKGD = jnp.concatenate([prefix_BPGD[1].astype(v_BSGD.dtype), v_BSGD], axis=1)
+        attended_BSHD = interval_attention(q_BSHD, k_BKGD, v_BKGD, mask, implementation=attention)
+        x_BSE = x_BSE + self.out(attended_BSHD.reshape(*x_BSE.shape[:2], -1))
+        normed = self.mlp_norm(x_BSE)
+        x_BSE = x_BSE + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
+        return x_BSE, (k_BSGD, v_BSGD)
+
+
+class Decoder(nnx.Module):
+    """Embeddings in, hidden states out; `logits` reads hidden states where somebody wants tokens."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        embed_init = nnx.initializers.normal(config.width**-0.5)
+        self.embedding = parameter(embed_init, (config.vocab_size, config.width), ("vocab", "embed"), rngs)
+        self.blocks = stack(lambda layer_rngs: DecoderBlock(config, layer_rngs), config.depth, rngs)
+        self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
+        self.head = (
+            None if config.tie_embeddings
+            else Linear(config.width, config.vocab_size, ("embed", "vocab"), use_bias=False, rngs=rngs)
+        )
+
+    def embed(self, ids_BS: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Token ids -> embeddings [B, S, E]."""
+        return self.embedding[...].astype(dtype)[ids_BS]
+
+    def __call__(
+        self,
+        x_BSE: jax.Array,
+        positions_BS: jax.Array,
+        mask: IntervalMask,
+        *,
+        prefix: KeyValues | None = None,
+        keep: int = 0,
+        attention: str | None = None,
+        remat: str = "none",
+    ) -> tuple[jax.Array, KeyValues]:
+        """Runs the layers.
+
+        Args:
+          x_BSE: embeddings.
+          positions_BS: int32 rotary positions.
+          mask: over [B, S] queries and [B, P + S] keys.
+          prefix: keys and values of P earlier tokens.
+          keep: of how many of the last tokens keys and values are returned.
+          attention: implementation of `interval_attention`; None picks by platform.
+          remat: a key of `stack.REMAT_POLICIES`.
+
+        Returns:
+          Hidden states [B, S, E] before the final norm, and the last `keep` tokens' keys and values.
+        """
+        first = x_BSE.shape[1] - keep
+
+        def run(x: jax.Array, block: DecoderBlock, layer_prefix: KeyValues | None) -> tuple[jax.Array, KeyValues]:
+            x, (k_BSGD, v_BSGD) = block(x, positions_BS, mask, layer_prefix, attention)
+            return x, KeyValues(k_BSGD[:, first:], v_BSGD[:, first:])
+
+        return scan(run, x_BSE, self.blocks, prefix, remat=remat)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., E] -> fp32 logits [..., V]."""
+        hidden = self.norm(hidden)
+        kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
+        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,59 @@
+"""Stacked layers and how a scan goes through them, with rematerialisation policies by name."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+Block = TypeVar("Block", bound=nnx.Module)
+
+# What the forward pass of a block keeps for the backward pass; everything else is computed again.
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention_out": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+}
+
+
+def remat_policy(name: str) -> Callable[..., Any] | None:
+    """The policy of that name; `ValueError` lists the names there are."""
+    if name not in REMAT_POLICIES:
+        raise ValueError(f"remat must be one of {sorted(REMAT_POLICIES)}, got {name!r}")
+    return REMAT_POLICIES[name]
+
+
+def stack(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
+    """One module whose parameters are those of `depth` blocks, stacked on a leading `layers` axis.
+
+    Args:
+      make: builds one block from its own `nnx.Rngs`.
+    """
+    stacked = nnx.transform_metadata(nnx.vmap(make), in_axes=None, out_axes=0, partition="layers")
+    return stacked(rngs.split(depth))
+
+
+def scan(
+    body: Callable[[jax.Array, Block, Any], tuple[jax.Array, Any]],
+    x: jax.Array,
+    blocks: Block,
+    per_layer: Any = None,
+    *,
+    remat: str = "none",
+) -> tuple[jax.Array, Any]:
+    """Runs `x` through the stacked blocks.
+
+    Args:
+      body: (x, block, this layer's slice of `per_layer`) -> (x, what to stack over layers).
+      per_layer: a pytree whose leaves have a leading layer axis, or None.
+      remat: a key of `REMAT_POLICIES`.
+
+    Returns:
+      The last x, and the stacked second outputs.
+    """
+    step = lambda carry, layer: body(carry, *layer)
+    policy = remat_policy(remat)
+    if remat != "none":
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+    return jax.lax.scan(step, x, (blocks, per_layer))

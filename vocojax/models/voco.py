@@ -1,0 +1,108 @@
+"""VoCo-LLaMA: a vision tower, a projector and a decoder that compresses vision tokens by its attention mask."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.typing import DTypeLike
+
+from vocojax.config import ModelConfig
+from vocojax.kernels.interval_attention import IntervalMask
+from vocojax.models.clip import ClipVision, normalise
+from vocojax.models.compressors import make_compressor
+from vocojax.models.llama import Decoder, KeyValues
+from vocojax.models.projector import Projector
+
+
+class Rows(NamedTuple):
+    """Rows of tokens as the decoder takes them; `data/packing.py` makes them from sample layouts.
+
+    ids_BS: int32 token ids.
+    positions_BS: int32 rotary positions.
+    start_BS, stop_BK: int32 interval mask; K - S leading keys of `stop` belong to a key/value prefix.
+    vision_BS: int32, at a vision token its index among the row's U*P, -1 elsewhere.
+    images_BUHWC: uint8 RGB images of the row, zeros in slots without one; U may be 0.
+    """
+
+    ids_BS: jax.Array
+    positions_BS: jax.Array
+    start_BS: jax.Array
+    stop_BK: jax.Array
+    vision_BS: jax.Array
+    images_BUHWC: jax.Array
+
+    @property
+    def mask(self) -> IntervalMask:
+        return IntervalMask(self.start_BS, self.stop_BK)
+
+
+class VocoLlama(nnx.Module):
+    """The whole model.
+
+    Args:
+      config: see `ModelConfig`.
+      rngs: random streams for parameters that are not loaded.
+      dtype: what it computes in (parameters keep theirs; norms, softmax and logits are fp32 anyway).
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: DTypeLike = jnp.bfloat16):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.vision = ClipVision(config.vision, rngs)
+        self.compressor = make_compressor(config.compressor, config.vision.width, rngs)
+        in_width = config.vision.width if self.compressor is None else self.compressor.out_width
+        self.projector = Projector(config.projector, in_width, config.decoder.width, rngs)
+        self.decoder = Decoder(config.decoder, rngs)
+        append_voco_row(self.decoder, config.voco.token_id)
+
+    def encode_images(self, images_UHWC: jax.Array) -> jax.Array:
+        """uint8 RGB images -> their tokens as decoder embeddings [U, config.unit_tokens, E]."""
+        features_UPE = self.vision(normalise(images_UHWC, self.dtype))
+        if self.compressor is not None:
+            features_UPE = self.compressor(features_UPE)
+        return self.projector(features_UPE)
+
+    def embed(self, rows: Rows) -> jax.Array:
+        """Embeddings [B, S, E] of the rows' tokens, vision tokens in their places."""
+        x_BSE = self.decoder.embed(rows.ids_BS, self.dtype)
+        num_rows, num_images = rows.images_BUHWC.shape[:2]
+        if num_images == 0:
+            return x_BSE
+        tokens_UPE = self.encode_images(rearrange(rows.images_BUHWC, "b u h w c -> (b u) h w c"))
+        tokens_BTE = tokens_UPE.reshape(num_rows, -1, tokens_UPE.shape[-1])
+        placed_BSE = jnp.take_along_axis(tokens_BTE, jnp.maximum(rows.vision_BS, 0)[..., None], axis=1)
+        return jnp.where(rows.vision_BS[..., None] >= 0, placed_BSE, x_BSE)
+
+    def __call__(
+        self,
+        rows: Rows,
+        *,
+        prefix: KeyValues | None = None,
+        keep: int = 0,
+        attention: str | None = None,
+        remat: str = "none",
+    ) -> tuple[jax.Array, KeyValues]:
+        """Hidden states [B, S, E] before the final norm, and the last `keep` tokens' keys and values; arguments as
+        `Decoder.__call__`'s."""
+        return self.decoder(
+            self.embed(rows), rows.positions_BS, rows.mask, prefix=prefix, keep=keep, attention=attention, remat=remat
+        )
+
+
+def append_voco_row(decoder: Decoder, token_id: int) -> None:
+    """Sets the `<voco>` row of the embedding, and its column of an untied head, to the mean of the rows before it."""
+    embedding = decoder.embedding[...]
+    decoder.embedding[...] = embedding.at[token_id].set(embedding[:token_id].mean(0))
+    if decoder.head is not None:
+        kernel = decoder.head.kernel[...]
+        decoder.head.kernel[...] = kernel.at[:, token_id].set(kernel[:, :token_id].mean(1))
+
+
+def rows_from_batch(batch: Mapping[str, jax.Array], view: str = "") -> Rows:
+    """The rows of a batch of `data/packing.py`; `view` is the prefix of another visibility's arrays in it."""
+    return Rows(
+        batch["ids"], batch[view + "positions"], batch[view + "start"], batch[view + "stop"], batch["vision"],
+        batch["images"],
+    )
