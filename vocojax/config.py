@@ -37,8 +37,13 @@ def require_positive(config: Any, *keys: str) -> None:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP vision transformer (arXiv 2103.00020), by default ViT-L/14 at 336 px."""
+    """A vision transformer, by default CLIP's ViT-L/14 at 336 px.
 
+    kind: `clip` (arXiv 2103.00020) or `eva` (EVA-CLIP, arXiv 2303.15389, as BLIP-2 and LLaMA-VID use it: the last
+      block's output without a final norm, so `depth` counts only the blocks that are run and `select_layer` is -1).
+    """
+
+    kind: Literal["clip", "eva"] = "clip"
     image_size: int = 336
     patch_size: int = 14
     width: int = 1024
@@ -53,8 +58,8 @@ class VisionConfig:
         require(self.image_size % self.patch_size == 0, "image_size", f"must be a multiple of {self.patch_size}",
                 self.image_size)
         require(self.width % self.num_heads == 0, "num_heads", f"must divide width {self.width}", self.num_heads)
-        require(-self.depth <= self.select_layer <= -1, "select_layer", f"must be in [-{self.depth}, -1]",
-                self.select_layer)
+        lowest = -self.depth if self.kind == "clip" else -1
+        require(lowest <= self.select_layer <= -1, "select_layer", f"must be in [{lowest}, -1]", self.select_layer)
 
     @property
     def num_patches(self) -> int:
@@ -89,6 +94,7 @@ class DecoderConfig:
     """A LLaMA decoder, by default Vicuna-7B's with one row more for `<voco>`."""
 
     vocab_size: int = 32001  # the appended <voco> row included
+    vocab_padding: int = 0  # how many of the last rows stand for no token and only make `vocab_size` shardable
     width: int = 4096
     depth: int = 32
     num_heads: int = 32
@@ -104,6 +110,8 @@ class DecoderConfig:
         require_positive(self, "vocab_size", "width", "depth", "num_heads", "num_kv_heads", "head_width", "mlp_width")
         require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"must divide num_heads {self.num_heads}",
                 self.num_kv_heads)
+        require(0 <= self.vocab_padding < self.vocab_size, "vocab_padding",
+                f"must be in [0, vocab_size {self.vocab_size})", self.vocab_padding)
         require(self.head_width % 2 == 0, "head_width", "must be even for rotary positions", self.head_width)
 
 
@@ -159,8 +167,9 @@ class ModelConfig:
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
 
     def __post_init__(self) -> None:
-        require(self.voco.token_id < self.decoder.vocab_size, "voco.token_id",
-                f"must be below decoder.vocab_size {self.decoder.vocab_size}", self.voco.token_id)
+        num_tokens = self.decoder.vocab_size - self.decoder.vocab_padding
+        require(self.voco.token_id < num_tokens, "voco.token_id",
+                f"must be below {num_tokens}, the decoder's vocab_size without padding", self.voco.token_id)
 
     @property
     def unit_tokens(self) -> int:

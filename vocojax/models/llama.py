@@ -146,7 +146,12 @@ class Decoder(nnx.Module):
         return scan(run, x_BSE, self.blocks, prefix, remat=remat)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., E] -> fp32 logits [..., V]."""
+        """Hidden states [..., E] -> fp32 logits [..., V]; rows of the vocabulary that stand for no token get -1e30, so
+        that they take no part in a softmax or an argmax."""
         hidden = self.norm(hidden)
         kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        if self.config.vocab_padding == 0:
+            return logits
+        is_token_V = jnp.arange(logits.shape[-1]) < logits.shape[-1] - self.config.vocab_padding
+        return jnp.where(is_token_V, logits, -1e30)

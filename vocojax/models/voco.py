@@ -13,6 +13,7 @@ from vocojax.config import ModelConfig
 from vocojax.kernels.interval_attention import IntervalMask
 from vocojax.models.clip import ClipVision, normalise
 from vocojax.models.compressors import make_compressor
+from vocojax.models.eva import EvaVision
 from vocojax.models.llama import Decoder, KeyValues
 from vocojax.models.projector import Projector
 
@@ -50,7 +51,8 @@ class VocoLlama(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: DTypeLike = jnp.bfloat16):
         self.config, self.dtype = config, jnp.dtype(dtype)
-        self.vision = ClipVision(config.vision, rngs)
+        make_vision = ClipVision if config.vision.kind == "clip" else EvaVision
+        self.vision = make_vision(config.vision, rngs)
         self.compressor = make_compressor(config.compressor, config.vision.width, rngs)
         in_width = config.vision.width if self.compressor is None else self.compressor.out_width
         self.projector = Projector(config.projector, in_width, config.decoder.width, rngs)
