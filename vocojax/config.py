@@ -76,8 +76,13 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class RopeScalingConfig:
-    """Llama 3's stretching of the low rotary frequencies (`rope_type: llama3`)."""
+    """How the rotary frequencies are stretched for longer contexts.
 
+    kind: `llama3` stretches the low ones by `factor` (transformers' `rope_type: llama3`); `linear` stretches all of them
+      and has no use for the other fields (Vicuna-16k).
+    """
+
+    kind: Literal["llama3", "linear"] = "llama3"
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0

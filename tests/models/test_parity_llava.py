@@ -1,4 +1,4 @@
-"""The decoder and the whole LLaVA against transformers in float32: layer by layer, logits, and gradients of the loss."""
+"""The decoder and the whole LLaVA against transformers in float32: layer by layer, logits, gradients of the loss."""
 
 import dataclasses
 
@@ -26,13 +26,16 @@ DECODERS = {
     "grouped_query": dataclasses.replace(PLAIN, num_kv_heads=2, rope_theta=500000.0),
     "multi_query_wide_heads": dataclasses.replace(PLAIN, num_kv_heads=1, head_width=16),
     "tied": dataclasses.replace(PLAIN, tie_embeddings=True),
-    "llama3_scaling": dataclasses.replace(PLAIN, rope_scaling=RopeScalingConfig(8.0, 1.0, 4.0, 16)),
+    "llama3_scaling": dataclasses.replace(PLAIN, rope_scaling=RopeScalingConfig("llama3", 8.0, 1.0, 4.0, 16)),
+    "linear_scaling": dataclasses.replace(PLAIN, rope_scaling=RopeScalingConfig("linear", 4.0)),
 }
 
 
 def llama_config(config: DecoderConfig) -> LlamaConfig:
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
+    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
+        rope |= {"rope_type": "linear", "factor": config.rope_scaling.factor}
+    elif config.rope_scaling is not None:
         rope |= {"rope_type": "llama3", "factor": config.rope_scaling.factor,
                  "low_freq_factor": config.rope_scaling.low_freq_factor,
                  "high_freq_factor": config.rope_scaling.high_freq_factor,

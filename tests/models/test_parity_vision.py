@@ -61,13 +61,19 @@ def test_clip_pooled_and_gradients():
     assert_close(gradient.transpose(0, 3, 1, 2), torch_pixels.grad, "gradient of the pixels")
 
 
+EVA_NAMES = (
+    ("embeddings.class_embedding", "cls_token"), ("embeddings.position_embedding", "pos_embed"),
+    ("embeddings.patch_embedding", "patch_embed.proj"), ("encoder.layers", "blocks"),
+    ("self_attn.projection", "attn.proj"), ("self_attn", "attn"), ("layer_norm", "norm"),
+)
+
+
 def eva_state_dict(blip: Blip2VisionModel) -> dict[str, torch.Tensor]:
     """A BLIP-2 vision model of transformers under the names of the EVA-CLIP files, its fused bias taken apart."""
     renamed = {}
     for name, tensor in blip.state_dict().items():
-        name = name.replace("embeddings.class_embedding", "cls_token").replace("embeddings.position_embedding", "pos_embed")
-        name = name.replace("embeddings.patch_embedding", "patch_embed.proj").replace("encoder.layers", "blocks")
-        name = name.replace("self_attn.projection", "attn.proj").replace("self_attn", "attn").replace("layer_norm", "norm")
+        for theirs, published in EVA_NAMES:
+            name = name.replace(theirs, published)
         if name.endswith("qkv.bias"):
             query, key, value = tensor.chunk(3)
             assert not key.any()  # what the published weights have

@@ -29,11 +29,13 @@ class KeyValues(NamedTuple):
 def rope_frequencies(head_width: int, theta: float, scaling: RopeScalingConfig | None) -> np.ndarray:
     """Radians per position of each of the D/2 rotated pairs, fp32.
 
-    With `scaling`, wavelengths beyond `original_max_positions / low_freq_factor` are stretched by `factor`, those
+    With `linear` scaling every frequency is divided by `factor`. With `llama3` scaling, wavelengths beyond `original_max_positions / low_freq_factor` are stretched by `factor`, those
     below `original_max_positions / high_freq_factor` are kept, and those between are interpolated (Llama 3.1).
     """
     frequencies = theta ** -(np.arange(0, head_width, 2, dtype=np.float64) / head_width)
-    if scaling is not None:
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    if scaling is not None and scaling.kind == "llama3":
         turns = scaling.original_max_positions * frequencies / (2 * math.pi)
         keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         keep = np.clip(keep, 0.0, 1.0)
@@ -41,7 +43,7 @@ def rope_frequencies(head_width: int, theta: float, scaling: RopeScalingConfig |
     return frequencies.astype(np.float32)
 
 
-def rotate(x_BSHD: jax.Array, positions_BS: jax.Array, frequencies: np.ndarray) -> jax.Array:
+def rotate(x_BSHD: jax.Array, positions_BS: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864); pairs are (d, d + D/2) as in the LLaMA weights. Rotations compose:
     rotating by p and then by t is rotating by p + t."""
     angles_BS1D = positions_BS[..., None, None].astype(jnp.float32) * frequencies
