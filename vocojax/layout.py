@@ -177,15 +177,13 @@ def lay_out_sample(
         raise LayoutError(record, "has no text", "no text")
     if len(threads) > 1 and num_units == 0:
         raise LayoutError(record, "several threads need at least one unit to share", "threads without unit")
-    newline_ids, bodies = _encode_threads(record, threads, tokenizer, unit.vocos, bool(num_units))
-    unit_ids = [tokenizer.bos_id] * (1 + unit.tokens) + newline_ids + [tokenizer.voco_id] * unit.vocos
-    unit_roles = ([Role.BOS] + [Role.VISION] * unit.tokens + [Role.NEWLINE] * len(newline_ids)
-                  + [Role.VOCO] * unit.vocos)
+    unit_ids, unit_roles = _unit_tokens(tokenizer, unit)
+    bodies = _encode_threads(record, threads, tokenizer, unit.vocos, bool(num_units))
     room = max_length - num_units * len(unit_ids)
     if room < 1:
         raise LayoutError(record, f"its {num_units} units take {num_units * len(unit_ids)} tokens, which leaves no "
                           f"room for text in a row of {max_length}: use fewer images or a longer row", "units too long")
-    ids, roles = list(unit_ids) * num_units, list(unit_roles) * num_units
+    ids, roles = unit_ids * num_units, unit_roles * num_units
     labels, owners = [IGNORE] * len(ids), [-1] * len(ids)
     if not num_units:
         ids, roles, labels, owners = [tokenizer.bos_id], [Role.BOS], [IGNORE], [0]
@@ -218,32 +216,50 @@ def require_targets(sample: SampleLayout) -> SampleLayout:
     return sample
 
 
+def lay_out_unit(record: str, tokenizer: TextTokenizer, unit: UnitShape) -> SampleLayout:
+    """A unit alone, without text: what is compressed."""
+    ids, roles = _unit_tokens(tokenizer, unit)
+    nothing = np.full(len(ids), IGNORE, np.int32)
+    outside = np.full(len(ids), -1, np.int32)
+    return SampleLayout(record, unit, np.array(ids, np.int32), np.array(roles, np.int8), nothing, outside, 1, len(ids))
+
+
+def _lead(tokenizer: TextTokenizer, vocos: int) -> tuple[str, int]:
+    """The text between an image and its conversation as one string, and how many of its characters are the unit's."""
+    return ("\n" + tokenizer.voco_token + "\n", 1) if vocos else ("\n", 1)
+
+
+def _unit_tokens(tokenizer: TextTokenizer, unit: UnitShape) -> tuple[list[int], list[Role]]:
+    lead, unit_end = _lead(tokenizer, unit.vocos)
+    encoded = tokenizer.encode(lead)
+    newline = [token for token, end in zip(encoded.ids, encoded.ends, strict=True) if end <= unit_end]
+    ids = [tokenizer.bos_id] * (1 + unit.tokens) + newline + [tokenizer.voco_id] * unit.vocos
+    roles = [Role.BOS] + [Role.VISION] * unit.tokens + [Role.NEWLINE] * len(newline) + [Role.VOCO] * unit.vocos
+    return ids, roles
+
+
 def _encode_threads(
     record: str, threads: Sequence[Sequence[Span]], tokenizer: TextTokenizer, vocos: int, has_units: bool
-) -> tuple[list[int], list[list[tuple[int, bool]]]]:
-    """Token ids of a unit's newline, and every thread's tokens with their target flags.
+) -> list[list[tuple[int, bool]]]:
+    """Every thread's tokens with their target flags.
 
     A thread is encoded whole, as "newline, <voco>, newline, text": tokenizers that mark the beginning of a text (the
     sentencepiece ones) then give the ids that the released code's prompt string has. Without VoCo tokens the prompt
     is LLaVA's own, "newline, text"; without units it is the text alone.
     """
-    lead = "" if not has_units else ("\n" + tokenizer.voco_token + "\n" if vocos else "\n")
-    lead_unit_end = lead.find(tokenizer.voco_token) if vocos and has_units else len(lead)
-    newline_ids: list[int] = []
+    lead, unit_end = _lead(tokenizer, vocos) if has_units else ("", 0)
     bodies = []
     for spans in threads:
         encoded = tokenizer.encode(lead + "".join(span.text for span in spans))
-        if encoded.ids.count(tokenizer.voco_id) != (1 if vocos and has_units else 0):
+        if encoded.ids.count(tokenizer.voco_id) != lead.count(tokenizer.voco_token):
             raise LayoutError(record, f"its text spells the reserved token {tokenizer.voco_token!r}", "reserved token")
-        first = next((i for i, end in enumerate(encoded.ends) if end > lead_unit_end), len(encoded.ids))
-        newline_ids = encoded.ids[:first]
         bounds = np.array(list(itertools.accumulate((len(span.text) for span in spans), initial=len(lead))))
         body = []
-        for token, end in zip(encoded.ids[first:], encoded.ends[first:], strict=True):
-            if token == tokenizer.voco_id:
+        for token, end in zip(encoded.ids, encoded.ends, strict=True):
+            if end <= unit_end or token == tokenizer.voco_id:
                 continue
             # A token belongs to the span that holds its last character.
             span = int(np.searchsorted(bounds, end, side="left")) - 1
             body.append((token, span >= 0 and spans[span].is_target))
         bodies.append(body)
-    return newline_ids, bodies
+    return bodies

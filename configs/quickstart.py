@@ -1,0 +1,78 @@
+"""The quickstart's stages on easy-VQA: one tiny model per row of the retention table.
+
+    bash launch/quickstart.sh                 # all of them, then the table
+
+A single one, behind the quickstart's first stages:
+
+    python launch/train.py --config=configs/quickstart.py:voco_4 --config.model.voco.num_vocos=4 \
+        --config.init_from=runs/quickstart/seed_0/alignment --config.data.tokenizer=runs/quickstart/tokenizer \
+        --workdir=runs/voco_4
+
+Stages: `alignment`; then from it `upper_bound` (its weights, read with the VoCo mask, are the lower bound as well),
+`voco_N`, `avg_pool` and `qformer`.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from vocojax.config import preset
+from vocojax.training.config import config_to_dict
+
+VOCABULARY = 37  # words of the training questions, special tokens and <voco>
+
+
+def get_config(stage: str = "voco_1") -> ConfigDict:
+    tiny = preset("tiny")
+    model = config_to_dict(dataclasses.replace(
+        tiny, decoder=dataclasses.replace(tiny.decoder, vocab_size=VOCABULARY),
+        voco=dataclasses.replace(tiny.voco, token_id=VOCABULARY - 1),
+    ))
+    config = ConfigDict({
+        "name": stage,
+        "model": model,
+        "data": {
+            "source": "easy_vqa",
+            "split": "train",
+            "tokenizer": "",
+            "template": "short",
+            "threads_per_sample": 5,
+            "row_length": 104,
+            "images_per_row": 1,
+            "max_targets": 10,
+            "num_threads": 2,
+            "keep_in_memory": True,
+        },
+        "train": ["projector/.*", "decoder/.*"],
+        "freeze": ["vision/.*"],
+        "init_from": "",
+        "init_new": [],
+        "visibility": "voco",
+        "optimizer": {"learning_rate": 2e-3, "warmup_share": 0.05, "b2": 0.98},
+        "checkpoint": {"every": 10_000, "keep": 1},
+        "batch_size": 32,
+        "steps": 1000,
+        "seed": 0,
+        "dtype": "float32",  # faster than bfloat16 on a CPU without bf16 instructions
+        "frozen_dtype": "float32",
+        "remat": "none",
+        "log_every": 20,
+    })
+    if stage == "alignment":
+        # The decoder is not pretrained, so there is no language to align to yet: it learns the captions as well.
+        config.data.update(source="easy_vqa_captions", template="plain", row_length=24 * 8, images_per_row=8)
+        config.update(visibility="causal", steps=200, init_new=["projector/.*", "decoder/.*"], batch_size=8)
+    elif stage == "upper_bound":
+        config.visibility = "causal"
+    elif stage.startswith("voco_"):
+        config.model.voco.num_vocos = int(stage.removeprefix("voco_"))
+    elif stage == "avg_pool":
+        config.model.compressor.kind = "avg_pool"
+        config.visibility = "causal"
+    elif stage == "qformer":
+        config.model.compressor.update(kind="qformer", depth=4, width=64, num_heads=4, mlp_width=256)
+        config.update(visibility="causal", train=["compressor/.*", *config.train],
+                      init_new=["compressor/.*"])
+    else:
+        raise ValueError(f"unknown stage {stage!r}: alignment, upper_bound, voco_N, avg_pool or qformer")
+    return config

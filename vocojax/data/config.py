@@ -1,0 +1,59 @@
+"""The `data` part of a stage's configuration."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vocojax.config import require, require_positive
+from vocojax.data.conversation import TEMPLATES
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they become rows.
+
+    source: `llava` reads `path` (JSON) and `image_root`; `easy_vqa` and `easy_vqa_captions` read `split` of the
+      package's data.
+    tokenizer: directory of a Hugging Face tokenizer.
+    threads_per_sample: `easy_vqa`: how many questions share an image in one sample at most; None for all of its.
+    template: how a conversation is written out, see `data/conversation.py`.
+    row_length, images_per_row, max_targets: static shape of a packed row; `max_targets` None allows every token.
+    pack_window: samples among which rows are filled first-fit.
+    fit: `pad` squares an image with CLIP's mean colour, `crop` cuts its centre.
+    num_threads: threads that read and decode.
+    keep_in_memory: keep every prepared sample, for small data sets.
+    max_skipped_share: a run stops when more than this share of the records can't be used.
+    """
+
+    source: Literal["llava", "easy_vqa", "easy_vqa_captions"] = "llava"
+    split: Literal["train", "validation", "test"] = "train"
+    path: str = ""
+    image_root: str = ""
+    tokenizer: str = ""
+    threads_per_sample: int | None = None
+    template: str = "vicuna_v1"
+    row_length: int = 2048
+    images_per_row: int = 4
+    max_targets: int | None = None
+    pack_window: int = 256
+    fit: Literal["pad", "crop"] = "pad"
+    num_threads: int = 16
+    keep_in_memory: bool = False
+    max_skipped_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        require_positive(self, "row_length", "images_per_row", "pack_window", "num_threads")
+        require(self.max_targets is None or self.max_targets >= 1, "max_targets", "must be >= 1", self.max_targets)
+        require(self.threads_per_sample is None or self.threads_per_sample >= 1, "threads_per_sample", "must be >= 1",
+                self.threads_per_sample)
+        require(self.template in TEMPLATES, "template", f"must be one of {sorted(TEMPLATES)}", self.template)
+        require(bool(self.tokenizer), "tokenizer", "must name a tokenizer directory", self.tokenizer)
+        require(0 <= self.max_skipped_share <= 1, "max_skipped_share", "must be in [0, 1]", self.max_skipped_share)
+        if self.source == "llava":
+            require(bool(self.path), "path", "must name the JSON file of a llava source", self.path)
+            require(bool(self.image_root), "image_root", "must name the image directory of a llava source",
+                    self.image_root)
+
+    @property
+    def target_slots(self) -> int:
+        """Targets that a row has room for."""
+        return self.max_targets or self.row_length

@@ -1,0 +1,169 @@
+"""Packing: laid-out samples into rows of one static shape.
+
+A row is a dict of numpy arrays (S = row length, U = images per row, T = target slots):
+
+    ids, positions, start, stop   int32 [S]   tokens and their interval mask, shifted to the sample's place in the row
+    vision                        int32 [S]   at a vision token its index among the row's U * tokens, else -1
+    images                        uint8 [U, size, size, 3]
+    target_index, target_ids      int32 [T]   where the hidden state stands that predicts a target, and the target;
+                                              `IGNORE` in slots without one
+    num_tokens                    int32 []    tokens that are no padding
+    teacher_positions, teacher_start, teacher_stop      the causal view as well, where a teacher wants it
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+
+from vocojax.data.config import DataConfig
+from vocojax.layout import IGNORE, LayoutError, Role, SampleLayout, Visibility
+
+Row = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample ready for packing: its layout and one uint8 [size, size, 3] array per unit."""
+
+    layout: SampleLayout
+    images: tuple[np.ndarray, ...]
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.layout.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """The static shape of a row, and the views of the mask that it carries."""
+
+    length: int
+    images: int
+    targets: int
+    image_size: int
+    tokens_per_image: int
+    views: tuple[tuple[str, Visibility], ...]  # (prefix of the array names, visibility)
+
+    def fits(self, items: Sequence[Item]) -> bool:
+        """Whether one row has room for all of the items."""
+        return (
+            sum(len(item.layout) for item in items) <= self.length
+            and sum(len(item.images) for item in items) <= self.images
+            and sum(item.num_targets for item in items) <= self.targets
+        )
+
+
+def row_shape(data: DataConfig, image_size: int, tokens_per_image: int, *visibilities: Visibility) -> RowShape:
+    """The shape of a stage's rows; the first visibility is the model's own, a second one its teacher's."""
+    views = tuple(zip(("", "teacher_"), visibilities, strict=False))
+    return RowShape(data.row_length, data.images_per_row, data.target_slots, image_size, tokens_per_image, views)
+
+
+def pack_row(items: Sequence[Item], shape: RowShape) -> Row:
+    """Puts the items into one row, in order. Padding sees nobody and is seen by nobody.
+
+    Raises:
+      LayoutError: they don't fit.
+    """
+    if not shape.fits(items):
+        record = items[-1].layout.record
+        raise LayoutError(record, f"does not fit into a row of {shape.length} tokens, {shape.images} images and "
+                          f"{shape.targets} targets", "larger than a row")
+    index = np.arange(shape.length, dtype=np.int32)
+    row: Row = {
+        "ids": np.zeros(shape.length, np.int32),
+        "vision": np.full(shape.length, -1, np.int32),
+        "images": np.zeros((shape.images, shape.image_size, shape.image_size, 3), np.uint8),
+        "target_index": np.zeros(shape.targets, np.int32),
+        "target_ids": np.full(shape.targets, IGNORE, np.int32),
+    }
+    for prefix, _ in shape.views:
+        row[prefix + "positions"] = np.zeros_like(index)
+        row[prefix + "start"], row[prefix + "stop"] = index.copy(), index.copy()
+    token = image = target = 0
+    for item in items:
+        layout, place = item.layout, slice(token, token + len(item.layout))
+        row["ids"][place] = layout.ids
+        is_vision = layout.roles == Role.VISION
+        row["vision"][place][is_vision] = image * shape.tokens_per_image + np.arange(is_vision.sum())
+        for prefix, visibility in shape.views:
+            view = layout.view(visibility)
+            row[prefix + "positions"][place] = view.positions
+            row[prefix + "start"][place] = view.start + token
+            row[prefix + "stop"][place] = view.stop + token
+        predicted = np.flatnonzero(layout.labels != IGNORE)
+        slots = slice(target, target + len(predicted))
+        row["target_index"][slots] = token + predicted - 1
+        row["target_ids"][slots] = layout.labels[predicted]
+        row["images"][image : image + len(item.images)] = item.images or 0
+        token, image, target = place.stop, image + len(item.images), slots.stop
+    row["num_tokens"] = np.array(token, np.int32)
+    return row
+
+
+def first_fit(items: Sequence[Item], shape: RowShape) -> list[list[Item]]:
+    """Groups items into rows: each goes into the first row that has room for it."""
+    rows: list[list[Item]] = []
+    for item in items:
+        place = next((row for row in rows if shape.fits([*row, item])), None)
+        if place is None:
+            rows.append([item])
+        else:
+            place.append(item)
+    return rows
+
+
+class PackedRows(grain.IterDataset):
+    """Rows packed first-fit from windows of `window` consecutive items.
+
+    The state of its iterator is the parent's state at the beginning of the window and the number of rows taken from
+    it, so that a restored iterator goes on with exactly the next row.
+    """
+
+    def __init__(self, parent: grain.IterDataset, shape: RowShape, window: int):
+        super().__init__(parent)
+        self.shape, self.window = shape, window
+
+    def __iter__(self) -> "_PackedRowsIterator":
+        return _PackedRowsIterator(iter(self._parent), self.shape, self.window)
+
+
+class _PackedRowsIterator(grain.DatasetIterator):
+    def __init__(self, parent: grain.DatasetIterator, shape: RowShape, window: int):
+        super().__init__(parent)
+        self._shape, self._window = shape, window
+        self._rows: list[list[Item]] = []
+        self._taken = 0
+        self._window_state = parent.get_state()
+
+    def __next__(self) -> Row:
+        while self._taken >= len(self._rows):  # a set_state may ask for rows of a window that is not filled yet
+            past = self._taken if not self._rows else 0
+            self._fill()
+            self._taken = past
+        self._taken += 1
+        return pack_row(self._rows[self._taken - 1], self._shape)
+
+    def _fill(self) -> None:
+        self._window_state = self._parent.get_state()
+        self._rows = first_fit(list(_take(self._parent, self._window)), self._shape)
+        if not self._rows:
+            raise StopIteration
+
+    def get_state(self) -> dict[str, Any]:
+        return {"window": self._window_state, "rows_taken": self._taken}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["window"])
+        self._rows, self._taken = [], state["rows_taken"]
+
+
+def _take(items: Iterator[Item], count: int) -> Iterator[Item]:
+    for _ in range(count):
+        try:
+            yield next(items)
+        except StopIteration:
+            return

@@ -1,0 +1,80 @@
+"""Tokenizers: any Hugging Face fast tokenizer with `<voco>` added, and a word tokenizer for closed vocabularies."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as BackendTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from vocojax.layout import Encoded
+
+VOCO_TOKEN = "<voco>"
+
+
+class Tokenizer:
+    """What the package needs of a tokenizer; see `layout.TextTokenizer`.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer backed by the `tokenizers` library, with BOS and EOS. `<voco>` is added to it
+        if it lacks it (id 32000 with Vicuna's).
+    """
+
+    voco_token = VOCO_TOKEN
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} keeps no character offsets: load its fast version")
+        for name in ("bos_token_id", "eos_token_id"):
+            if getattr(tokenizer, name) is None:
+                raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no {name.removesuffix('_id')}")
+        tokenizer.add_tokens([VOCO_TOKEN], special_tokens=True)
+        self.huggingface = tokenizer
+        self.bos_id: int = tokenizer.bos_token_id
+        self.eos_id: int = tokenizer.eos_token_id
+        self.eos_token: str = tokenizer.eos_token
+        self.voco_id = int(tokenizer.convert_tokens_to_ids(VOCO_TOKEN))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "Tokenizer":
+        """Loads the tokenizer files of a directory.
+
+        Raises:
+          FileNotFoundError: no such directory.
+          ValueError: no usable tokenizer in it.
+        """
+        if not Path(directory).is_dir():
+            raise FileNotFoundError(f"tokenizer directory {str(directory)!r} does not exist")
+        try:
+            return cls(AutoTokenizer.from_pretrained(str(directory), local_files_only=True, legacy=False))
+        except OSError as error:
+            raise ValueError(f"{str(directory)!r} holds no usable tokenizer: {error}") from error
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer files that `from_directory` and transformers load."""
+        self.huggingface.save_pretrained(str(directory))
+
+    def __len__(self) -> int:
+        return len(self.huggingface)
+
+    def encode(self, text: str) -> Encoded:
+        """Ids without BOS or EOS; special tokens written in the text become their ids."""
+        encoding = self.huggingface.backend_tokenizer.encode(text, add_special_tokens=False)
+        return Encoded(encoding.ids, [end for _, end in encoding.offsets])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens left out."""
+        return str(self.huggingface.decode(list(ids), skip_special_tokens=True))
+
+
+def word_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """A tokenizer whose tokens are the words, punctuation marks and newlines of the texts, in sorted order."""
+    pieces = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), behavior="removed", invert=True)
+    words = sorted({piece for text in texts for piece, _ in pieces.pre_tokenize_str(text)} | {"\n"})
+    specials = ["<pad>", "<s>", "</s>", "<unk>"]
+    backend = BackendTokenizer(models.WordLevel({w: i for i, w in enumerate(specials + words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pieces
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    return Tokenizer(fast)

@@ -1,0 +1,70 @@
+"""Retention: how much of what vision tokens give is left behind the compression (paper §4.2).
+
+    retention = (accuracy - lower bound) / (upper bound - lower bound)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+def retention(accuracy: float, lower: float, upper: float) -> float:
+    """Share of the gap between the bounds; NaN where the bounds are equal and the gap says nothing."""
+    return (accuracy - lower) / (upper - lower) if upper != lower else float("nan")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy of one model, overall and for each kind of question, in [0, 1]."""
+
+    accuracy: float
+    by_kind: Mapping[str, float] = field(default_factory=dict)
+
+
+def mean_score(scores: Sequence[Score]) -> Score:
+    """The mean of the same model's scores over seeds."""
+    kinds = scores[0].by_kind
+    mean = lambda values: sum(values) / len(scores)
+    return Score(mean([s.accuracy for s in scores]), {k: mean([s.by_kind[k] for s in scores]) for k in kinds})
+
+
+def table(
+    scores: Mapping[str, Sequence[Score]], lower: str, upper: str
+) -> dict[str, dict[str, float | dict[str, float]]]:
+    """The retention table.
+
+    Args:
+      scores: for every model its scores over the seeds, in the same order of seeds.
+      lower, upper: names of the bounds.
+
+    Returns:
+      For every model the mean accuracy, overall and by question type, and the mean over seeds of its retention.
+    """
+    rows: dict[str, dict[str, float | dict[str, float]]] = {}
+    for name, runs in scores.items():
+        mean = mean_score(runs)
+        kept = [retention(s.accuracy, low.accuracy, up.accuracy)
+                for s, low, up in zip(runs, scores[lower], scores[upper], strict=True)]
+        rows[name] = {
+            "accuracy": mean.accuracy,
+            "accuracy_by_question_type": dict(mean.by_kind),
+            "retention": sum(kept) / len(kept),
+        }
+    return rows
+
+
+def format_table(rows: Mapping[str, Mapping[str, float | Mapping[str, float]]]) -> str:
+    """The table for a terminal, in per cent."""
+    kinds = list(next(iter(rows.values()))["accuracy_by_question_type"])  # type: ignore[arg-type]
+    header = ["model", "accuracy", *kinds, "retention"]
+    lines = [header]
+    for name, row in rows.items():
+        by_kind = row["accuracy_by_question_type"]
+        figures = [row["accuracy"], *(by_kind[kind] for kind in kinds), row["retention"]]  # type: ignore[index]
+        lines.append([name, *(f"{100 * float(figure):.1f} %" for figure in figures)])  # type: ignore[arg-type]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def aligned(line: list[str]) -> str:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        return "  ".join([line[0].ljust(widths[0]), *cells[1:]])
+
+    return "\n".join([aligned(header), "  ".join("-" * width for width in widths), *map(aligned, lines[1:])])

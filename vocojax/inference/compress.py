@@ -1,0 +1,44 @@
+"""The first inference stage: images in, the keys and values of their VoCo tokens out."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from vocojax.data.loader import unit_shape
+from vocojax.data.tokenizer import Tokenizer
+from vocojax.inference.cache import VocoCache
+from vocojax.inference.prompts import whole_rows
+from vocojax.layout import lay_out_unit
+from vocojax.models.voco import Rows, VocoLlama
+
+
+def compress(model: VocoLlama, tokenizer: Tokenizer, images: Sequence[np.ndarray]) -> VocoCache:
+    """Runs every image's unit alone and keeps its VoCo tokens.
+
+    Args:
+      images: uint8 [size, size, 3] arrays as `data/images.py` prepares them, one unit each.
+
+    Raises:
+      ValueError: no image, an image of another shape, or a baseline's model, which has no VoCo tokens.
+    """
+    if model.config.unit_vocos == 0:
+        raise ValueError(f"a model with the compressor {model.config.compressor.kind!r} has no VoCo tokens to cache")
+    return compress_keeping(model, tokenizer, images, model.config.unit_vocos)
+
+
+def compress_keeping(model: VocoLlama, tokenizer: Tokenizer, images: Sequence[np.ndarray], keep: int) -> VocoCache:
+    """Like `compress`, but keeps each unit's last `keep` tokens; the whole unit is the usual caching of an image."""
+    size = model.config.vision.image_size
+    if not images or any(image.shape != (size, size, 3) or image.dtype != np.uint8 for image in images):
+        found = sorted({f"{image.dtype}{list(image.shape)}" for image in images}) or "none"
+        raise ValueError(f"images must be one or more uint8 [{size}, {size}, 3] arrays, got {found}")
+    unit = lay_out_unit("unit", tokenizer, unit_shape(model.config))
+    rows = whole_rows([unit] * len(images), [[image] for image in images], model.config, "voco", len(unit))
+    return _run(model, rows, keep)
+
+
+@functools.partial(jax.jit, static_argnames="keep")
+def _run(model: VocoLlama, rows: Rows, keep: int) -> VocoCache:
+    return VocoCache(*model(rows, keep=keep)[1])

@@ -1,0 +1,170 @@
+"""Runs on disk: a work directory with the resolved config, package versions and Orbax checkpoints.
+
+    WORKDIR/config.json, versions.json
+    WORKDIR/checkpoints/STEP/parameters   every parameter of the model, a flat dict by path name
+                             optimizer    what training alone needs
+                             progress     JSON: the data stream's state
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from vocojax.config import ConfigError, ModelConfig, build
+from vocojax.models.parameters import Parameters, abstract, variables_of, with_parameters
+from vocojax.models.voco import VocoLlama
+from vocojax.training.config import CheckpointConfig, differing_keys
+
+PACKAGES = ("vocojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+# Keys of a stage's config that may change when a run goes on.
+MUTABLE_KEYS = ("log_every", "checkpoint", "data.num_threads", "data.keep_in_memory", "attention", "remat", "mesh")
+
+
+class CheckpointError(RuntimeError):
+    """A run's files don't allow what was asked of them."""
+
+
+class Checkpoints:
+    """Saves and restores the checkpoints of one run, asynchronously and atomically (Orbax).
+
+    Args:
+      workdir: the run's directory.
+      config: how often and how many.
+    """
+
+    def __init__(self, workdir: str | Path, config: CheckpointConfig):
+        self.every = config.every
+        self._manager = ocp.CheckpointManager(
+            Path(workdir).absolute() / "checkpoints",
+            options=ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, parameters: Parameters, optimizer: Any, progress: Mapping[str, Any]) -> None:
+        """Writes a checkpoint behind `step` optimizer steps; one that exists is left as it is."""
+        if step == self.latest:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                parameters=ocp.args.StandardSave(parameters),
+                optimizer=ocp.args.StandardSave(optimizer),
+                progress=ocp.args.JsonSave(dict(progress)),
+            ),
+        )
+
+    def restore(self, step: int, parameters: Parameters, optimizer: Any) -> tuple[Parameters, Any, dict[str, Any]]:
+        """Restores into the shapes, dtypes and shardings of the given (abstract) parameters and optimizer state."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                parameters=ocp.args.StandardRestore(parameters),
+                optimizer=ocp.args.StandardRestore(optimizer),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        return restored.parameters, restored.optimizer, restored.progress
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases the writer's threads."""
+        self._manager.close()
+
+
+def write_run_files(workdir: str | Path, config: Mapping[str, Any]) -> None:
+    """Writes config.json and versions.json, or checks that a run which goes on has the config it began with.
+
+    Raises:
+      CheckpointError: the directory holds a run with another config; the keys are named.
+    """
+    path = Path(workdir) / "config.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [key for key in differing_keys(before, dict(config))
+                   if not any(key == m or key.startswith(m + ".") for m in MUTABLE_KEYS)]
+        if changed:
+            raise CheckpointError(f"{workdir} holds a run with another config (differing: {', '.join(changed)}): "
+                                  "use the config it began with, or another --workdir")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    write_atomically(path, json.dumps(config, indent=2) + "\n")
+    write_atomically(path.with_name("versions.json"), json.dumps(versions, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file so that readers see the old text or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def run_config(workdir: str | Path) -> dict[str, Any]:
+    """The resolved config of a run; `CheckpointError` if the directory holds none."""
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{workdir} holds no run: {path.name} is missing")
+    return json.loads(path.read_text())
+
+
+def load_parameters(workdir: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
+    """Parameters of a run's newest checkpoint, in the shapes, dtypes and shardings asked for.
+
+    Raises:
+      CheckpointError: no checkpoint, or parameters that are missing or shaped otherwise (all are named).
+    """
+    manager = ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints",
+                                    options=ocp.CheckpointManagerOptions(read_only=True))
+    step = manager.latest_step()
+    if step is None:
+        raise CheckpointError(f"{workdir} holds no checkpoint")
+    directory = Path(workdir).absolute() / "checkpoints" / str(step) / "parameters"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(directory).item_metadata.tree
+        problems = [f"{name} is missing" for name in wanted if name not in saved]
+        problems += [f"{name} has shape {tuple(saved[name].shape)}, expected {leaf.shape}"
+                     for name, leaf in wanted.items() if name in saved and tuple(saved[name].shape) != leaf.shape]
+        if problems:
+            raise CheckpointError(f"{directory} does not fit the model: {'; '.join(problems)}")
+        return checkpointer.restore(
+            directory,
+            args=ocp.args.PyTreeRestore(
+                item=dict(wanted),
+                partial_restore=True,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(dict(wanted)),
+            ),
+        )
+
+
+def load_model(workdir: str | Path, dtype: DTypeLike = jnp.float32) -> VocoLlama:
+    """The model of a run's newest checkpoint; computes in and holds its parameters in `dtype`."""
+    try:
+        config = build(ModelConfig, run_config(workdir)["model"], "model")
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(f"{workdir}/config.json is not a stage's config: {error}") from error
+    model = abstract(lambda: VocoLlama(config, nnx.Rngs(0), dtype))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {name: jax.ShapeDtypeStruct(variable.shape, dtype, sharding=sharding)
+              for name, variable in variables_of(model).items()}
+    return with_parameters(model, load_parameters(workdir, wanted))

@@ -1,0 +1,163 @@
+"""The configuration of a training stage, and how an ml_collections file becomes one."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vocojax.config import ConfigError, ModelConfig, build, require, require_positive
+from vocojax.data.config import DataConfig
+from vocojax.layout import Visibility
+from vocojax.models.stack import REMAT_POLICIES
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up, a cosine to zero and clipping by the global norm."""
+
+    learning_rate: float = 2e-5
+    warmup_share: float = 0.03
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "learning_rate", "must be > 0", self.learning_rate)
+        require(0 <= self.warmup_share < 1, "warmup_share", "must be in [0, 1)", self.warmup_share)
+        require(0 <= self.b1 < 1, "b1", "must be in [0, 1)", self.b1)
+        require(0 <= self.b2 < 1, "b2", "must be in [0, 1)", self.b2)
+        require(self.weight_decay >= 0, "weight_decay", "must be >= 0", self.weight_decay)
+        require(self.clip_norm > 0, "clip_norm", "must be > 0", self.clip_norm)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Paper Eq. 1: a KL divergence to a frozen teacher that sees the vision tokens.
+
+    teacher: work directory of the teacher's run (an upper bound); weight: of the KL beside the cross-entropy;
+    temperature: divides both models' logits, and the KL is scaled by its square.
+    """
+
+    teacher: str
+    weight: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(bool(self.teacher), "teacher", "must name the work directory of a trained run", self.teacher)
+        require(self.weight > 0, "weight", "must be > 0; leave `distill` out for none", self.weight)
+        require(self.temperature > 0, "temperature", "must be > 0", self.temperature)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """every: steps between checkpoints (the last step always gets one); keep: how many of the newest stay."""
+
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        require_positive(self, "every", "keep")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 for one of them means all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        require(all(s >= 1 or s == -1 for s in sizes), "data", "fsdp and tensor must be >= 1 or -1", sizes)
+        require(sizes.count(-1) <= 1, "data", "at most one axis may be -1", sizes)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of training.
+
+    train, freeze: regexes over parameter paths (`decoder/blocks/query/kernel`), matched whole; every parameter must
+      match exactly one of all of them.
+    visibility: who sees whom in training: `voco`, or `causal` for the bounds and the baselines.
+    batch_size: rows per optimizer step, cut into `accumulate` parts that run one after the other.
+    init_from: work directory of an earlier stage whose parameters this one starts from; '' starts from random ones.
+    init_new: regexes of parameters that are new, and so not taken from `init_from`.
+    dtype: what the model computes in; frozen_dtype: what frozen parameters are held in (trained ones are fp32).
+    attention: implementation of `interval_attention`; None picks by platform.
+    """
+
+    name: str
+    data: DataConfig
+    train: tuple[str, ...]
+    steps: int
+    freeze: tuple[str, ...] = ()
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distill: DistillConfig | None = None
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    visibility: Visibility = "voco"
+    batch_size: int = 128
+    accumulate: int = 1
+    init_from: str = ""
+    init_new: tuple[str, ...] = ()
+    seed: int = 0
+    dtype: Dtype = "bfloat16"
+    frozen_dtype: Dtype = "bfloat16"
+    remat: str = "full"
+    attention: str | None = None
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps", "batch_size", "accumulate", "log_every")
+        require(self.batch_size % self.accumulate == 0, "accumulate", f"must divide batch_size {self.batch_size}",
+                self.accumulate)
+        require(self.remat in REMAT_POLICIES, "remat", f"must be one of {sorted(REMAT_POLICIES)}", self.remat)
+        require(bool(self.train), "train", "must name what trains", self.train)
+        if self.model.compressor.kind != "none":
+            require(self.visibility == "causal", "visibility",
+                    f"must be 'causal' for the baseline {self.model.compressor.kind!r}, which has no VoCo tokens",
+                    self.visibility)
+        for key in ("train", "freeze", "init_new"):
+            for pattern in getattr(self, key):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(key, f"has the invalid regex {pattern!r}: {error}") from None
+
+
+def stage_config(values: Mapping[str, Any], source: str = "") -> StageConfig:
+    """Builds a stage's configuration from a mapping (or `ml_collections.ConfigDict`).
+
+    Raises:
+      ConfigError: prefixed with `source`, the config file's name.
+    """
+    plain = json.loads(values.to_json()) if hasattr(values, "to_json") else values
+    try:
+        return build(StageConfig, plain)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error.key}" if source else error.key, error.problem) from None
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass config as nested dicts and lists that JSON can hold and `build` reads back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys at which two nested dicts differ."""
+    keys: list[str] = []
+    for name in sorted(one.keys() | other.keys()):
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            keys += differing_keys(a, b, f"{prefix}{name}.")
+        elif a != b:
+            keys.append(prefix + name)
+    return keys

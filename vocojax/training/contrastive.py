@@ -1,0 +1,154 @@
+"""A short CLIP-style pretraining of a vision tower on captions (arXiv 2103.00020), for models without a pretrained one.
+
+Captions repeat (two dozen of them describe all of easy-VQA), so every image of a batch has several positives: the
+targets are spread evenly over the captions that equal its own. The text tower is a bag of words.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from vocojax.config import VisionConfig, require_positive
+from vocojax.data.images import load_image
+from vocojax.data.sources import Source
+from vocojax.data.tokenizer import Tokenizer
+from vocojax.models.clip import ClipVision, normalise
+from vocojax.models.layers import Linear, parameter
+from vocojax.models.parameters import Parameters, abstract, parameters_of, with_parameters
+from vocojax.training import loop
+from vocojax.training.checkpoints import Checkpoints, write_run_files
+from vocojax.training.config import CheckpointConfig, OptimizerConfig, config_to_dict
+from vocojax.training.optimizer import make_optimizer
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """vision: the tower; vocab_size: of the captions' tokenizer; flip: mirror half of the images."""
+
+    vision: VisionConfig
+    vocab_size: int
+    steps: int = 900
+    batch_size: int = 96
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=3e-3, b2=0.98))
+    flip: bool = True
+    seed: int = 0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        require_positive(self, "vocab_size", "steps", "batch_size", "log_every")
+
+
+class ContrastiveModel(nnx.Module):
+    """A vision tower and a bag-of-words text tower with one embedding space."""
+
+    def __init__(self, config: ContrastiveConfig, rngs: nnx.Rngs):
+        width = config.vision.width
+        self.vision = ClipVision(config.vision, rngs)
+        self.image_projection = Linear(width, width, ("embed", None), use_bias=False, rngs=rngs)
+        self.words = parameter(nnx.initializers.normal(1.0), (config.vocab_size, width), ("vocab", "embed"), rngs)
+        self.text_projection = Linear(width, width, ("embed", None), use_bias=False, rngs=rngs)
+        self.log_scale = parameter(nnx.initializers.constant(jnp.log(1 / 0.07)), (), (), rngs)
+
+    def __call__(self, images_BHWC: jax.Array, captions_BS: jax.Array) -> jax.Array:
+        """uint8 images and caption tokens (-1 is padding) -> logits [images, captions]."""
+        unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        image_BE = unit(self.image_projection(self.vision.pooled(normalise(images_BHWC, jnp.dtype(jnp.float32)))))
+        is_word_BS1 = (captions_BS >= 0)[..., None]
+        bag_BE = jnp.where(is_word_BS1, self.words[...][jnp.maximum(captions_BS, 0)], 0.0).sum(1)
+        scale = jnp.exp(jnp.minimum(self.log_scale[...], jnp.log(100.0)))
+        return scale * image_BE @ unit(self.text_projection(bag_BE)).T
+
+
+class ContrastiveState(NamedTuple):
+    """step: int32; parameters: fp32; optimizer: optax's."""
+
+    step: jax.Array
+    parameters: Parameters
+    optimizer: optax.OptState
+
+
+def contrastive_loss(logits_BB: jax.Array, captions_BS: jax.Array) -> jax.Array:
+    """CLIP's symmetric cross-entropy, targets spread evenly over equal captions."""
+    same_BB = (captions_BS[:, None] == captions_BS[None]).all(-1).astype(jnp.float32)
+    targets_BB = same_BB / same_BB.sum(-1, keepdims=True)
+    rows = -(targets_BB * jax.nn.log_softmax(logits_BB, axis=1)).sum(1).mean()
+    columns = -(targets_BB * jax.nn.log_softmax(logits_BB, axis=0)).sum(0).mean()
+    return (rows + columns) / 2
+
+
+class _CaptionStream:
+    """Endless shuffled batches of images and caption tokens, a function of seed and step."""
+
+    def __init__(self, source: Source, config: ContrastiveConfig, tokenizer: Tokenizer):
+        samples = [source[i] for i in range(len(source))]
+        self._images = np.stack([load_image(s.images[0], config.vision.image_size) for s in samples])
+        captions = [tokenizer.encode(s.threads[0][-1].text).ids for s in samples]
+        longest = max(map(len, captions))
+        self._captions = np.array([[*c, *[-1] * (longest - len(c))] for c in captions], np.int32)
+        self._config, self._step = config, 0
+
+    def __next__(self) -> Mapping[str, np.ndarray]:
+        random = np.random.default_rng((self._config.seed, self._step))
+        self._step += 1
+        chosen = random.choice(len(self._images), self._config.batch_size, replace=False)
+        images = self._images[chosen]
+        if self._config.flip:
+            mirrored = random.random(len(chosen)) < 0.5
+            images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+        return {"images": images, "captions": self._captions[chosen]}
+
+    def get_state(self) -> dict[str, Any]:
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+
+
+def pretrain_vision(config: ContrastiveConfig, source: Source, tokenizer: Tokenizer, workdir: str | Path) -> None:
+    """Trains a tower on a source of captioned images and leaves a checkpoint whose `vision/...` parameters a stage's
+    `init_from` can take. Resumes like a stage."""
+    write_run_files(workdir, config_to_dict(config))
+    model = abstract(lambda: ContrastiveModel(config, nnx.Rngs(0)))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    stream = _CaptionStream(source, config, tokenizer)
+
+    def create() -> ContrastiveState:
+        parameters = parameters_of(ContrastiveModel(config, nnx.Rngs(config.seed)))
+        return ContrastiveState(jnp.int32(0), parameters, optimizer.init(parameters))
+
+    def loss(parameters: Parameters, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits_BB = with_parameters(model, parameters)(batch["images"], batch["captions"])
+        best_B = logits_BB.argmax(1)
+        hits = (batch["captions"][best_B] == batch["captions"]).all(-1).mean()
+        return contrastive_loss(logits_BB, batch["captions"]), hits
+
+    @jax.jit
+    def step(state: ContrastiveState, batch: Mapping[str, jax.Array]) -> tuple[ContrastiveState, dict[str, jax.Array]]:
+        (value, hits), grads = jax.value_and_grad(loss, has_aux=True)(state.parameters, batch)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.parameters)
+        parameters = optax.apply_updates(state.parameters, updates)
+        metrics = {"loss": value, "accuracy": hits, "grad_norm": optax.global_norm(grads)}
+        return ContrastiveState(state.step + 1, parameters, optimizer_state), metrics
+
+    checkpoints = Checkpoints(workdir, CheckpointConfig(every=config.steps, keep=1))
+    state, first_step = jax.jit(create)(), checkpoints.latest or 0
+    if first_step:
+        parameters, optimizer_state, progress = checkpoints.restore(first_step, state.parameters, state.optimizer)
+        state = ContrastiveState(jnp.int32(first_step), parameters, optimizer_state)
+        stream.set_state(progress["data"])
+
+    def save(number: int, state: ContrastiveState) -> None:
+        checkpoints.save(number, state.parameters, state.optimizer, {"data": stream.get_state()})
+
+    try:
+        loop.run(loop.LoopConfig("vision", config.steps, config.log_every), workdir, state, first_step, step, stream,
+                 checkpoints, save)
+    finally:
+        checkpoints.close()

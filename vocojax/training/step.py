@@ -1,0 +1,97 @@
+"""The training state and one optimizer step over a batch of packed rows."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vocojax.layout import IGNORE
+from vocojax.models.parameters import Parameters, with_parameters
+from vocojax.models.voco import VocoLlama, rows_from_batch
+from vocojax.training.config import StageConfig
+from vocojax.training.objectives import TargetSums, Teacher, target_sums
+
+Batch = Mapping[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes or reads.
+
+    step: int32 scalar, optimizer steps taken. trained: fp32 masters. frozen: the other parameters; no gradient and no
+    optimizer state exist for them. optimizer: optax's state. teacher: the teacher's parameters, or empty.
+    """
+
+    step: jax.Array
+    trained: Parameters
+    frozen: Parameters
+    optimizer: optax.OptState
+    teacher: Parameters
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_step(
+    model: VocoLlama, teacher: VocoLlama | None, optimizer: optax.GradientTransformation, config: StageConfig
+) -> Step:
+    """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    Args:
+      model, teacher: abstract models; the state holds their parameters.
+
+    Metrics are fp32 scalars: loss, cross_entropy, kl (mean nats per target), accuracy (greedy, per target),
+    grad_norm (before clipping), targets, tokens.
+    """
+
+    def sums(trained: Parameters, state: TrainState, batch: Batch) -> tuple[jax.Array, TargetSums]:
+        student = with_parameters(model, {**trained, **state.frozen})
+        run = lambda m, view: m(rows_from_batch(batch, view), attention=config.attention, remat=config.remat)[0]
+        guide = None
+        if teacher is not None and config.distill is not None:
+            guiding = with_parameters(teacher, state.teacher)
+            hidden = jax.lax.stop_gradient(run(guiding, "teacher_"))
+            guide = Teacher(guiding.decoder, hidden, config.distill.temperature)
+        out = target_sums(
+            student.decoder, run(student, ""), batch["target_index"], batch["target_ids"], guide
+        )
+        weight = config.distill.weight if config.distill is not None else 0.0
+        return out.cross_entropy + weight * out.kl, out
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        count = jnp.maximum((batch["target_ids"] != IGNORE).sum(), 1).astype(jnp.float32)
+        grads, totals = _accumulate(jax.grad(sums, has_aux=True), state, batch, config.accumulate)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        weight = config.distill.weight if config.distill is not None else 0.0
+        metrics = {
+            "loss": (totals.cross_entropy + weight * totals.kl) / count,
+            "cross_entropy": totals.cross_entropy / count,
+            "kl": totals.kl / count,
+            "accuracy": totals.correct / count,
+            "grad_norm": optax.global_norm(grads),
+            "targets": count,
+            "tokens": batch["num_tokens"].sum().astype(jnp.float32),
+        }
+        return state._replace(step=state.step + 1, trained=trained, optimizer=optimizer_state), metrics
+
+    return step
+
+
+def _accumulate(
+    gradient: Callable[[Parameters, TrainState, Batch], tuple[Parameters, TargetSums]],
+    state: TrainState,
+    batch: Batch,
+    parts: int,
+) -> tuple[Parameters, Any]:
+    """Sums of gradients and objectives over the parts of a batch, which run one after the other."""
+    if parts == 1:
+        return gradient(state.trained, state, batch)
+    # Rows go to the parts in turn, so that every device's rows are spread over all parts and none moves.
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), dict(batch))
+    first = jax.tree.map(lambda x: x[0], split)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, state.trained, state, first))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(state.trained, state, part)), None)
+    return jax.lax.scan(add, zero, split)[0]
