@@ -78,8 +78,8 @@ class ProjectorConfig:
 class RopeScalingConfig:
     """How the rotary frequencies are stretched for longer contexts.
 
-    kind: `llama3` stretches the low ones by `factor` (transformers' `rope_type: llama3`); `linear` stretches all of them
-      and has no use for the other fields (Vicuna-16k).
+    kind: `llama3` stretches the low ones by `factor` (Llama 3.1); `linear` stretches all of them and has no use for the
+      other fields (Vicuna-16k).
     """
 
     kind: Literal["llama3", "linear"] = "llama3"

@@ -29,8 +29,9 @@ class KeyValues(NamedTuple):
 def rope_frequencies(head_width: int, theta: float, scaling: RopeScalingConfig | None) -> np.ndarray:
     """Radians per position of each of the D/2 rotated pairs, fp32.
 
-    With `linear` scaling every frequency is divided by `factor`. With `llama3` scaling, wavelengths beyond `original_max_positions / low_freq_factor` are stretched by `factor`, those
-    below `original_max_positions / high_freq_factor` are kept, and those between are interpolated (Llama 3.1).
+    With `linear` scaling every frequency is divided by `factor`. With `llama3` scaling, wavelengths beyond
+    `original_max_positions / low_freq_factor` are stretched by `factor`, those below
+    `original_max_positions / high_freq_factor` are kept, and those between are interpolated (Llama 3.1).
     """
     frequencies = theta ** -(np.arange(0, head_width, 2, dtype=np.float64) / head_width)
     if scaling is not None and scaling.kind == "linear":
