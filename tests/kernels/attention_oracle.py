@@ -4,7 +4,10 @@ softmax attention with its gradients in float64 numpy. Nothing here knows how th
 import dataclasses
 
 import numpy as np
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+
+QUICK = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,17 @@ def packed_rows(draw: st.DrawFn, length: int) -> list[Token]:
         row += tokens
         sample += 1
     return (row + [Token("pad")] * length)[:length]
+
+
+def masks(rows: list[list[Token]], queries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows' vectors and visible pairs with their last `queries` positions as the queries."""
+    start, stop = (np.stack(x) for x in zip(*map(interval_vectors, rows), strict=True))
+    return start[:, -queries:], stop, np.stack([visible_pairs(row)[-queries:] for row in rows])
+
+
+def normal(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
 def attention(q_BQHD, k_BKGD, v_BKGD, visible_BQK, scale):

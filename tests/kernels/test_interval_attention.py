@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vocojax.kernels.interval_attention import IntervalMask, chunked, interval_attention
@@ -20,7 +20,6 @@ SHAPES = [
     (13, 40, 4, 2, 8, 8),
     (1, 40, 2, 1, 8, 16),
 ]
-QUICK = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @functools.cache
@@ -44,28 +43,17 @@ def compiled(implementation: str, chunk: int):
     return call
 
 
-def normal(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-
-
-def masks(rows: list[list[oracle.Token]], queries: int):
-    """The rows' vectors and visible pairs for the last `queries` positions as queries."""
-    start, stop = (np.stack(x) for x in zip(*map(oracle.interval_vectors, rows), strict=True))
-    return start[:, -queries:], stop, np.stack([oracle.visible_pairs(row)[-queries:] for row in rows])
-
-
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradients_on_random_packings(shape, implementation):
     Q, K, H, G, D, chunk = shape
 
-    @QUICK
+    @oracle.QUICK
     @given(st.lists(oracle.packed_rows(K), min_size=2, max_size=2), st.integers(0, 2**31))
     def check(rows, seed):
-        start, stop, visible = masks(rows, Q)
+        start, stop, visible = oracle.masks(rows, Q)
         np.testing.assert_array_equal(IntervalMask(jnp.asarray(start), jnp.asarray(stop)).dense(), visible)
-        q, k, v, dout = normal(seed, (2, Q, H, D), (2, K, G, D), (2, K, G, D), (2, Q, H, D))
+        q, k, v, dout = oracle.normal(seed, (2, Q, H, D), (2, K, G, D), (2, K, G, D), (2, Q, H, D))
         got = compiled(implementation, chunk)(q, k, v, start, stop, dout)
         want = (
             oracle.attention(q, k, v, visible, D**-0.5)[0],
@@ -82,11 +70,11 @@ def test_value_and_gradients_on_random_packings(shape, implementation):
 def test_what_nobody_sees_may_hold_anything(implementation, garbage):
     Q, K, H, G, D, chunk = 13, 40, 4, 2, 8, 8
 
-    @QUICK
+    @oracle.QUICK
     @given(st.lists(oracle.packed_rows(K), min_size=2, max_size=2), st.integers(0, 2**31))
     def check(rows, seed):
-        start, stop, visible = masks(rows, Q)
-        q, k, v, dout = normal(seed, (2, Q, H, D), (2, K, G, D), (2, K, G, D), (2, Q, H, D))
+        start, stop, visible = oracle.masks(rows, Q)
+        q, k, v, dout = oracle.normal(seed, (2, Q, H, D), (2, K, G, D), (2, K, G, D), (2, Q, H, D))
         want = compiled(implementation, chunk)(q, k, v, start, stop, dout)
         unseen, blind = ~visible.any(1), ~visible.any(2)
         k[unseen] = v[unseen] = garbage
@@ -103,7 +91,7 @@ def test_what_nobody_sees_may_hold_anything(implementation, garbage):
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_a_visible_nan_is_not_hidden(implementation):
-    q, k, v = normal(0, (1, 6, 2, 4), (1, 6, 2, 4), (1, 6, 2, 4))
+    q, k, v = oracle.normal(0, (1, 6, 2, 4), (1, 6, 2, 4), (1, 6, 2, 4))
     v[0, 2] = np.nan
     out = interval_attention(q, k, v, IntervalMask.causal(1, 6), implementation=implementation)
     assert np.isnan(np.asarray(out)[0, 2:]).all()
@@ -128,7 +116,7 @@ def test_causal_constructor():
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_bfloat16_keeps_its_type_and_accumulates_in_float32(implementation):
     S, D = 300, 16
-    q, k, v = (x.astype(jnp.bfloat16) for x in normal(1, (1, S, 2, D), (1, S, 2, D), (1, S, 2, D)))
+    q, k, v = (x.astype(jnp.bfloat16) for x in oracle.normal(1, (1, S, 2, D), (1, S, 2, D), (1, S, 2, D)))
     mask = IntervalMask.causal(1, S)
     out = interval_attention(q, k, v, mask, implementation=implementation)
     assert out.dtype == jnp.bfloat16
@@ -137,7 +125,7 @@ def test_bfloat16_keeps_its_type_and_accumulates_in_float32(implementation):
 
 
 def test_a_scale_is_used():
-    q, k, v = normal(2, (1, 9, 2, 4), (1, 9, 1, 4), (1, 9, 1, 4))
+    q, k, v = oracle.normal(2, (1, 9, 2, 4), (1, 9, 1, 4), (1, 9, 1, 4))
     mask = IntervalMask.causal(1, 9)
     want, _ = oracle.attention(q, k, v, np.asarray(mask.dense()), 0.1)
     for implementation in ("reference", "chunked"):
@@ -156,7 +144,7 @@ def test_chunked_never_holds_the_square_of_the_sequence():
 
 def test_a_policy_that_saves_both_names_runs_the_forward_pass_once():
     S = 16
-    q, k, v = normal(3, (1, S, 2, 4), (1, S, 2, 4), (1, S, 2, 4))
+    q, k, v = oracle.normal(3, (1, S, 2, 4), (1, S, 2, 4), (1, S, 2, 4))
     mask = IntervalMask.causal(1, S)
 
     def products(names: tuple[str, ...]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,20 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from vocojax.kernels.interval_attention import chunked
 from vocojax.kernels.interval_attention.mask import IntervalMask
 from vocojax.kernels.interval_attention.reference import reference_attention
+from vocojax.kernels.interval_attention.sharding import per_shard
 
-
-class Kernel(NamedTuple):
-    """A fused implementation: `forward(q, k, v, mask, scale) -> out, lse` and the matching `backward`."""
-
-    forward: Callable[..., tuple[jax.Array, jax.Array]]
-    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
-
-
-KERNELS = {"chunked": Kernel(chunked.forward, chunked.backward)}
-IMPLEMENTATIONS = ("reference", *KERNELS)
+IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
 
 
 def interval_attention(
@@ -47,13 +39,17 @@ def interval_attention(
     For rematerialisation the result is named 'attention_out' and the saved log-sum-exp 'attention_lse'
     (`jax.checkpoint_policies.save_only_these_names`): a policy that saves both never runs the forward pass again.
 
+    Under a mesh (`jax.set_mesh`) rows are computed where the axes 'slice', 'data' and 'fsdp' put them and heads where
+    'tensor' does, without any communication; see `sharding.per_shard`.
+
     Args:
         q_BQHD: queries, any float dtype.
         k_BKGD: keys, the dtype of q; H must be a multiple of G.
         v_BKGD: values, the shape and dtype of k.
         mask: `start` int32 `[B, Q]` and `stop` int32 `[B, K]`.
         scale: what the scores are multiplied with before the softmax; `D ** -0.5` if not given.
-        implementation: 'reference' (dense) or 'chunked' (XLA, no Q x K array). None picks for the platform; a named
+        implementation: 'reference' (dense), 'chunked' (XLA, no Q x K array), 'pallas_tpu' or 'pallas_gpu'. None picks
+            the kernel of the default backend, 'chunked' where there is none, and logs once what it picked. A named
             one is used or an error is raised, never another one.
 
     Returns:
@@ -64,7 +60,8 @@ def interval_attention(
     """
     _check(q_BQHD, k_BKGD, v_BKGD, mask)
     scale = float(q_BQHD.shape[-1] ** -0.5 if scale is None else scale)
-    implementation = implementation or "chunked"
+    if implementation is None:
+        implementation = _for_platform(jax.default_backend())
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown: use one of {IMPLEMENTATIONS} or None")
 
@@ -72,7 +69,9 @@ def interval_attention(
     # here, where XLA fuses the selection into whatever computes q, k and v. The selection on the output keeps the
     # cotangent of blind queries, which is just as arbitrary, out of the gradients.
     only = lambda live_BS, x_BSHD: jnp.where(live_BS[:, :, None, None], x_BSHD, jnp.zeros((), x_BSHD.dtype))
-    seeing, seen = mask.live_queries(), mask.live_keys()
+    (B, _, H, _), G = q_BQHD.shape, k_BKGD.shape[2]
+    liveness = per_shard(lambda mask: (mask.live_queries(), mask.live_keys()), ["BQ"], ["BQ", "BK"], B, H, G)
+    seeing, seen = liveness(mask)
     q_BQHD, k_BKGD, v_BKGD = only(seeing, q_BQHD), only(seen, k_BKGD), only(seen, v_BKGD)
     if implementation == "reference":
         out_BQHD = reference_attention(q_BQHD, k_BKGD, v_BKGD, mask, scale)
@@ -92,19 +91,66 @@ def _fused(
 def _fused_forward(
     implementation: str, scale: float, q_BQHD: jax.Array, k_BKGD: jax.Array, v_BKGD: jax.Array, mask: IntervalMask
 ) -> tuple[jax.Array, Any]:
-    out_BQHD, lse = KERNELS[implementation].forward(q_BQHD, k_BKGD, v_BKGD, mask, scale)
-    out_BQHD, lse = checkpoint_name(out_BQHD, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return out_BQHD, (q_BQHD, k_BKGD, v_BKGD, mask, out_BQHD, lse)
+    (B, _, H, _), G = q_BQHD.shape, k_BKGD.shape[2]
+    pass_ = functools.partial(_kernel(implementation).forward, scale=scale)
+    forward = per_shard(pass_, ["BQHD", "BKGD", "BKGD", "BS"], ["BQHD", "BHQ"], B, H, G)
+    out_BQHD, lse_BHQ = forward(q_BQHD, k_BKGD, v_BKGD, mask)
+    out_BQHD, lse_BHQ = checkpoint_name(out_BQHD, "attention_out"), checkpoint_name(lse_BHQ, "attention_lse")
+    return out_BQHD, (q_BQHD, k_BKGD, v_BKGD, mask, out_BQHD, lse_BHQ)
 
 
 def _fused_backward(implementation: str, scale: float, saved: Any, dout_BQHD: jax.Array) -> Any:
-    q_BQHD, k_BKGD, v_BKGD, mask, out_BQHD, lse = saved
-    backward = KERNELS[implementation].backward
-    grads = backward(q_BQHD, k_BKGD, v_BKGD, mask, scale, out_BQHD, lse, dout_BQHD)
+    q_BQHD, k_BKGD, v_BKGD, mask, out_BQHD, lse_BHQ = saved
+    (B, _, H, _), G = q_BQHD.shape, k_BKGD.shape[2]
+    pass_ = functools.partial(_kernel(implementation).backward, scale=scale)
+    operands = ["BQHD", "BKGD", "BKGD", "BS", "BQHD", "BHQ", "BQHD"]
+    backward = per_shard(pass_, operands, ["BQHD", "BKGD", "BKGD"], B, H, G)
+    grads = backward(q_BQHD, k_BKGD, v_BKGD, mask, out_BQHD, lse_BHQ, dout_BQHD)
     return *grads, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), mask)
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
+
+
+class Kernel(NamedTuple):
+    """`(q, k, v, mask, scale) -> out, lse` and `(q, k, v, mask, out, lse, dout, scale) -> dq, dk, dv`."""
+
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def _kernel(implementation: str) -> Kernel:
+    """The two passes of a fused implementation, with the tuning of the device that the program is built for."""
+    # Imported on demand: Pallas takes a good part of a second that a program without it need not wait for.
+    if implementation == "pallas_tpu":
+        from vocojax.kernels.interval_attention import pallas_tpu, tpu_blocks
+
+        generation = tpu_blocks.generation(_device_kind())
+        bound = lambda function: functools.partial(function, generation=generation)
+        return Kernel(bound(pallas_tpu.forward), bound(pallas_tpu.backward))
+    if implementation == "pallas_gpu":
+        from vocojax.kernels.interval_attention import pallas_gpu
+
+        return Kernel(pallas_gpu.forward, pallas_gpu.backward)
+    from vocojax.kernels.interval_attention import chunked
+
+    return Kernel(chunked.forward, chunked.backward)
+
+
+def _device_kind() -> str:
+    """The device the program is built for: that of the mesh in force (it may be another machine's), else the local."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
+
+
+@functools.cache
+def _for_platform(backend: str) -> str:
+    """The implementation for a backend; cached, so that the log says it once."""
+    picked = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(backend, "chunked")
+    logging.getLogger(__name__).info(
+        "interval_attention: %s, because the default backend is %s; implementation=... chooses another", picked, backend
+    )
+    return picked
 
 
 def _check(q_BQHD: jax.Array, k_BKGD: jax.Array, v_BKGD: jax.Array, mask: IntervalMask) -> None:

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vocojax.kernels.interval_attention.mask import IntervalMask
+from vocojax.kernels.interval_attention.mask import NEVER, IntervalMask
 
 CHUNK = 512
-NEVER = jnp.iinfo(jnp.int32).max
 
 
 class _Chunks(NamedTuple):
@@ -101,7 +100,7 @@ def _skip_empty(visible: jax.Array, busy: Callable[[], Any], idle: Callable[[], 
 def forward(
     q_BQHD: jax.Array, k_BKGD: jax.Array, v_BKGD: jax.Array, mask: IntervalMask, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """-> `out_BQHD` in the dtype of q, and `lse_BQH`, the log-sum-exp of each row's visible scores, in float32."""
+    """-> `out_BQHD` in the dtype of q, and `lse_BHQ`, the log-sum-exp of each row's visible scores, in float32."""
     B, Q, H, D = q_BQHD.shape
     c, _ = _cut(q_BQHD, k_BKGD, v_BKGD, mask)
     wide = jnp.promote_types(q_BQHD.dtype, jnp.float32)
@@ -132,7 +131,7 @@ def forward(
         return jnp.moveaxis(out, 3, 1).astype(q_BQHD.dtype), jnp.moveaxis(lse, 3, 1)
 
     out, lse = (_joined(x, Q) for x in _for_each(len(c.i_q), query_chunk))
-    return out.reshape(B, Q, H, D), lse.reshape(B, Q, H)
+    return out.reshape(B, Q, H, D), lse.reshape(B, Q, H).mT
 
 
 def backward(
@@ -140,21 +139,21 @@ def backward(
     k_BKGD: jax.Array,
     v_BKGD: jax.Array,
     mask: IntervalMask,
-    scale: float,
     out_BQHD: jax.Array,
-    lse_BQH: jax.Array,
+    lse_BHQ: jax.Array,
     dout_BQHD: jax.Array,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """-> the gradients of q, k and v, each in the shape and dtype of its operand."""
     B, Q, H, D = q_BQHD.shape
     K, G = k_BKGD.shape[1:3]
     c, cut_q = _cut(q_BQHD, k_BKGD, v_BKGD, mask)
-    wide = lse_BQH.dtype
+    wide = lse_BHQ.dtype
     alone = len(c.i_q) == len(c.j_k) == 1
     # Softmax's own gradient needs, per row, the weights' mean of dout . v, which is dout . out.
     mean_BQH = jnp.sum(dout_BQHD.astype(wide) * out_BQHD.astype(wide), axis=-1)
     dout = cut_q(dout_BQHD.reshape(B, Q, G, H // G, D))
-    lse, mean = (cut_q(x.reshape(B, Q, G, H // G)) for x in (lse_BQH, mean_BQH))
+    lse, mean = (cut_q(x.reshape(B, Q, G, H // G)) for x in (lse_BHQ.mT, mean_BQH))
     by_row = lambda x_BqGR: jnp.moveaxis(x_BqGR, 1, 3)[..., None]
 
     def key_chunk(dq: jax.Array, b: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

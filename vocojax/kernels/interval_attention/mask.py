@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+NEVER = jnp.iinfo(jnp.int32).max  # a `start` that no key reaches
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +65,18 @@ class IntervalMask:
     def live_queries(self) -> jax.Array:
         """bool `[B, Q]`: whether the query may attend to any key. O(S log S), exact for every pair of vectors."""
         i = self.prefix + jnp.arange(self.start.shape[-1])
-        last_stop = _range_max(self.stop, self.start, jnp.broadcast_to(i + 1, self.start.shape))
+        last_stop = range_max(self.stop, self.start, jnp.broadcast_to(i + 1, self.start.shape))
         return last_stop > i
 
     def live_keys(self) -> jax.Array:
         """bool `[B, K]`: whether any query may attend to the key. O(S log S), exact for every pair of vectors."""
         j = jnp.arange(self.stop.shape[-1])
         first_row = jnp.broadcast_to(jnp.maximum(j - self.prefix, 0), self.stop.shape)
-        first_start = -_range_max(-self.start, first_row, self.stop - self.prefix)
+        first_start = -range_max(-self.start, first_row, self.stop - self.prefix)
         return first_start <= j
 
 
-def _range_max(x_BS: jax.Array, low_BT: jax.Array, high_BT: jax.Array) -> jax.Array:
+def range_max(x_BS: jax.Array, low_BT: jax.Array, high_BT: jax.Array) -> jax.Array:
     """The maximum of `x[b, low:high]` for each of the T ranges; the smallest int32 + 1 where a range is empty.
 
     Any range is covered by two (overlapping) windows whose length is a power of two, so a table of the maxima of all

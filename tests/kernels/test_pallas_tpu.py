@@ -1,0 +1,146 @@
+"""The TPU kernels without a TPU: interpreted on the CPU for their values, compiled by libtpu for each generation."""
+
+import functools
+import importlib.util
+
+import attention_oracle as oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import topologies
+
+from vocojax.kernels.interval_attention import IntervalMask, pallas_tpu, tpu_blocks
+from vocojax.kernels.interval_attention.tpu_blocks import Blocks
+
+FEW = settings(oracle.QUICK, max_examples=4)
+SQUARE, TALL, WIDE = Blocks(128, 128, 256), Blocks(256, 128, 128), Blocks(128, 256, 512)
+TURNED = Blocks(128, 128, 256, transposed_dq=True)
+ALL = 1 << 30  # room for the dq of any row, so that it is one span
+
+# (queries, keys, query heads, key/value heads, head width, forward blocks, backward blocks, bytes for dq)
+SHAPES = [
+    (256, 256, 4, 4, 64, SQUARE, SQUARE, ALL),
+    (256, 256, 2, 2, 128, WIDE, TURNED, ALL),
+    (300, 300, 4, 2, 72, SQUARE, WIDE, ALL),  # ragged, padded heads, two query heads per key/value head
+    (200, 333, 8, 2, 128, SQUARE, SQUARE, 2 * 128 * 4 * 128 * 12),  # a prefix, heads in turns, dq in two spans
+    (300, 300, 8, 1, 16, TALL, Blocks(128, 128, 256, transposed_dq=True), 128 * 8 * 128 * 12),
+    (1, 300, 2, 2, 256, WIDE, SQUARE, ALL),  # one token read from a cache
+]
+
+
+@functools.cache
+def interpreted(shape: tuple):
+    """Forward and backward of one shape as a jitted function on the CPU."""
+    *_, width, forward_blocks, backward_blocks, dq_bytes = shape
+    options = dict(generation="v5e", interpret=True)
+
+    @jax.jit
+    def run(q, k, v, start, stop, dout):
+        mask, scale = IntervalMask(start, stop), width**-0.5
+        out, lse = pallas_tpu.forward(q, k, v, mask, scale, blocks=forward_blocks, **options)
+        grads = pallas_tpu.backward(
+            q, k, v, mask, out, lse, dout, scale, blocks=backward_blocks, dq_bytes=dq_bytes, **options
+        )
+        return out, *grads
+
+    return run
+
+
+def operands(seed: int, shape: tuple) -> list[np.ndarray]:
+    Q, K, H, G, D, *_ = shape
+    return oracle.normal(seed, (2, Q, H, D), (2, K, G, D), (2, K, G, D), (2, Q, H, D))
+
+
+def assert_right(shape, seed, start, stop, visible):
+    q, k, v, dout = operands(seed, shape)
+    dout[~visible.any(2)] = 0  # what interval_attention hands to a kernel for rows that see nothing
+    got = interpreted(shape)(q, k, v, start, stop, dout)
+    scale = shape[4] ** -0.5
+    want = (
+        oracle.attention(q, k, v, visible, scale)[0],
+        *oracle.attention_gradients(q, k, v, visible, scale, dout),
+    )
+    for name, x, y in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5, err_msg=name)
+    out, dq, dk, dv = map(np.asarray, got)
+    assert not out[~visible.any(2)].any() and not dq[~visible.any(2)].any()
+    assert not dk[~visible.any(1)].any() and not dv[~visible.any(1)].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s[:5])))
+def test_value_and_gradients_on_random_packings(shape):
+    @FEW
+    @given(st.lists(oracle.packed_rows(shape[1]), min_size=2, max_size=2), st.integers(0, 2**31))
+    def check(rows, seed):
+        assert_right(shape, seed, *oracle.masks(rows, shape[0]))
+
+    check()
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:5], ids=lambda s: "-".join(map(str, s[:5])))
+def test_value_and_gradients_for_arbitrary_vectors(shape):
+    Q, K = shape[:2]
+    rng = np.random.default_rng(0)
+    start = rng.integers(-1, K, (2, Q)).astype(np.int32)
+    stop = rng.integers(0, 2 * K, (2, K)).astype(np.int32)
+    stop[1, : K // 2] = 0
+    visible = np.asarray(IntervalMask(jnp.asarray(start), jnp.asarray(stop)).dense())
+    assert_right(shape, 1, start, stop, visible)
+
+
+def test_full_tiles_are_walked():
+    shape = (256, 256, 2, 2, 128, SQUARE, SQUARE, ALL)
+    mask = IntervalMask.causal(2, 256)
+    assert_right(shape, 2, np.asarray(mask.start), np.asarray(mask.stop), np.asarray(mask.dense()))
+
+
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'vocojax[tpu]'"
+)
+
+
+def compiled(generation: str, rows: int, queries: int, keys: int, heads: int, kv_heads: int, width: int, dtype):
+    """Both passes with the table's blocks, compiled for one chip that is not there."""
+    device = topologies.get_topology_desc(TOPOLOGIES[generation], platform="tpu").devices[0]
+    assert tpu_blocks.generation(device.device_kind) == generation
+    on = jax.sharding.SingleDeviceSharding(device)
+    array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=on)
+    q, k = array(rows, queries, heads, width), array(rows, keys, kv_heads, width)
+    mask = IntervalMask(array(rows, queries, dtype=jnp.int32), array(rows, keys, dtype=jnp.int32))
+
+    def run(q, k, v, mask, dout):
+        out, lse = pallas_tpu.forward(q, k, v, mask, 0.1, generation=generation)
+        return out, pallas_tpu.backward(q, k, v, mask, out, lse, dout, 0.1, generation=generation)
+
+    return jax.jit(run).lower(q, k, k, mask, q).compile()
+
+
+@needs_libtpu
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_compiles_for_every_generation(generation):
+    text = compiled(generation, 2, 2048, 2048, 8, 8, 128, jnp.bfloat16).as_text()
+    for name in ("interval_attention_forward", "interval_attention_backward"):
+        assert name in text
+
+
+VARIANTS = {
+    "grouped, narrow heads, a prefix": (2, 600, 2048, 16, 4, 72, jnp.bfloat16),
+    "wide heads": (1, 2048, 2048, 4, 4, 256, jnp.bfloat16),
+    "float32": (1, 1024, 1024, 4, 4, 64, jnp.float32),
+    "one token from a cache": (4, 1, 2048, 8, 2, 128, jnp.bfloat16),
+    "grouped in turns": (1, 2048, 2048, 64, 8, 128, jnp.bfloat16),
+    "64 frames of video": (1, 16640, 16640, 8, 8, 128, jnp.bfloat16),
+}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "generation", ["v5e", *(pytest.param(g, marks=pytest.mark.slow) for g in ("v4", "v5p", "v6e"))]
+)
+def test_compiles_every_variant(generation, variant):
+    compiled(generation, *VARIANTS[variant])

@@ -1,0 +1,64 @@
+"""Attention on a mesh: every row and every head is its own problem, so each device keeps to the ones it holds."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+BATCH_AXES = ("slice", "data", "fsdp")
+HEAD_AXES = ("tensor",)
+
+
+def per_shard(
+    function: Callable[..., Any], inputs: list[str], outputs: list[str], rows: int, heads: int, kv_heads: int
+) -> Callable[..., Any]:
+    """`function` run by `shard_map` on the rows and heads of each device, or as it is where no mesh is set.
+
+    `inputs` and `outputs` name the axes of each argument and result: 'B' is spread over the batch axes of the mesh,
+    'H' and 'G' over its head axis, anything else is whole on every device. XLA can't cut a kernel into shards by
+    itself, and in plain XLA code the skipping of empty chunks would ask all devices about every chunk.
+
+    Axes that do not divide the number of rows (one prompt on many devices) or of key/value heads are left out: the
+    devices along them repeat the same work. That is right but wasteful, so it is logged.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if size > 1 and kind != AxisType.Manual
+    }
+    by_rows = _dividing([axis for axis in BATCH_AXES if axis in free], free, rows, "rows")
+    by_heads = _dividing([axis for axis in HEAD_AXES if axis in free], free, math.gcd(heads, kv_heads), "heads")
+    if not by_rows and not by_heads:
+        return function
+    axes = {"B": by_rows, "H": by_heads, "G": by_heads}
+    spec = lambda names: PartitionSpec(*(axes.get(name) or None for name in names))
+    return jax.shard_map(
+        function,
+        in_specs=tuple(map(spec, inputs)),
+        out_specs=tuple(map(spec, outputs)),
+        axis_names=set(by_rows + by_heads),
+        check_vma=False,
+    )
+
+
+def _dividing(axes: list[str], sizes: dict[str, int], count: int, what: str) -> tuple[str, ...]:
+    """The longest run of `axes` whose devices divide `count` things evenly."""
+    kept: tuple[str, ...] = ()
+    for axis in axes:
+        if count % math.prod(sizes[a] for a in (*kept, axis)):
+            _warn(f"interval_attention: {count} {what} do not divide over mesh axis {axis!r} of {sizes[axis]} devices")
+            break
+        kept += (axis,)
+    return kept
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    logging.getLogger(__name__).warning("%s; each of them does all of the work", message)

@@ -1,0 +1,65 @@
+"""Block sizes of the TPU kernels, per generation and shape: chosen with `launch/kernel_report.py`, not at run time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How one pass cuts its work.
+
+    Attributes:
+        q, k: queries and keys of a tile.
+        columns: heads of one grid step times their (padded) width. Several heads in one step share the mask, share the
+            cost of the step, and give the scheduler independent chains of work to interleave.
+        transposed_dq: accumulate the gradient of q as `[D, Q]`; a matrix unit wider than the head width is then fed
+            full rows. Backward pass only.
+    """
+
+    q: int
+    k: int
+    columns: int
+    transposed_dq: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A TPU generation: its blocks and the VMEM (bytes) that its kernels may plan with.
+
+    Attributes:
+        forward, backward: for sequences of more than `SHORT` keys.
+        dq_bytes: the most that the backward pass may keep of one span of dq; longer rows are cut into spans.
+        vmem_bytes: the limit given to the compiler.
+    """
+
+    forward: Blocks
+    backward: Blocks
+    dq_bytes: int
+    vmem_bytes: int
+
+
+MIB = 1 << 20
+GENERATIONS = {
+    "v4": Generation(Blocks(512, 512, 256), Blocks(512, 512, 128), 6 * MIB, 16 * MIB),
+    "v5e": Generation(Blocks(512, 512, 1024), Blocks(512, 512, 512), 72 * MIB, 112 * MIB),
+    "v5p": Generation(Blocks(512, 512, 1024), Blocks(512, 512, 512), 36 * MIB, 56 * MIB),
+    "v6e": Generation(Blocks(512, 512, 1024), Blocks(512, 512, 512, transposed_dq=True), 72 * MIB, 112 * MIB),
+}
+SHORT = 1024  # up to here a tile of 512 would be mostly padding and diagonal
+_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"}
+_KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+
+
+def generation(device_kind: str) -> str:
+    """The table's name for a device kind as JAX reports it. An unknown kind gets the most frugal row, v4."""
+    return _KINDS.get(device_kind, "v4")
+
+
+def fitted(blocks: Blocks, queries: int, keys: int) -> Blocks:
+    """The blocks for a shape: no larger than the (padded) sequence, and 256 where it is short."""
+    most = 256 if keys <= SHORT else max(blocks.q, blocks.k)
+    fit = lambda block, length: min(block, most, -(-length // LANES) * LANES)
+    return dataclasses.replace(blocks, q=fit(blocks.q, queries), k=fit(blocks.k, keys))
