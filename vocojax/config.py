@@ -119,6 +119,11 @@ class DecoderConfig:
                 f"must be in [0, vocab_size {self.vocab_size})", self.vocab_padding)
         require(self.head_width % 2 == 0, "head_width", "must be even for rotary positions", self.head_width)
 
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the vocabulary that stand for a token."""
+        return self.vocab_size - self.vocab_padding
+
 
 @dataclass(frozen=True)
 class VocoConfig:
@@ -172,9 +177,9 @@ class ModelConfig:
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
 
     def __post_init__(self) -> None:
-        num_tokens = self.decoder.vocab_size - self.decoder.vocab_padding
-        require(self.voco.token_id < num_tokens, "voco.token_id",
-                f"must be below {num_tokens}, the decoder's vocab_size without padding", self.voco.token_id)
+        require(self.voco.token_id < self.decoder.num_tokens, "voco.token_id",
+                f"must be below {self.decoder.num_tokens}, the decoder's vocab_size without padding",
+                self.voco.token_id)
 
     @property
     def unit_tokens(self) -> int:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -172,14 +172,14 @@ class Table:
 
 
 def check_tensors(
-    expected: Mapping[str, Shape], present: Mapping[str, Shape], where: str, allow_missing: Iterable[str] = ()
+    expected: Mapping[str, Shape], present: Mapping[str, Shape], where: str, allowed: Collection[re.Pattern[str]] = ()
 ) -> list[str]:
     """Compares the tensors there are with those there should be.
 
     Args:
       expected, present: shapes by name.
       where: the file or directory, for the error.
-      allow_missing: regexes of tensors that need not be there.
+      allowed: tensors that may be missing or superfluous.
 
     Returns:
       The names of tensors that are missing and may be.
@@ -187,16 +187,16 @@ def check_tensors(
     Raises:
       ConvertError: lists every missing, unexpected and wrongly shaped tensor.
     """
-    missing = [name for name in expected if name not in present]
-    allowed = [name for name in missing if any(re.fullmatch(pattern, name) for pattern in allow_missing)]
-    wrong = [f"{name} is {list(present[name])}, not {list(shape)}" for name, shape in expected.items()
-             if name in present and tuple(present[name]) != tuple(shape)]
+    may_differ = lambda name: any(pattern.fullmatch(name) for pattern in allowed)
+    missing = expected.keys() - present.keys()
+    shape = lambda name: f"{name} {list(present[name])} instead of {list(expected[name])}"
     problems = {
-        "missing": sorted(set(missing) - set(allowed)),
-        "unexpected": sorted(set(present) - set(expected)),
-        "of the wrong shape": wrong,
+        "missing": sorted(name for name in missing if not may_differ(name)),
+        "unexpected": sorted(name for name in present.keys() - expected.keys() if not may_differ(name)),
+        "wrongly shaped": [shape(name) for name in sorted(expected.keys() & present.keys())
+                           if tuple(present[name]) != tuple(expected[name])],
     }
-    found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    found = [f"{len(names)} {kind} tensors: {', '.join(names)}" for kind, names in problems.items() if names]
     if found:
-        raise ConvertError(f"{where}: tensors {'; '.join(found)}")
-    return allowed
+        raise ConvertError(f"{where}: {'; '.join(found)}")
+    return sorted(name for name in missing if may_differ(name))

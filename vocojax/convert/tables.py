@@ -1,10 +1,14 @@
 """The tables: which tensor of which published layout is which parameter."""
 
-from vocojax.config import DecoderConfig, ProjectorConfig, VisionConfig
+import re
+
+from vocojax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from vocojax.convert.mapping import (
     IDENTITY,
     TRANSPOSE,
+    ConvertError,
     Rule,
+    Table,
     leading_ones,
     patches,
     vocabulary,
@@ -34,7 +38,7 @@ def decoder_rules(
       head: the name of the output projection.
       rows, new_id: of the tensors' vocabulary, see `vocabulary`; rows default to the model's without padding.
     """
-    rows = config.vocab_size - config.vocab_padding if rows is None else rows
+    rows = config.num_tokens if rows is None else rows
     grown = lambda transposed: vocabulary(rows, config.vocab_size, new_id, transposed=transposed)
     layers, block = range(config.depth), f"{model}layers.{{layer}}."
     rules = [Rule(f"{model}embed_tokens.weight", "decoder/embedding", grown(False)),
@@ -96,3 +100,76 @@ def projector_rules(config: ProjectorConfig, linear_in: str, linear_out: str) ->
     """The projector's one or two linear layers, by their names."""
     rules = _linear(linear_in, "projector/linear_in")
     return rules + _linear(linear_out, "projector/linear_out") if config.kind == "mlp2x_gelu" else rules
+
+
+def huggingface_table(config: ModelConfig, rows: int, new_id: int | None = None) -> Table:
+    """transformers' `LlavaForConditionalGeneration`; the rules have the names of the published files, the aliases lead
+    from those of later versions to them.
+
+    Raises:
+      ConvertError: a vision tower, projector or compressor that this class doesn't have.
+    """
+    _require_no_compressor(config, "huggingface")
+    if config.vision.kind != "clip" or config.projector.kind != "mlp2x_gelu":
+        raise ConvertError(f"the layout 'huggingface' has no place for a vision tower of kind {config.vision.kind!r} "
+                           f"with a projector of kind {config.projector.kind!r}; use the layout 'llava'")
+    rules = [
+        *decoder_rules(config.decoder, "language_model.model.", "language_model.lm_head", rows=rows, new_id=new_id),
+        *clip_rules(config.vision, "vision_tower.vision_model."),
+        *projector_rules(config.projector, "multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
+    ]
+    aliases = (
+        (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+    )
+    return Table("huggingface", tuple(rules), _unused(config.decoder, r"language_model\.lm_head"), aliases)
+
+
+TOWER = "model.vision_tower.vision_tower."  # what precedes the vision tower's own names in the original layout
+
+
+def llava_table(config: ModelConfig, rows: int, new_id: int | None = None) -> Table:
+    """The original `llava_llama` layout: LLaVA-1.5, the released VoCo-LLaMA, Shikra (linear), LLaMA-VID (EVA).
+
+    Raises:
+      ConvertError: the model has a compressor.
+    """
+    _require_no_compressor(config, "llava")
+    is_clip, is_linear = config.vision.kind == "clip", config.projector.kind == "linear"
+    projector = "model.mm_projector" if is_linear else "model.mm_projector.0"
+    rules = [
+        *decoder_rules(config.decoder, "model.", "lm_head", rows=rows, new_id=new_id),
+        *(clip_rules(config.vision, f"{TOWER}vision_model.") if is_clip else eva_rules(config.vision, TOWER)),
+        *projector_rules(config.projector, projector, "model.mm_projector.2"),
+    ]
+    aliases = (
+        (r"^mm_projector\.", "model.mm_projector."),
+        (rf"^{re.escape(TOWER)}(embeddings|encoder|pre_layrnorm|post_layernorm)\.", rf"{TOWER}vision_model.\1."),
+    )
+    tower = re.escape(TOWER)
+    beside = (
+        (rf"{tower}(text_model\..*|visual_projection\..*|text_projection\..*|logit_scale)",) if is_clip
+        # BLIP-2 and LLaMA-VID run all but the last of the published blocks, and nothing behind them.
+        else (rf"{tower}blocks\.{config.vision.depth}\..*", rf"{tower}(norm|fc_norm|head|lm_head)\..*",
+              rf"{tower}mask_token")
+    )
+    return Table("llava", tuple(rules), _unused(config.decoder, "lm_head") + beside, aliases)
+
+
+def llama_table(config: DecoderConfig, rows: int, new_id: int | None = None) -> Table:
+    """transformers' `LlamaForCausalLM`: a decoder alone."""
+    rules = decoder_rules(config, "model.", "lm_head", rows=rows, new_id=new_id)
+    return Table("llama", tuple(rules), _unused(config, "lm_head"))
+
+
+def _unused(config: DecoderConfig, head: str) -> tuple[str, ...]:
+    """Buffers, and the copy of the embedding that some files hold as the head of a decoder that ties the two."""
+    return (*_BUFFERS, rf"{head}\.weight") if config.tie_embeddings else _BUFFERS
+
+
+def _require_no_compressor(config: ModelConfig, layout: str) -> None:
+    if config.compressor.kind != "none":
+        raise ConvertError(f"the layout {layout!r} has no place for the compressor {config.compressor.kind!r} of a "
+                           "baseline; keep it as an Orbax checkpoint")

@@ -156,5 +156,5 @@ class Decoder(nnx.Module):
         logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
         if self.config.vocab_padding == 0:
             return logits
-        is_token_V = jnp.arange(logits.shape[-1]) < logits.shape[-1] - self.config.vocab_padding
+        is_token_V = jnp.arange(self.config.vocab_size) < self.config.num_tokens
         return jnp.where(is_token_V, logits, -1e30)

@@ -1,0 +1,202 @@
+"""Config files of transformers' classes <-> our configs: `LlamaForCausalLM`, `CLIPVisionModel`,
+`LlavaForConditionalGeneration`, and the image processor.
+
+What the model here can't compute is refused: another activation, biases in the decoder, another kind of rotary scaling.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vocojax.config import (
+    ConfigError,
+    DecoderConfig,
+    ModelConfig,
+    ProjectorConfig,
+    RopeScalingConfig,
+    VisionConfig,
+    VocoConfig,
+)
+from vocojax.convert.mapping import ConvertError
+from vocojax.models.clip import CLIP_MEAN, CLIP_STD
+
+T = TypeVar("T")
+Json = dict[str, Any]
+
+# What transformers takes a key for that a config file leaves out.
+_LLAMA_DEFAULTS: Json = {
+    "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "intermediate_size": 11008, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}
+_CLIP_DEFAULTS: Json = {
+    "image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "layer_norm_eps": 1e-5,
+}
+# Keys that must have the one value which the model here computes, if they are there.
+_LLAMA_FIXED: Json = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+_CLIP_FIXED: Json = {"hidden_act": "quick_gelu", "num_channels": 3}
+_LLAVA_FIXED: Json = {
+    "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "vision_feature_select_strategy": "default",
+}
+_POSITIONS = 4096  # what Vicuna-1.5 was trained for; transformers wants a figure, the model has no use for it
+
+
+def read_json(path: str | Path) -> Json:
+    """The object in a JSON file.
+
+    Raises:
+      ConvertError: no such file, or no JSON object in it.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConvertError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise ConvertError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConvertError(f"{path}: must hold a JSON object")
+    return values
+
+
+def checked(where: str, make: Callable[[], T]) -> T:
+    """What `make` returns; the config errors it raises become `ConvertError`s that name the file."""
+    try:
+        return make()
+    except (ConfigError, TypeError, ArithmeticError) as error:
+        raise ConvertError(f"{where}: {error}") from None
+
+
+def read_decoder(values: Mapping[str, Any], where: str) -> DecoderConfig:
+    """A `LlamaConfig`; `vocab_size` is that of the tensors."""
+    _require_fixed(values, _LLAMA_FIXED, where)
+    values = {**_LLAMA_DEFAULTS, **{key: value for key, value in values.items() if value is not None}}
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if "head_dim" not in values and (heads < 1 or width % heads):
+        raise ConvertError(f"{where}: num_attention_heads {heads} must divide hidden_size {width}")
+    theta, scaling = _read_rope(values, where)
+    return checked(where, lambda: DecoderConfig(
+        vocab_size=values["vocab_size"], width=width, depth=values["num_hidden_layers"], num_heads=heads,
+        num_kv_heads=values.get("num_key_value_heads", heads), head_width=values.get("head_dim", width // heads),
+        mlp_width=values["intermediate_size"], rope_theta=theta, rope_scaling=scaling, norm_eps=values["rms_norm_eps"],
+        tie_embeddings=values["tie_word_embeddings"],
+    ))
+
+
+def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScalingConfig | None]:
+    """Base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, checked(where, lambda: RopeScalingConfig("linear", factor=float(rope["factor"])))
+    if kind == "llama3":
+        return theta, checked(where, lambda: RopeScalingConfig(
+            "llama3", float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
+            rope["original_max_position_embeddings"],
+        ))
+    raise ConvertError(f"{where}: rotary scaling of type {kind!r} is not supported; default, linear and llama3 are")
+
+
+def read_vision(values: Mapping[str, Any], where: str, select_layer: int = -2) -> VisionConfig:
+    """A `CLIPVisionConfig`, or the vision part of a `CLIPConfig`."""
+    values = values.get("vision_config", values)
+    _require_fixed(values, _CLIP_FIXED, where)
+    values = {**_CLIP_DEFAULTS, **values}
+    return checked(where, lambda: VisionConfig(
+        kind="clip", image_size=values["image_size"], patch_size=values["patch_size"], width=values["hidden_size"],
+        depth=values["num_hidden_layers"], num_heads=values["num_attention_heads"],
+        mlp_width=values["intermediate_size"], select_layer=select_layer, norm_eps=values["layer_norm_eps"],
+    ))
+
+
+def read_llava(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """A `LlavaConfig`; the vocabulary is that of the tensors, and `voco` is what an earlier export says of it."""
+    _require_fixed(values, _LLAVA_FIXED, where)
+    select_layer = values.get("vision_feature_layer", -2)
+    if not isinstance(select_layer, int):
+        raise ConvertError(f"{where}: vision_feature_layer must be one layer, got {select_layer!r}")
+    decoder = read_decoder({"tie_word_embeddings": values.get("tie_word_embeddings"), **values["text_config"]}, where)
+    vision = read_vision(values.get("vision_config", {}), where, select_layer)
+    return checked(where, lambda: ModelConfig(vision, ProjectorConfig("mlp2x_gelu"), decoder, read_voco(values, where)))
+
+
+def read_voco(values: Mapping[str, Any], where: str) -> VocoConfig:
+    """The `voco` entry that exports write; without it, the first row, which a caller that knows better replaces."""
+    return checked(where, lambda: VocoConfig(**values.get("voco", {"token_id": 0})))
+
+
+def write_decoder(config: DecoderConfig, rows: int, ids: Mapping[str, int | None]) -> Json:
+    """A `LlamaConfig` for tensors with that many vocabulary rows; `ids` are the tokenizer's `bos_token_id` etc."""
+    values: Json = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": rows, "hidden_size": config.width,
+        "intermediate_size": config.mlp_width, "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width, "hidden_act": "silu", "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta, "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": _POSITIONS, **ids,
+    }
+    scaling = config.rope_scaling
+    if scaling is not None:
+        values["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
+        values["max_position_embeddings"] = int(_POSITIONS * scaling.factor)
+    if scaling is not None and scaling.kind == "llama3":
+        values["max_position_embeddings"] = int(scaling.original_max_positions * scaling.factor)
+        values["rope_scaling"] |= {
+            "low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    return values
+
+
+def write_vision(config: VisionConfig) -> Json:
+    """A `CLIPVisionConfig`; of an EVA tower the same keys with another `model_type`."""
+    return {
+        "model_type": "clip_vision_model" if config.kind == "clip" else "eva_vision_model",
+        "image_size": config.image_size, "patch_size": config.patch_size, "hidden_size": config.width,
+        "num_hidden_layers": config.depth, "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_width, "layer_norm_eps": config.norm_eps,
+        "hidden_act": "quick_gelu" if config.kind == "clip" else "gelu", "num_channels": 3, "projection_dim": 768,
+    }
+
+
+def write_llava(config: ModelConfig, rows: int, ids: Mapping[str, int | None], image_id: int) -> Json:
+    """A `LlavaConfig`."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "text_config": write_decoder(config.decoder, rows, ids), "vision_config": write_vision(config.vision),
+        "image_token_index": image_id, "image_seq_length": config.vision.num_patches, "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True, "vision_feature_layer": config.vision.select_layer,
+        "vision_feature_select_strategy": "default", "tie_word_embeddings": config.decoder.tie_embeddings, **ids,
+    }
+
+
+def write_voco(config: VocoConfig) -> Json:
+    """The entry that keeps the VoCo tokens' number and id in a config file."""
+    return {"num_vocos": config.num_vocos, "token_id": config.token_id}
+
+
+def write_image_processor(config: VisionConfig) -> Json:
+    """A `CLIPImageProcessor`: shortest side to the tower's size, centre crop, CLIP's mean and deviation."""
+    return {
+        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
+        "size": {"shortest_edge": config.image_size}, "resample": 3, "do_center_crop": True,
+        "crop_size": {"height": config.image_size, "width": config.image_size}, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD),
+    }
+
+
+def write_processor(config: VisionConfig, image_token: str) -> Json:
+    """What `LlavaProcessor` needs besides tokenizer and image processor."""
+    return {
+        "processor_class": "LlavaProcessor", "patch_size": config.patch_size, "image_token": image_token,
+        "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1,
+    }
+
+
+def _require_fixed(values: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:
+    for key, value in fixed.items():
+        if values.get(key, value) != value:
+            raise ConvertError(f"{where}: {key} must be {value!r}, got {values[key]!r}: nothing else is computed here")

@@ -1,0 +1,90 @@
+"""Config files of the original layout (`llava_llama`) <-> our configs: LLaVA-1.5, the released VoCo-LLaMA, Shikra and
+LLaMA-VID. They name the vision tower rather than describe it; what they don't say is read off the tensors' shapes."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vocojax.config import ModelConfig, ProjectorConfig, VisionConfig
+from vocojax.convert.huggingface import (
+    Json,
+    checked,
+    read_decoder,
+    read_vision,
+    read_voco,
+    write_decoder,
+    write_vision,
+)
+from vocojax.convert.mapping import ConvertError, Shape
+from vocojax.convert.tables import TOWER
+
+# Head widths of the towers these projects use: CLIP ViT-B and -L, and EVA-CLIP-g.
+_CLIP_HEAD, _EVA_HEAD = 64, 88
+_EVA_DEPTH = 39  # BLIP-2 and LLaMA-VID run 39 of the 40 published blocks
+_PUBLISHED = {336: "openai/clip-vit-large-patch14-336", 224: "openai/clip-vit-large-patch14"}
+
+
+def read_llava(values: Mapping[str, Any], vision: VisionConfig, projector: ProjectorConfig, where: str) -> ModelConfig:
+    """The model that a config file of this layout describes, given its tower and projector."""
+    if values.get("mm_vision_select_feature", "patch") != "patch":
+        raise ConvertError(f"{where}: mm_vision_select_feature must be 'patch', got "
+                           f"{values['mm_vision_select_feature']!r}: the class token is no vision token here")
+    decoder = read_decoder(values, where)
+    return checked(where, lambda: ModelConfig(vision, projector, decoder, read_voco(values, where)))
+
+
+def read_projector(values: Mapping[str, Any], names: Iterable[str], where: str) -> ProjectorConfig:
+    """The projector's kind: as the file says, else by its tensors, else (there are none) LLaVA-1.5's."""
+    found = [name for name in names if "mm_projector." in name]
+    by_tensors = "linear" if "model.mm_projector.weight" in found or "mm_projector.weight" in found else "mlp2x_gelu"
+    kind = values.get("mm_projector_type", by_tensors)
+    if kind not in ("linear", "mlp2x_gelu"):
+        raise ConvertError(f"{where}: mm_projector_type must be 'linear' or 'mlp2x_gelu', got {kind!r}")
+    return ProjectorConfig(kind)
+
+
+def vision_of_tensors(values: Mapping[str, Any], shapes: Mapping[str, Shape], where: str) -> VisionConfig:
+    """The vision tower: as a `vision_config` entry says (our exports write one), else by the shapes of its tensors.
+
+    Args:
+      values: the config file.
+      shapes: of all tensors, by the names of this layout.
+
+    Raises:
+      ConvertError: there are no tensors of a tower.
+    """
+    is_eva = f"{TOWER}cls_token" in shapes
+    select_layer = -1 if is_eva else int(values.get("mm_vision_select_layer", -2))
+    if "vision_config" in values and not is_eva:
+        return read_vision(values["vision_config"], where, select_layer)
+    names = (("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", r"blocks\.(\d+)\..*") if is_eva else
+             ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight",
+              "encoder.layers.0.mlp.fc1.weight", r"encoder\.layers\.(\d+)\..*"))
+    tower = {name.removeprefix(TOWER).removeprefix("vision_model."): shape for name, shape in shapes.items()
+             if name.startswith(TOWER)}
+    patch, position, mlp, layer = names
+    if absent := [name for name in (patch, position, mlp) if name not in tower]:
+        raise ConvertError(f"{where}: no vision tower among the tensors ({TOWER}{absent[0]} is missing); name its "
+                           "directory or file with --vision")
+    depth = 1 + max(int(found[1]) for name in tower if (found := re.fullmatch(layer, name)))
+    width, patch_size = tower[patch][0], tower[patch][-1]
+    return checked(where, lambda: VisionConfig(
+        kind="eva" if is_eva else "clip",
+        image_size=math.isqrt(tower[position][-2] - 1) * patch_size, patch_size=patch_size, width=width,
+        depth=min(depth, _EVA_DEPTH) if is_eva else depth, num_heads=width // (_EVA_HEAD if is_eva else _CLIP_HEAD),
+        mlp_width=tower[mlp][0], select_layer=select_layer, norm_eps=1e-6 if is_eva else 1e-5,
+    ))
+
+
+def write_llava(config: ModelConfig, rows: int, ids: Mapping[str, int | None]) -> Json:
+    """A config file of this layout; `vision_config` is an addition to it that other readers pass over."""
+    vision = config.vision
+    published = _PUBLISHED.get(vision.image_size, "") if vision.kind == "clip" and vision.width == 1024 else ""
+    return {
+        **write_decoder(config.decoder, rows, ids), "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama", "mm_vision_tower": published, "vision_config": write_vision(vision),
+        "mm_hidden_size": vision.width, "mm_projector_type": config.projector.kind,
+        "mm_vision_select_layer": vision.select_layer, "mm_vision_select_feature": "patch", "use_mm_proj": True,
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad",
+    }

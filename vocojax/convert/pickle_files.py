@@ -1,0 +1,138 @@
+"""Tensors of PyTorch's `.bin` and `.pth` files, read without torch and without running what a pickle asks for.
+
+Such a file is an uncompressed zip archive: a pickle that describes tensors, and one entry per storage with their bytes.
+The unpickler here knows how to make tensors and ordered dicts; it refuses anything else by its name.
+"""
+
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from vocojax.convert.mapping import ConvertError, Shape
+from vocojax.convert.weights import Index
+
+_STORAGE_DTYPES: Mapping[str, Any] = {
+    "FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
+    "DoubleStorage": np.float64, "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
+    "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
+}
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry: 26 bytes, then the lengths of its name and extra field
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: np.dtype
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int  # in elements
+    shape: Shape
+    strides: tuple[int, ...]  # in elements
+
+
+class _RefusedError(pickle.UnpicklingError):
+    """The pickle asks for something that is no tensor."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return np.dtype(_STORAGE_DTYPES[name])
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: _Tensor(storage, offset, tuple(size), tuple(stride))
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        raise _RefusedError(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype):
+            return _Storage(str(pid[2]), pid[1])
+        raise _RefusedError(f"persistent id {pid!r}")
+
+
+class PickleFile:
+    """The tensors of one `.bin` or `.pth` file; bytes are read when asked for.
+
+    Raises:
+      ConvertError: no such archive, a truncated one, or a pickle of anything but tensors.
+    """
+
+    def __init__(self, path: str | Path):
+        self.where = str(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self._entries = {info.filename: info for info in archive.infolist()}
+                head = next((name for name in self._entries if name.endswith("data.pkl")), None)
+                if head is None:
+                    raise ConvertError(f"{path}: an archive without data.pkl, not a file of torch.save")
+                self._root = head.removesuffix("data.pkl")
+                with archive.open(head) as data:
+                    content = _Unpickler(data).load()
+                order = f"{self._root}byteorder"
+                if order in self._entries and archive.read(order) != b"little":
+                    raise ConvertError(f"{path}: was written on a big-endian machine; save it again on a usual one")
+            self._tensors = self._require_tensors(content)
+            for name, tensor in self._tensors.items():
+                self._require_inside(name, tensor)
+        except ConvertError:
+            raise
+        except _RefusedError as error:
+            raise ConvertError(f"{path}: refused: its pickle asks for {error}, which is no tensor; get the weights as "
+                               "safetensors") from None
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ConvertError(f"{path}: not a whole file of torch.save ({error}); fetch it again, or save it again "
+                               "with torch >= 1.6") from None
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError) as error:
+            raise ConvertError(f"{path}: its pickle is damaged: {error}; fetch it again") from None
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def _require_tensors(self, content: Any) -> dict[str, _Tensor]:
+        if not isinstance(content, dict):
+            raise ConvertError(f"{self.where}: holds no dict of tensors but a {type(content).__name__}")
+        for name, value in content.items():
+            if not isinstance(value, _Tensor):
+                raise ConvertError(f"{self.where}: {name!r} is no tensor; save the plain state dict")
+        return dict(content)
+
+    def _require_inside(self, name: str, tensor: _Tensor) -> None:
+        entry = self._entries.get(f"{self._root}data/{tensor.storage.key}")
+        if entry is None or entry.compress_type != zipfile.ZIP_STORED:
+            raise ConvertError(f"{self.where}: tensor {name} has no plain storage data/{tensor.storage.key}; the file "
+                               "is damaged")
+        last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
+        is_inside = min(tensor.offset, *tensor.strides, 0) >= 0
+        if not is_inside or (0 not in tensor.shape and (last + 1) * tensor.storage.dtype.itemsize > entry.file_size):
+            raise ConvertError(f"{self.where}: tensor {name} lies outside its storage of {entry.file_size} bytes; the "
+                               "file is damaged")
+
+    def dtype(self, name: str) -> np.dtype:
+        """The tensor's dtype."""
+        return self._tensors[name].storage.dtype
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """A tensor, or the slice of it at `index`."""
+        (key, dtype), offset, shape, strides = self._tensors[name]
+        if 0 in shape:
+            return np.zeros(shape, dtype) if index is None else np.zeros(shape, dtype)[index]
+        entry = self._entries[f"{self._root}data/{key}"]
+        count = entry.file_size // dtype.itemsize
+        storage = np.memmap(self.where, dtype, mode="r", offset=self._start(entry), shape=(count,))
+        view = np.lib.stride_tricks.as_strided(storage[offset:], shape, [step * dtype.itemsize for step in strides])
+        return np.array(view if index is None else view[index])
+
+    def _start(self, entry: zipfile.ZipInfo) -> int:
+        """Where an entry's bytes begin in the file."""
+        with open(self.where, "rb") as file:
+            file.seek(entry.header_offset)
+            name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+        return entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
