@@ -33,7 +33,7 @@ setup(
         "tqdm>=4.67",
     ],
     extras_require={
-        "quickstart": ["easy-vqa==1.0"],
+        "quickstart": ["easy-vqa==1.0", "matplotlib>=3.10"],
         "tpu": [f"jax[tpu]{JAX}"],
         "cuda": [f"jax[cuda13]{JAX}"],
         "test": [
@@ -43,7 +43,6 @@ setup(
             "mypy>=1.18",
             "torch==2.13.0",
             "sentencepiece>=0.2",
-            "easy-vqa==1.0",
         ],
         "notebooks": ["nbclient>=0.10", "ipykernel>=7", "matplotlib>=3.10"],
     },

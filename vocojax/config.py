@@ -200,7 +200,7 @@ _VICUNA_13B = DecoderConfig(width=5120, depth=40, num_heads=40, num_kv_heads=40,
 
 PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType({
     "tiny": ModelConfig(
-        vision=VisionConfig(image_size=64, patch_size=16, width=64, depth=2, num_heads=4, mlp_width=256),
+        vision=VisionConfig(image_size=64, patch_size=16, width=64, depth=3, num_heads=4, mlp_width=256),
         decoder=DecoderConfig(vocab_size=64, width=64, depth=3, num_heads=4, num_kv_heads=4, head_width=16,
                               mlp_width=256),
         voco=VocoConfig(token_id=63),

@@ -5,11 +5,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 
 def retention(accuracy: float, lower: float, upper: float) -> float:
     """Share of the gap between the bounds; NaN where the bounds are equal and the gap says nothing."""
     return (accuracy - lower) / (upper - lower) if upper != lower else float("nan")
+
+
+class Row(TypedDict):
+    """A row of the table: means over seeds, accuracies in [0, 1]."""
+
+    accuracy: float
+    accuracy_by_question_type: dict[str, float]
+    retention: float
 
 
 @dataclass(frozen=True)
@@ -27,9 +36,7 @@ def mean_score(scores: Sequence[Score]) -> Score:
     return Score(mean([s.accuracy for s in scores]), {k: mean([s.by_kind[k] for s in scores]) for k in kinds})
 
 
-def table(
-    scores: Mapping[str, Sequence[Score]], lower: str, upper: str
-) -> dict[str, dict[str, float | dict[str, float]]]:
+def table(scores: Mapping[str, Sequence[Score]], lower: str, upper: str) -> dict[str, Row]:
     """The retention table.
 
     Args:
@@ -39,7 +46,7 @@ def table(
     Returns:
       For every model the mean accuracy, overall and by question type, and the mean over seeds of its retention.
     """
-    rows: dict[str, dict[str, float | dict[str, float]]] = {}
+    rows: dict[str, Row] = {}
     for name, runs in scores.items():
         mean = mean_score(runs)
         kept = [retention(s.accuracy, low.accuracy, up.accuracy)
@@ -52,15 +59,14 @@ def table(
     return rows
 
 
-def format_table(rows: Mapping[str, Mapping[str, float | Mapping[str, float]]]) -> str:
+def format_table(rows: Mapping[str, Row]) -> str:
     """The table for a terminal, in per cent."""
-    kinds = list(next(iter(rows.values()))["accuracy_by_question_type"])  # type: ignore[arg-type]
+    kinds = list(next(iter(rows.values()))["accuracy_by_question_type"])
     header = ["model", "accuracy", *kinds, "retention"]
     lines = [header]
     for name, row in rows.items():
-        by_kind = row["accuracy_by_question_type"]
-        figures = [row["accuracy"], *(by_kind[kind] for kind in kinds), row["retention"]]  # type: ignore[index]
-        lines.append([name, *(f"{100 * float(figure):.1f} %" for figure in figures)])  # type: ignore[arg-type]
+        figures = [row["accuracy"], *(row["accuracy_by_question_type"][kind] for kind in kinds), row["retention"]]
+        lines.append([name, *(f"{100 * figure:.1f} %" for figure in figures)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
     def aligned(line: list[str]) -> str:

@@ -80,8 +80,9 @@ def generate(
     cache = KeyValues(*(join(*parts) for parts in zip(*before, kept, strict=True)))
     keys_K = jnp.arange(cache.length + 1)  # the last is the answer token that is being read
     answers_from = first_index + length
-    sees_prompt_BK = (pick(rows.start_BS) <= keys_K[:answers_from]) & (
-        (first_index + last_B)[:, None] < rows.stop_BK
+    prompt_K, last_index_B1 = keys_K[:answers_from], first_index + last_B[:, None]
+    sees_prompt_BK = (
+        (pick(rows.start_BS) <= prompt_K) & (prompt_K <= last_index_B1) & (last_index_B1 < rows.stop_BK)
     )
     first_position_B1 = pick(rows.positions_BS) + 1
 

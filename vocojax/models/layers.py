@@ -30,7 +30,9 @@ class Linear(nnx.Module):
         self.bias = parameter(nnx.initializers.zeros, (out_width,), axes[1:], rngs) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        # One product over all tokens: XLA's CPU backend runs the backward pass of the batched form at half the speed.
+        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -30,11 +30,12 @@ class Answers:
 class EasyVqaBenchmark:
     """The questions of a split with their images, asked in batches."""
 
-    def __init__(self, split: Split, batch_size: int = 256):
+    def __init__(self, split: Split, batch_size: int = 256, max_images: int | None = None):
         source = EasyVqaSource(split)
-        self.image_paths = source.images
-        self.questions: list[Question] = [q for questions in source.questions for q in questions]
-        self.image_of = np.array([i for i, questions in enumerate(source.questions) for _ in questions])
+        self.image_paths = source.images[:max_images]
+        asked = source.questions[:max_images]
+        self.questions: list[Question] = [question for questions in asked for question in questions]
+        self.image_of = np.array([image for image, questions in enumerate(asked) for _ in questions])
         self._batch_size = batch_size
 
     def answer_single_pass(self, assistant: Assistant) -> Answers:

@@ -1,0 +1,83 @@
+"""What several tests need: tokenizers, a tiny model and small data on disk."""
+
+import json
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sentencepiece
+from flax import nnx
+from PIL import Image
+from transformers import LlamaTokenizer
+
+from vocojax.config import PRESETS, ModelConfig
+from vocojax.data.tokenizer import Tokenizer, word_tokenizer
+from vocojax.models.voco import VocoLlama
+
+SENTENCES = [
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: What is the color of the bus? ASSISTANT: The bus is red."
+]
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(tmp_path_factory) -> Tokenizer:
+    """A sentencepiece BPE tokenizer with LLaMA's settings (byte fallback, dummy prefix, BOS 1, EOS 2, legacy=False)."""
+    directory = tmp_path_factory.mktemp("llama_tokenizer")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 50), model_prefix=str(directory / "tokenizer"), vocab_size=370,
+        model_type="bpe", byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+    )
+    return Tokenizer(LlamaTokenizer.from_pretrained(str(directory), legacy=False))
+
+
+@pytest.fixture(scope="session")
+def words() -> Tokenizer:
+    """A word tokenizer for the captions and questions of the tests' own data."""
+    return word_tokenizer(["what color is the shape ? red green blue yes no USER: ASSISTANT: a picture of"])
+
+
+@pytest.fixture(scope="session")
+def tiny_config(words) -> ModelConfig:
+    tiny = PRESETS["tiny"]
+    return dataclasses.replace(
+        tiny,
+        vision=dataclasses.replace(tiny.vision, image_size=32, width=16, num_heads=2, mlp_width=32),
+        decoder=dataclasses.replace(tiny.decoder, vocab_size=len(words), width=32, depth=2, num_heads=4,
+                                    num_kv_heads=2, head_width=8, mlp_width=48),
+        voco=dataclasses.replace(tiny.voco, num_vocos=2, token_id=words.voco_id),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config) -> VocoLlama:
+    return VocoLlama(tiny_config, nnx.Rngs(0), jnp.float32)
+
+
+@pytest.fixture(scope="session")
+def llava_data(tmp_path_factory, words):
+    """A directory with a LLaVA JSON of 12 records (one without image), their images, and the tokenizer."""
+    root = tmp_path_factory.mktemp("llava")
+    (root / "images").mkdir()
+    random = np.random.default_rng(0)
+    records = []
+    for i in range(12):
+        colour = ("red", "green", "blue")[i % 3]
+        turns = [{"from": "human", "value": "<image>\nwhat color is the shape?"}, {"from": "gpt", "value": colour}]
+        record = {"id": f"r{i}", "conversations": turns}
+        if i == 11:
+            turns[0]["value"] = "what color is red?"
+        else:
+            pixels = random.integers(0, 255, (20 + i, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "images" / f"{i}.png")
+            record["image"] = f"{i}.png"
+        records.append(record)
+    (root / "records.json").write_text(json.dumps(records))
+    words.save(root / "tokenizer")
+    return root

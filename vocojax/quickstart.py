@@ -1,0 +1,172 @@
+"""The main job on a small public data set, end to end: train every stage, compress, read, print what is retained."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vocojax.config import ModelConfig, build
+from vocojax.data.conversation import Turn, template
+from vocojax.data.loader import unit_shape
+from vocojax.data.sources.easy_vqa import EasyVqaCaptions, EasyVqaSource
+from vocojax.data.tokenizer import Tokenizer, word_tokenizer
+from vocojax.evaluation import report
+from vocojax.evaluation.benchmarks.easy_vqa import Answers, EasyVqaBenchmark
+from vocojax.evaluation.retention import Score, format_table, table
+from vocojax.inference.assistant import Assistant
+from vocojax.layout import Visibility, lay_out_sample
+from vocojax.training.checkpoints import write_atomically
+from vocojax.training.config import stage_config
+from vocojax.training.contrastive import ContrastiveConfig, pretrain_vision
+from vocojax.training.stage import train
+
+UPPER, LOWER = "Upper Bound", "Lower Bound"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the retention table: the stage whose run it reads, and through which mask."""
+
+    name: str
+    stage: str
+    visibility: Visibility
+
+
+ARMS = (
+    Arm(UPPER, "upper_bound", "causal"),
+    Arm("VoCo-1", "voco_1", "voco"),
+    Arm(LOWER, "upper_bound", "voco"),
+)
+FURTHER_ARMS = (
+    Arm("VoCo-2", "voco_2", "voco"),
+    Arm("VoCo-8", "voco_8", "voco"),
+    Arm("Avg. Pool + Linear", "avg_pool", "causal"),
+    Arm("Q-Former (1 query)", "qformer", "causal"),
+)
+
+
+@dataclass
+class Quickstart:
+    """What is run, and where.
+
+    Args:
+      get_config: the stages' configs by name (`configs/quickstart.py`).
+      workdir: for runs and results; what is finished in it is not done again.
+      seeds: one training of everything for each.
+      full: add the baselines and larger N.
+      steps: overrides of a stage's number of steps, `vision` included.
+      test_images: evaluate on the first so many images only.
+    """
+
+    get_config: Callable[[str], ConfigDict]
+    workdir: Path
+    seeds: Sequence[int] = (0,)
+    full: bool = False
+    steps: Mapping[str, int] = field(default_factory=dict)
+    test_images: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> dict[str, Any]:
+        """Trains, evaluates, prints the table, writes retention.json and report.html, and returns the former."""
+        arms = ARMS + (FURTHER_ARMS if self.full else ())
+        tokenizer = self._make_tokenizer()
+        for seed in self.seeds:
+            self._train(seed, tokenizer, list(dict.fromkeys(arm.stage for arm in arms)))
+        benchmark = EasyVqaBenchmark("test", max_images=self.test_images)
+        with self._timed("evaluation"):
+            answers = {arm.name: [self._answer(benchmark, arm, seed) for seed in self.seeds] for arm in arms}
+        with self._timed("two-stage check"):
+            two_stage = self._check_two_stages(benchmark, answers["VoCo-1"][0])
+        scores: dict[str, list[Score]] = {
+            name: [benchmark.score(answer) for answer in runs] for name, runs in answers.items()
+        }
+        rows = table(scores, LOWER, UPPER)
+        result: dict[str, Any] = {
+            "rows": rows,
+            "seeds": list(self.seeds),
+            "vision_tokens": self._model("voco_1").unit_tokens,
+            "two_stage": two_stage,
+            "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()},
+        }
+        write_atomically(self.workdir / "retention.json", json.dumps(result, indent=2) + "\n")
+        self._write_report(result, benchmark, answers, arms)
+        print(format_table(rows))
+        return result
+
+    def _make_tokenizer(self) -> Tokenizer:
+        """A word tokenizer of the training questions, beside the runs."""
+        questions = [q for group in EasyVqaSource("train").questions for q in group]
+        tokenizer = word_tokenizer([*(f"{q.text} {q.answer}" for q in questions), "USER: ASSISTANT:"])
+        tokenizer.save(self.workdir / "tokenizer")
+        return tokenizer
+
+    def _train(self, seed: int, tokenizer: Tokenizer, stages: Sequence[str]) -> None:
+        """The vision tower, then the alignment on top of it, then every arm's stage from there."""
+        model = self._model("voco_1")
+        with self._timed("vision"):
+            config = ContrastiveConfig(model.vision, len(tokenizer), seed=seed)
+            config = dataclasses.replace(config, steps=self.steps.get("vision", config.steps))
+            pretrain_vision(config, EasyVqaCaptions("train"), tokenizer, self._run(seed, "vision"))
+        for stage in ("alignment", *stages):
+            values = self.get_config(stage)
+            values.seed = seed
+            values.data.tokenizer = str(self.workdir / "tokenizer")
+            values.init_from = str(self._run(seed, "vision" if stage == "alignment" else "alignment"))
+            values.steps = self.steps.get(stage, values.steps)
+            with self._timed(stage):
+                train(stage_config(values, "configs/quickstart.py"), self._run(seed, stage))
+
+    def _answer(self, benchmark: EasyVqaBenchmark, arm: Arm, seed: int) -> Answers:
+        return benchmark.answer_single_pass(Assistant.from_run(self._run(seed, arm.stage), arm.visibility))
+
+    def _check_two_stages(self, benchmark: EasyVqaBenchmark, single_pass: Answers) -> dict[str, float | int]:
+        """Whether answers from a VoCo cache are those of the single pass."""
+        cached = benchmark.answer_two_stage(Assistant.from_run(self._run(self.seeds[0], "voco_1")))
+        finite = np.isfinite(single_pass.logits)
+        return {
+            "questions": len(cached.texts),
+            "identical_answers": sum(a == b for a, b in zip(cached.texts, single_pass.texts, strict=True)),
+            "max_abs_logit_diff": float(np.abs(cached.logits - single_pass.logits)[finite].max()),
+        }
+
+    def _write_report(
+        self, result: Mapping[str, Any], benchmark: EasyVqaBenchmark, answers: Mapping[str, Sequence[Answers]],
+        arms: Sequence[Arm],
+    ) -> None:
+        seed = self.seeds[0]
+        curves = {arm.name: report.loss_curve(self._run(seed, arm.stage)) for arm in arms if arm.name != LOWER}
+        tokenizer = Tokenizer.from_directory(self.workdir / "tokenizer")
+        write = template("short").spans
+        asked = [write((Turn("user", q.text), Turn("assistant", q.answer)), tokenizer.eos_token)
+                 for q in benchmark.questions[:2]]
+        sample = lay_out_sample("drawn", 1, asked, tokenizer, unit_shape(self._model("voco_1")), 1000)
+        chosen = np.linspace(0, len(benchmark.questions) - 1, 12).astype(int)
+        examples = [
+            report.Example(
+                benchmark.image_paths[benchmark.image_of[i]], benchmark.questions[i].text,
+                benchmark.questions[i].answer, {name: runs[0].texts[i] for name, runs in answers.items()},
+            )
+            for i in chosen
+        ]
+        versions = json.loads((self._run(seed, "voco_1") / "versions.json").read_text())
+        report.write_report(self.workdir / "report.html", result, report.draw_losses(curves), report.draw_mask(sample),
+                            examples, versions)
+
+    def _model(self, stage: str) -> ModelConfig:
+        return build(ModelConfig, json.loads(self.get_config(stage).model.to_json()), "model")
+
+    def _run(self, seed: int, stage: str) -> Path:
+        return self.workdir / f"seed_{seed}" / stage
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - before
