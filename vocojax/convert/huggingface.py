@@ -17,6 +17,7 @@ from vocojax.config import (
     RopeScalingConfig,
     VisionConfig,
     VocoConfig,
+    build,
 )
 from vocojax.convert.mapping import ConvertError
 from vocojax.models.clip import CLIP_MEAN, CLIP_STD
@@ -39,6 +40,12 @@ _CLIP_FIXED: Json = {"hidden_act": "quick_gelu", "num_channels": 3}
 _LLAVA_FIXED: Json = {
     "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "vision_feature_select_strategy": "default",
 }
+# Our keys that have another name there.
+_THEIR_KEYS = {
+    "width": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "head_width": "head_dim", "mlp_width": "intermediate_size",
+    "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+}
 _POSITIONS = 4096  # what Vicuna-1.5 was trained for; transformers wants a figure, the model has no use for it
 
 
@@ -60,11 +67,11 @@ def read_json(path: str | Path) -> Json:
 
 
 def checked(where: str, make: Callable[[], T]) -> T:
-    """What `make` returns; the config errors it raises become `ConvertError`s that name the file."""
+    """What `make` returns; the config errors it raises become `ConvertError`s that name the file and its key."""
     try:
         return make()
-    except (ConfigError, TypeError, ArithmeticError) as error:
-        raise ConvertError(f"{where}: {error}") from None
+    except ConfigError as error:
+        raise ConvertError(f"{where}: {_THEIR_KEYS.get(error.key, error.key)} {error.problem}") from None
 
 
 def read_decoder(values: Mapping[str, Any], where: str) -> DecoderConfig:
@@ -72,15 +79,16 @@ def read_decoder(values: Mapping[str, Any], where: str) -> DecoderConfig:
     _require_fixed(values, _LLAMA_FIXED, where)
     values = {**_LLAMA_DEFAULTS, **{key: value for key, value in values.items() if value is not None}}
     width, heads = values["hidden_size"], values["num_attention_heads"]
-    if "head_dim" not in values and (heads < 1 or width % heads):
+    if "head_dim" not in values and (not isinstance(heads, int) or heads < 1 or width % heads):
         raise ConvertError(f"{where}: num_attention_heads {heads} must divide hidden_size {width}")
     theta, scaling = _read_rope(values, where)
-    return checked(where, lambda: DecoderConfig(
-        vocab_size=values["vocab_size"], width=width, depth=values["num_hidden_layers"], num_heads=heads,
-        num_kv_heads=values.get("num_key_value_heads", heads), head_width=values.get("head_dim", width // heads),
-        mlp_width=values["intermediate_size"], rope_theta=theta, rope_scaling=scaling, norm_eps=values["rms_norm_eps"],
-        tie_embeddings=values["tie_word_embeddings"],
-    ))
+    return checked(where, lambda: build(DecoderConfig, {
+        "vocab_size": values["vocab_size"], "width": width, "depth": values["num_hidden_layers"], "num_heads": heads,
+        "num_kv_heads": values.get("num_key_value_heads", heads),
+        "head_width": values["head_dim"] if "head_dim" in values else width // heads,
+        "mlp_width": values["intermediate_size"], "rope_theta": theta, "rope_scaling": scaling,
+        "norm_eps": values["rms_norm_eps"], "tie_embeddings": values["tie_word_embeddings"],
+    }))
 
 
 def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScalingConfig | None]:
@@ -90,13 +98,12 @@ def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScalin
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind == "linear":
-        return theta, checked(where, lambda: RopeScalingConfig("linear", factor=float(rope["factor"])))
-    if kind == "llama3":
-        return theta, checked(where, lambda: RopeScalingConfig(
-            "llama3", float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
-            rope["original_max_position_embeddings"],
-        ))
+    keys = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    if kind in keys:
+        scaled = {"kind": kind, **{key: rope.get(key) for key in keys[kind]}}
+        if kind == "llama3":
+            scaled["original_max_positions"] = rope.get("original_max_position_embeddings")
+        return theta, checked(where, lambda: build(RopeScalingConfig, scaled))
     raise ConvertError(f"{where}: rotary scaling of type {kind!r} is not supported; default, linear and llama3 are")
 
 
@@ -105,11 +112,11 @@ def read_vision(values: Mapping[str, Any], where: str, select_layer: int = -2) -
     values = values.get("vision_config", values)
     _require_fixed(values, _CLIP_FIXED, where)
     values = {**_CLIP_DEFAULTS, **values}
-    return checked(where, lambda: VisionConfig(
-        kind="clip", image_size=values["image_size"], patch_size=values["patch_size"], width=values["hidden_size"],
-        depth=values["num_hidden_layers"], num_heads=values["num_attention_heads"],
-        mlp_width=values["intermediate_size"], select_layer=select_layer, norm_eps=values["layer_norm_eps"],
-    ))
+    return checked(where, lambda: build(VisionConfig, {
+        "image_size": values["image_size"], "patch_size": values["patch_size"], "width": values["hidden_size"],
+        "depth": values["num_hidden_layers"], "num_heads": values["num_attention_heads"],
+        "mlp_width": values["intermediate_size"], "select_layer": select_layer, "norm_eps": values["layer_norm_eps"],
+    }))
 
 
 def read_llava(values: Mapping[str, Any], where: str) -> ModelConfig:
@@ -125,7 +132,7 @@ def read_llava(values: Mapping[str, Any], where: str) -> ModelConfig:
 
 def read_voco(values: Mapping[str, Any], where: str) -> VocoConfig:
     """The `voco` entry that exports write; without it, the first row, which a caller that knows better replaces."""
-    return checked(where, lambda: VocoConfig(**values.get("voco", {"token_id": 0})))
+    return checked(where, lambda: build(VocoConfig, values.get("voco", {"token_id": 0})))
 
 
 def write_decoder(config: DecoderConfig, rows: int, ids: Mapping[str, int | None]) -> Json:

@@ -87,7 +87,6 @@ def open_source(
         return _open_run(directory, tokenizer, allow_missing)
     values = huggingface.read_json(directory / "config.json")
     where = str(directory / "config.json")
-    own_tokenizer, knows_voco = _read_tokenizer(Path(tokenizer or directory))
     tensors = open_directory(directory)
     make_table: Callable[[ModelConfig, int, int | None], Table]
     if "text_config" in values:
@@ -95,8 +94,6 @@ def open_source(
     elif "mm_hidden_size" in values or vision is not None:
         tensors = _with_parts(tensors, vision, projector)
         config, make_table = _read_original(values, tensors, vision, where), tables.llava_table
-        # The released code's vocabulary has the row without a tokenizer that says so.
-        knows_voco |= "mm_hidden_size" in values and config.decoder.vocab_size == own_tokenizer.voco_id + 1
     else:
         if values.get("model_type", "llama") != "llama":
             raise ConvertError(f"{where}: model_type {values['model_type']!r} is not supported; llama, llava and the "
@@ -104,9 +101,12 @@ def open_source(
         decoder = huggingface.read_decoder(values, where)
         config = ModelConfig(decoder=decoder, voco=huggingface.read_voco(values, where))
         make_table = _llama_table
+    own_tokenizer, knows_voco = _read_tokenizer(Path(tokenizer or directory))
     rows, voco_id = config.decoder.vocab_size, own_tokenizer.voco_id
     if "voco" in values:
         _require_same_voco(config.voco.token_id, own_tokenizer, where)
+    # The released code's vocabulary ends with the row, whether its tokenizer says so or not.
+    knows_voco |= "mm_hidden_size" in values and rows == voco_id + 1
     config = replace(
         config, decoder=_grown(config.decoder, voco_id),
         voco=VocoConfig(num_vocos or config.voco.num_vocos, voco_id),
