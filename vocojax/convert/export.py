@@ -68,7 +68,9 @@ def new_directory(target: Path) -> Iterator[Path]:
 def _write_run(source: Source, directory: Path, dtypes: Mapping[str, np.dtype]) -> None:
     orbax_files.write_parameters(directory, source.weights, dtypes)
     source.tokenizer.save(directory / "tokenizer")
-    _write_json(directory / "config.json", {"model": dataclasses.asdict(source.config)})
+    data = {"template": source.template, "fit": source.fit}
+    _write_json(directory / "config.json",
+                {"model": dataclasses.asdict(source.config), "data": data, "visibility": "voco"})
 
 
 def _write_published(source: Source, directory: Path, layout: str, dtypes: Mapping[str, np.dtype]) -> None:

@@ -2,7 +2,7 @@
 
 A target looks like a run of training that has made no step, so that a stage can start from it (`init_from`):
 
-    DIR/config.json               {"model": ...}
+    DIR/config.json               {"model": ..., "data": {"template": ..., "fit": ...}, "visibility": "voco"}
     DIR/tokenizer/                tokenizer files, `<voco>` included
     DIR/checkpoints/0/parameters  every parameter, a flat dict by path
 """

@@ -13,6 +13,7 @@ from vocojax.convert import huggingface, llava, orbax_files, tables
 from vocojax.convert.mapping import ConvertError, Table, check_tensors
 from vocojax.convert.tensor_files import MergedTensors, open_directory, open_file
 from vocojax.convert.weights import MappedWeights, Weights
+from vocojax.data.images import Fit
 from vocojax.data.tokenizer import VOCO_TOKEN, Tokenizer
 from vocojax.models.llama import Decoder
 from vocojax.models.parameters import abstract, variables_of
@@ -28,11 +29,15 @@ class Source:
     config: of the decoder alone, vision and projector have no meaning.
     weights: the parameters by path.
     tokenizer: with `<voco>`.
+    template, fit: how its prompts are written out and its images become square; LLaVA-1.5's ways unless a run of
+      training says otherwise.
     """
 
     config: ModelConfig
     weights: Weights
     tokenizer: Tokenizer
+    template: str = "vicuna_v1"
+    fit: Fit = "pad"
 
     @property
     def decoder_only(self) -> bool:
@@ -174,7 +179,8 @@ def _open_run(directory: Path, tokenizer: str | Path | None, allow_missing: Coll
     home = Path(tokenizer or orbax_files.tokenizer_directory(directory, values))
     own_tokenizer, _ = _read_tokenizer(home)
     _require_same_voco(config.voco.token_id, own_tokenizer, where)
-    return Source(config, weights, own_tokenizer)
+    data = {key: values["data"][key] for key in ("template", "fit") if key in values.get("data", {})}
+    return Source(config, weights, own_tokenizer, **data)
 
 
 def _require_same_voco(token_id: int, tokenizer: Tokenizer, where: str) -> None:
