@@ -196,7 +196,9 @@ def _clip_vicuna(image_size: int, decoder: DecoderConfig) -> ModelConfig:
     return ModelConfig(vision=VisionConfig(image_size=image_size), decoder=decoder)
 
 
-_VICUNA_13B = DecoderConfig(width=5120, depth=40, num_heads=40, num_kv_heads=40, mlp_width=13824)
+# What `vocojax.convert` makes of Vicuna's vocabulary of 32000: a row for <voco>, and padding to a multiple of 64.
+_VICUNA_7B = DecoderConfig(vocab_size=32064, vocab_padding=63)
+_VICUNA_13B = dataclasses.replace(_VICUNA_7B, width=5120, depth=40, num_heads=40, num_kv_heads=40, mlp_width=13824)
 
 PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType({
     "tiny": ModelConfig(
@@ -205,8 +207,8 @@ PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType({
                               mlp_width=256),
         voco=VocoConfig(token_id=63),
     ),
-    "clip_l_336_vicuna_7b": _clip_vicuna(336, DecoderConfig()),
-    "clip_l_224_vicuna_7b": _clip_vicuna(224, DecoderConfig()),
+    "clip_l_336_vicuna_7b": _clip_vicuna(336, _VICUNA_7B),
+    "clip_l_224_vicuna_7b": _clip_vicuna(224, _VICUNA_7B),
     "clip_l_336_vicuna_13b": _clip_vicuna(336, _VICUNA_13B),
 })
 
