@@ -11,6 +11,8 @@ from safetensors.numpy import load_file
 
 from vocojax.config import VisionConfig
 from vocojax.convert.conversion import convert
+from vocojax.convert.export import export
+from vocojax.convert.mapping import ConvertError
 from vocojax.convert.source import open_source
 
 W = checkpoints.WORDS
@@ -127,6 +129,21 @@ def test_parts(tmp_path, layout):
                         f"{checkpoints.TOWER}vision_model.encoder.layers.1.mlp.fc1.bias"),
                        ("multi_modal_projector.linear_2.weight", "model.mm_projector.2.weight")):
         np.testing.assert_array_equal(written[name], expected[ours])
+
+
+def test_parts_without_a_projector(tmp_path):
+    """(c) The start of the alignment stage, whose projector is new: whoever opens it must know that one is missing."""
+    parts = checkpoints.save_parts(tmp_path)
+    lines = []
+    convert(parts["source"], tmp_path / "run", "orbax", vision=parts["vision"], verify=True, report=lines.append,
+            allow_missing=[r"model\.mm_projector\..*"])
+    assert sum("|Δ| 0" in line for line in lines) == 51 and "sha256" in lines[-1]
+    with pytest.raises(ConvertError, match="4 missing tensors: projector/linear_in/bias, projector/linear_in/kernel"):
+        open_source(tmp_path / "run")
+    source = open_source(tmp_path / "run", allow_missing=["projector/.*"])
+    assert len(source.weights.shapes) == 51
+    with pytest.raises(ConvertError, match="4 missing tensors"):
+        export(source, tmp_path / "llava", "llava")
 
 
 @pytest.mark.parametrize("changes", [

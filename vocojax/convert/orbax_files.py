@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from vocojax.convert.mapping import ConvertError, Shape
 from vocojax.convert.weights import Index, Weights
 
-_CHUNK_BYTES = 64 * 2**20  # stacked parameters are cut by layers into chunks of about this size
+_CHUNK_BYTES = 128 * 2**20  # at most, for the files that a parameter is cut into; stacked ones are cut by layers too
 
 
 def is_run(directory: Path) -> bool:
@@ -106,7 +106,9 @@ def write_parameters(directory: Path, weights: Weights, dtypes: Mapping[str, np.
     registry = ocp.type_handlers.create_type_handler_registry((_Later, _LaterHandler()))
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     tree = {path: _Later(weights, path, dtypes[path]) for path in sorted(weights.shapes)}
-    chunks = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,)) for path in tree}
+    # Orbax cuts `shard_axes` into single entries: the layers of a stacked parameter, nothing of another.
+    chunks = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if "blocks/" in path else ())
+              for path in tree}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(parameters=handler)) as checkpointer:
         checkpointer.save(
             (directory / "checkpoints" / "0").absolute(),
