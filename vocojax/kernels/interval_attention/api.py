@@ -129,9 +129,11 @@ def _kernel(implementation: str) -> Kernel:
         bound = lambda function: functools.partial(function, generation=generation)
         return Kernel(bound(pallas_tpu.forward), bound(pallas_tpu.backward))
     if implementation == "pallas_gpu":
-        from vocojax.kernels.interval_attention import pallas_gpu
+        from vocojax.kernels.interval_attention import gpu_blocks, pallas_gpu
 
-        return Kernel(pallas_gpu.forward, pallas_gpu.backward)
+        architecture = gpu_blocks.architecture(_device_kind())
+        bound = lambda function: functools.partial(function, architecture=architecture)
+        return Kernel(bound(pallas_gpu.forward), bound(pallas_gpu.backward))
     from vocojax.kernels.interval_attention import chunked
 
     return Kernel(chunked.forward, chunked.backward)

@@ -62,7 +62,7 @@ def forward(
     spec = tpu_blocks.GENERATIONS[generation]
     blocks = blocks or tpu_blocks.fitted(spec.forward, Q, K)
     Dp = -(-D // LANES) * LANES
-    heads = _divisor(H, blocks.columns // Dp, H // G)
+    heads = heads_per_step(H, blocks.columns // Dp, H // G)
     kv_heads = max(1, heads * G // H)
     q, k, v = (_columns(x, block, Dp) for x, block in ((q_BQHD, blocks.q), (k_BKGD, blocks.k), (v_BKGD, blocks.k)))
     Qp, Kp = q.shape[1], k.shape[1]
@@ -187,7 +187,7 @@ def backward(
     blocks = blocks or tpu_blocks.fitted(spec.backward, Q, K)
     Dp = -(-D // LANES) * LANES
     repeats = H // G
-    heads, spans = _backward_plan(Q, H, repeats, Dp, blocks, q_BQHD.dtype.itemsize, dq_bytes or spec.dq_bytes)
+    heads, spans = backward_plan(Q, H, repeats, Dp, blocks, q_BQHD.dtype.itemsize, dq_bytes or spec.dq_bytes)
     kv_heads = max(1, heads // repeats)
     turns = max(1, repeats // heads)  # grid steps over the query heads that share one step's key/value heads
     group = turns * heads  # the query heads whose dq accumulates together
@@ -334,13 +334,13 @@ def _columns(x_BSHD: jax.Array, multiple: int, width: int) -> jax.Array:
     return x.reshape(B, -1, H * width)
 
 
-def _divisor(heads: int, most: int, repeats: int) -> int:
+def heads_per_step(heads: int, most: int, repeats: int) -> int:
     """The largest number of query heads <= `most` per step that is whole groups or divides one group."""
     fits = lambda n: heads % n == 0 and (n % repeats == 0 or repeats % n == 0)
     return next(n for n in range(max(1, min(most, heads)), 0, -1) if fits(n))
 
 
-def _backward_plan(
+def backward_plan(
     Q: int, H: int, repeats: int, width: int, blocks: Blocks, itemsize: int, dq_bytes: int
 ) -> tuple[int, int]:
     """-> query heads per step, and the number of spans that keeps one span's dq within `dq_bytes`.
@@ -349,7 +349,7 @@ def _backward_plan(
     tile, more spans cost a partial sum of dk and dv each, so spans are the last resort.
     """
     for most in range(max(1, blocks.columns // width), 0, -1):
-        heads = _divisor(H, most, repeats)
+        heads = heads_per_step(H, most, repeats)
         per_block = blocks.q * max(heads, repeats) * width * (4 + 2 * itemsize)
         fit = max(1, dq_bytes // per_block)
         if fit * blocks.q >= Q:

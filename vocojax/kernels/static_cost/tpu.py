@@ -1,0 +1,241 @@
+"""Cycles of Pallas TPU kernels without a TPU: libtpu compiles them, `bundles` replays what it emitted.
+
+libtpu writes its dumps where an environment variable told it to before it loaded, so the compilation runs in a child
+process (`python -m vocojax.kernels.static_cost.tpu`), one per topology.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vocojax.kernels.static_cost import bundles
+from vocojax.kernels.static_cost.bundles import GridLoop, Region
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip: its machine model, clock, peak bfloat16 TFLOP/s, HBM bytes per second and TensorCores."""
+
+    machine: str
+    ghz: float
+    tflops: float
+    bandwidth: float
+    cores: int
+
+
+CHIPS = {
+    "TPU v4": Chip("v5", 1.05, 275, 1228e9, 2),
+    "TPU v5 lite": Chip("v5", 1.50, 197, 819e9, 1),
+    "TPU v5": Chip("v5", 1.75, 459, 2765e9, 2),
+    "TPU v6 lite": Chip("v6", 1.75, 918, 1640e9, 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A kernel to compile for one shape: the project's (`ours`) with the blocks of its table, or JAX's (`splash`).
+
+    `block` is the queries and keys of splash's tiles, `block_compute` the keys of one inner step (0: all of a tile).
+    """
+
+    kernel: str
+    length: int
+    rows: int = 1
+    heads: int = 32
+    width: int = 128
+    block: int = 0
+    block_compute: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One Pallas kernel of a job: where its dumps are and what its grid looks like."""
+
+    name: str
+    device_kind: str
+    cores: int
+    parallel: bool
+    bundles: str
+    allocations: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TileCosts:
+    """Cycles of a kernel's grid step, by what the step does.
+
+    Attributes:
+        idle: a step that computes nothing.
+        tiles: steps that compute, one number per region with matrix products, in the order of the code.
+        before, after: extra cycles of the regions without products that come before and after those.
+        matrix: cycles that the matrix units are busy in each of `tiles`.
+        spills: registers stored to memory for want of room in each of `tiles`.
+        vmem_bytes: VMEM of windows and scratch.
+    """
+
+    idle: int
+    tiles: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    matrix: tuple[float, ...]
+    spills: tuple[int, ...]
+    vmem_bytes: int
+
+
+def compile_jobs(topology: str, jobs: list[Job], folder: str) -> list[list[Compiled]]:
+    """The kernels of every job (forward first), compiled for one device of `topology` by a child process."""
+    arguments = [sys.executable, "-m", "vocojax.kernels.static_cost.tpu", topology, folder]
+    flags = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=(final_bundles|original)"
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} {flags}",
+    }
+    text = json.dumps([dataclasses.asdict(job) for job in jobs])
+    child = subprocess.run(arguments, input=text, env=environment, capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(f"compiling for {topology} failed:\n{child.stderr[-3000:]}")
+    answer = json.loads(child.stdout.splitlines()[-1])
+    return [[Compiled(**kernel) for kernel in job] for job in answer]
+
+
+def tile_costs(kernel: Compiled) -> TileCosts:
+    """Replays the grid step of a compiled kernel with and without each of its `pl.when` regions."""
+    machine = bundles.MACHINES[CHIPS[kernel.device_kind].machine]
+    loop = GridLoop(bundles.parse(Path(kernel.bundles).read_text(errors="replace")), machine)
+    # Regions of a few vector operations are the pipeline's own bookkeeping and always run.
+    optional = [r for r in loop.regions if r.matmuls or r.vector_ops >= 16]
+    encloses = lambda r, s: r.branch < s.branch < r.end
+    products = [r for r in optional if r.matmuls and not any(encloses(r, s) for s in optional if s.matmuls)]
+    others = [r for r in optional if not r.matmuls]
+    with_only = lambda *kept: {r for r in optional if not any(r == k or encloses(r, k) for k in kept)}
+    tiles = [loop.step(with_only(r)) for r in products]
+    cycles = [bundles.replay(path, loop.machine) for path in tiles]
+    extra: Callable[[Region], int] = lambda r: loop.cycles(with_only(products[0], r)) - cycles[0]
+    original = Path(kernel.allocations).read_text(errors="replace")
+    sizes = re.findall(r"#allocation(\d+) \[shape.*?space=vmem, size = (0x[0-9a-f]+)", original)
+    return TileCosts(
+        idle=loop.cycles(set(optional)),
+        tiles=tuple(cycles),
+        before=tuple(extra(r) for r in others if r.branch < products[0].branch),
+        after=tuple(extra(r) for r in others if r.branch > products[0].branch),
+        matrix=tuple(bundles.matrix_cycles(path, loop.machine) for path in tiles),
+        spills=tuple(sum(b.spills for b in path) for path in tiles),
+        vmem_bytes=sum(dict((name, int(size, 16)) for name, size in sizes).values()),
+    )
+
+
+def _compile_here(topology: str, folder: str, jobs: list[Job]) -> list[list[Compiled]]:
+    """The child's part of `compile_jobs`."""
+    import jax
+    from jax.experimental import topologies
+
+    device: Any = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    on = jax.sharding.SingleDeviceSharding(device)
+    compiled = []
+    for job in jobs:
+        function, shapes = {"ours": _ours, "splash": _splash}[job.kernel](job, device.device_kind)
+        arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), shapes)
+        calls = _pallas_calls(jax.jit(function).trace(*arguments).jaxpr.jaxpr)
+        compiled.append([_compile_call(call, device, folder) for call in calls])
+    return compiled
+
+
+def _compile_call(call: Any, device: Any, folder: str) -> Compiled:
+    """Compiles one `pallas_call` equation alone; its dumps are the files that appear meanwhile."""
+    import jax
+
+    name = re.sub(r"\W", "_", call.params["name"])
+    on = jax.sharding.SingleDeviceSharding(device)
+    operands = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=on) for v in call.invars]
+    function = lambda *x: call.primitive.bind(*x, **call.params)
+    function.__name__ = name
+    before = set(glob.glob(f"{folder}/*"))
+    jax.jit(function).lower(*operands).compile()
+    new = [f for f in sorted(set(glob.glob(f"{folder}/*")) - before) if f"-{name}" in f]
+    dump = lambda end: next(f for f in new if f.endswith(end) and "schedule-" not in f)
+    semantics = [str(s).lower() for s in getattr(call.params["compiler_params"], "dimension_semantics", None) or ()]
+    return Compiled(
+        name=name,
+        device_kind=device.device_kind,
+        cores=getattr(device, "num_cores", 1) or 1,
+        parallel=any("parallel" in s for s in semantics),
+        bundles=dump("-final_bundles.txt"),
+        allocations=dump("-original.txt"),
+    )
+
+
+def _pallas_calls(jaxpr: Any) -> list[Any]:
+    """Every `pallas_call` equation in a program, in order."""
+    calls = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            calls.append(equation)
+            continue
+        inner = [x for p in equation.params.values() for x in (p if isinstance(p, (tuple, list)) else (p,))]
+        for x in inner:
+            x = getattr(x, "jaxpr", x)
+            calls += _pallas_calls(x) if hasattr(x, "eqns") else []
+    return calls
+
+
+def _ours(job: Job, device_kind: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Both passes of the project's kernel on abstract arrays."""
+    import jax
+    import jax.numpy as jnp
+
+    from vocojax.kernels.interval_attention import IntervalMask, pallas_tpu, tpu_blocks
+
+    generation = tpu_blocks.generation(device_kind)
+    x = jax.ShapeDtypeStruct((job.rows, job.length, job.heads, job.width), jnp.bfloat16)
+    vector: Any = jax.ShapeDtypeStruct((job.rows, job.length), jnp.int32)
+    lse = jax.ShapeDtypeStruct((job.rows, job.heads, job.length), jnp.float32)
+
+    def passes(q, k, v, mask, out, lse, dout):
+        scale = job.width**-0.5
+        forward = pallas_tpu.forward(q, k, v, mask, scale, generation=generation)
+        backward = pallas_tpu.backward(q, k, v, mask, out, lse, dout, scale, generation=generation)
+        return forward, backward
+
+    return passes, (x, x, x, IntervalMask(vector, vector), x, lse, x)
+
+
+def _splash(job: Job, device_kind: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """JAX's splash attention, causal with segment ids, and its fused backward pass."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    del device_kind  # it has one implementation for all
+    tiles: dict[str, Any] = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), job.block)
+    tiles |= dict.fromkeys(("block_kv_compute", "block_kv_dkv_compute"), job.block_compute or job.block)
+    mask = masks.MultiHeadMask([masks.CausalMask((job.length, job.length))] * job.heads)
+    sizes = kernel.BlockSizes(**tiles, use_fused_bwd_kernel=True)
+    attend = kernel.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
+
+    def loss(q, k, v, segments):
+        ids = kernel.SegmentIds(segments, segments)
+        return jax.vmap(attend)(q, k, v, ids).astype(jnp.float32).sum()
+
+    x = jax.ShapeDtypeStruct((1, job.heads, job.length, job.width), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((1, job.length), jnp.int32)
+    return jax.grad(loss, argnums=(0, 1, 2)), (x, x, x, segments)
+
+
+if __name__ == "__main__":
+    where, dumps = sys.argv[1:]
+    work = [Job(**job) for job in json.load(sys.stdin)]
+    print(json.dumps([[dataclasses.asdict(k) for k in job] for job in _compile_here(where, dumps, work)]))
