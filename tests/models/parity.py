@@ -8,7 +8,8 @@ import torch
 from flax import nnx
 
 from vocojax.convert.mapping import Rule, Table
-from vocojax.convert.weights import MappedWeights, fill, parameter_shapes
+from vocojax.convert.weights import MappedWeights
+from vocojax.models.parameters import variables_of, with_parameters
 
 TOLERANCE = 1e-4  # absolute, between float32 computations of the two libraries
 
@@ -22,16 +23,18 @@ class TorchTensors:
         self._arrays = {name: tensor.detach().numpy() for name, tensor in state_dict.items()}
         self.shapes = {name: array.shape for name, array in self._arrays.items()}
 
+    def dtype(self, name):
+        return self._arrays[name].dtype
+
     def read(self, name, index=None):
         return self._arrays[name] if index is None else self._arrays[name][index]
 
 
 def filled(module: nnx.Module, rules: list[Rule], state_dict: Mapping[str, torch.Tensor], prefix: str) -> nnx.Module:
     """The module with every parameter read from the state dict; `prefix` is the module's in the rules' paths."""
-    table = Table("test", tuple(rules), ignored=(r".*position_ids",))
-    fill(module, MappedWeights(table, TorchTensors(state_dict), parameter_shapes(module, prefix)), jnp.float32,
-         prefix=prefix)
-    return module
+    shapes = {prefix + path: tuple(variable.shape) for path, variable in variables_of(module).items()}
+    weights = MappedWeights(Table("test", tuple(rules)), TorchTensors(state_dict), shapes)
+    return with_parameters(module, {path.removeprefix(prefix): jnp.asarray(weights.read(path)) for path in shapes})
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -13,8 +13,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaC
 
 from vocojax.config import DecoderConfig, ModelConfig, ProjectorConfig, RopeScalingConfig, VisionConfig, VocoConfig
 from vocojax.convert.mapping import Table
+from vocojax.convert.source import parameter_shapes
 from vocojax.convert.tables import clip_rules, decoder_rules, projector_rules
-from vocojax.convert.weights import MappedWeights, parameter_shapes
+from vocojax.convert.weights import MappedWeights
 from vocojax.kernels.interval_attention import IntervalMask
 from vocojax.models.clip import CLIP_MEAN, CLIP_STD
 from vocojax.models.llama import Decoder
@@ -151,9 +152,32 @@ def test_llava_logits_and_gradients():
 
     flat = {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(gradients)}
     theirs_grad = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()}
-    mapped = MappedWeights(Table("gradients", tuple(rules)), TorchTensors(theirs_grad), parameter_shapes(ours))
+    mapped = MappedWeights(Table("gradients", tuple(rules)), TorchTensors(theirs_grad), parameter_shapes(CONFIG))
     assert set(flat) == set(mapped.shapes)
     for path in mapped.shapes:
         np.testing.assert_allclose(flat[path], mapped.read(path), rtol=0, atol=1e-4, err_msg=f"gradient of {path}")
     assert np.abs(flat["vision/patch_embedding"]).max() > 1e-3  # the comparison says something at the far end
     assert not flat["vision/final_blocks/mlp_in/kernel"].any()
+
+
+def test_decoder_under_the_voco_mask():
+    """One image and its text: transformers with the method's mask written out as a matrix, against our two vectors."""
+    unit, vocos, length = 1 + 9 + 1, 2, 25  # BOS, nine vision tokens and the newline; then VoCo tokens and the text
+    query, key = np.arange(length)[:, None], np.arange(length)[None]
+    is_text = query >= unit + vocos
+    visible = (key <= query) & ~(is_text & (key < unit))
+    assert visible[unit + vocos].tolist() == [False] * unit + [True] * (vocos + 1) + [False] * (length - 14)
+    config = DECODERS["grouped_query"]
+    theirs = randomise(LlamaForCausalLM(llama_config(config)))
+    ours = filled(Decoder(config, nnx.Rngs(0)), decoder_rules(config, "model.", "lm_head"), theirs.state_dict(),
+                  "decoder/")
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
+    bias = torch.from_numpy(np.where(visible, 0.0, np.finfo(np.float32).min).astype(np.float32))[None, None]
+    expected = theirs(torch.from_numpy(ids), attention_mask=bias, position_ids=torch.arange(length)[None])
+    positions = jnp.arange(length)[None]
+    stop = jnp.where(positions < unit, unit + vocos, length)
+    hidden, _ = ours(ours.embed(jnp.asarray(ids), jnp.float32), positions,
+                     IntervalMask(jnp.zeros_like(positions), stop))
+    assert_close(ours.logits(hidden), expected.logits, "logits")
+    causal_logits = theirs(torch.from_numpy(ids)).logits
+    assert (causal_logits - expected.logits)[0, unit + vocos :].abs().max() > 0.1  # the mask makes a difference

@@ -18,12 +18,13 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from vocojax.config import CompressorConfig, ProjectorConfig, VisionConfig
+from vocojax.config import CompressorConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, VocoConfig
 from vocojax.convert.tables import clip_rules, eva_rules, projector_rules
 from vocojax.models.clip import ClipVision
 from vocojax.models.compressors import QFormer
 from vocojax.models.eva import EvaVision
 from vocojax.models.projector import Projector
+from vocojax.models.voco import VocoLlama
 
 SIZES = {"image_size": 28, "patch_size": 7, "width": 32, "depth": 4, "num_heads": 2, "mlp_width": 80}
 HF_SIZES = {"image_size": 28, "patch_size": 7, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
@@ -163,3 +164,18 @@ def test_qformer(every):
     queries = torch.from_numpy(np.array(ours.queries[...])).expand(2, -1, -1)
     expected = theirs(query_embeds=queries, encoder_hidden_states=normed).last_hidden_state
     assert_close(ours(jnp.asarray(features)), expected, "Q-Former output")
+
+
+def test_eva_in_the_whole_model():
+    """The tower that a config names is the one that images go through."""
+    config = ModelConfig(
+        VisionConfig(**{**SIZES, "depth": 2}, kind="eva", select_layer=-1, norm_eps=1e-6),
+        decoder=DecoderConfig(vocab_size=64, width=48, depth=1, num_heads=2, num_kv_heads=2, head_width=24,
+                              mlp_width=64),
+        voco=VocoConfig(token_id=63),
+    )
+    model = VocoLlama(config, nnx.Rngs(0), jnp.float32)
+    images = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3)).astype(np.uint8)
+    tokens = model.encode_images(jnp.asarray(images))
+    assert isinstance(model.vision, EvaVision) and tokens.shape == (2, 16, 48)
+    assert float(jnp.abs(tokens[0] - tokens[1]).max()) > 1e-3

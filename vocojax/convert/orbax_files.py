@@ -69,7 +69,7 @@ class OrbaxWeights:
                 restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
             ))
             self._last = name, restored[name]
-        return self._last[1] if index is None else self._last[1][index]
+        return self._last[1] if index is None else self._last[1][index].copy()  # a view would keep the whole alive
 
 
 class _Later:

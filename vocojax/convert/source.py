@@ -1,7 +1,8 @@
 """Opens weights in any layout: finds out what a directory holds, and from which tensors the model is to be read."""
 
+import functools
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 
 from vocojax.config import DecoderConfig, ModelConfig, VocoConfig, build
 from vocojax.convert import huggingface, llava, orbax_files, tables
-from vocojax.convert.mapping import ConvertError, Table, check_tensors
+from vocojax.convert.mapping import ConvertError, Shape, Table, check_tensors
 from vocojax.convert.tensor_files import MergedTensors, open_directory, open_file
 from vocojax.convert.weights import MappedWeights, Weights
 from vocojax.data.images import Fit
@@ -50,7 +51,8 @@ def is_decoder_only(weights: Weights) -> bool:
     return all(path.startswith("decoder/") for path in weights.shapes)
 
 
-def parameter_shapes(config: ModelConfig, decoder_only: bool = False) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def parameter_shapes(config: ModelConfig, decoder_only: bool = False) -> Mapping[str, Shape]:
     """Shapes of a model's parameters by path, of all or of its decoder's."""
     if not decoder_only:
         variables = variables_of(abstract(lambda: VocoLlama(config, nnx.Rngs(0))))
