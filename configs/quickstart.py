@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from vocojax.config import preset
 from vocojax.training.config import config_to_dict
 
-VOCABULARY = 37  # words of the training questions, special tokens and <voco>
+VOCABULARY = 34  # words of the training questions, special tokens and <voco>
 
 
 def get_config(stage: str = "voco_1") -> ConfigDict:
@@ -35,11 +35,11 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
             "source": "easy_vqa",
             "split": "train",
             "tokenizer": "",
-            "template": "short",
-            "threads_per_sample": 3,
-            "row_length": 72,
+            "template": "bare",
+            "threads_per_sample": 4,
+            "row_length": 68,
             "images_per_row": 1,
-            "max_targets": 6,
+            "max_targets": 8,
             "num_threads": 2,
             "keep_in_memory": True,
         },
@@ -50,8 +50,8 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
         "visibility": "voco",
         "optimizer": {"learning_rate": 2e-3, "warmup_share": 0.05, "b2": 0.98},
         "checkpoint": {"every": 10_000, "keep": 1},
-        "batch_size": 48,
-        "steps": 1000,
+        "batch_size": 40,
+        "steps": 1500,
         "seed": 0,
         "dtype": "float32",  # faster than bfloat16 on a CPU without bf16 instructions
         "frozen_dtype": "float32",
@@ -61,7 +61,7 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
     if stage == "alignment":
         # The decoder is not pretrained, so there is no language to align to yet: it learns the captions as well.
         config.data.update(source="easy_vqa_captions", template="plain", row_length=24 * 8, images_per_row=8)
-        config.update(visibility="causal", steps=200, init_new=["projector/.*", "decoder/.*"], batch_size=8)
+        config.update(visibility="causal", steps=100, init_new=["projector/.*", "decoder/.*"], batch_size=8)
     elif stage == "upper_bound":
         config.visibility = "causal"
     elif stage.startswith("voco_"):

@@ -6,7 +6,9 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +20,10 @@ from transformers import LlamaTokenizer
 from vocojax.config import PRESETS, ModelConfig
 from vocojax.data.tokenizer import Tokenizer, word_tokenizer
 from vocojax.models.voco import VocoLlama
+
+# Many tests compile the same programs.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 SENTENCES = [
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "

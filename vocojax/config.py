@@ -202,9 +202,9 @@ _VICUNA_13B = dataclasses.replace(_VICUNA_7B, width=5120, depth=40, num_heads=40
 
 PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType({
     "tiny": ModelConfig(
-        vision=VisionConfig(image_size=64, patch_size=16, width=64, depth=3, num_heads=4, mlp_width=256),
-        decoder=DecoderConfig(vocab_size=64, width=64, depth=3, num_heads=4, num_kv_heads=4, head_width=16,
-                              mlp_width=256),
+        vision=VisionConfig(image_size=64, patch_size=16, width=64, depth=2, num_heads=4, mlp_width=256),
+        decoder=DecoderConfig(vocab_size=64, width=64, depth=3, num_heads=2, num_kv_heads=2, head_width=32,
+                              mlp_width=128),
         voco=VocoConfig(token_id=63),
     ),
     "clip_l_336_vicuna_7b": _clip_vicuna(336, _VICUNA_7B),

@@ -80,6 +80,15 @@ def _plain(conversation: Conversation, end: str) -> list[Span]:
     return [Span(caption + "\n", is_target=True) for caption in captions]
 
 
+def _bare(conversation: Conversation, end: str) -> list[Span]:
+    """Questions and answers one after the other, without roles."""
+    out = []
+    for turn in conversation:
+        text = _without_markers(turn.text)
+        out += [Span(text)] if turn.role == "user" else [Span(" " + text, is_target=True), Span(end, is_target=True)]
+    return out
+
+
 def _without_markers(text: str) -> str:
     return re.sub(r"\s*<(?:image|video)>\s*", lambda m: "\n" if m.start() and m.end() < len(text) else "", text).strip()
 
@@ -95,6 +104,7 @@ TEMPLATES: Mapping[str, Template] = {
         Template("vicuna_v1", "", _dialogue(VICUNA_SYSTEM, _without_markers)),
         Template("released", "", _dialogue(VICUNA_SYSTEM, _released)),
         Template("short", "", _dialogue("", _without_markers)),
+        Template("bare", "", _bare),
         Template("plain", "\n", _plain),
     )
 }

@@ -30,14 +30,15 @@ from vocojax.training.optimizer import make_optimizer
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
-    """vision: the tower; vocab_size: of the captions' tokenizer; flip: mirror half of the images."""
+    """vision: the tower; vocab_size: of the captions' tokenizer; max_shift: images are mirrored at random and moved by
+    up to so many pixels either way."""
 
     vision: VisionConfig
     vocab_size: int
     steps: int = 900
     batch_size: int = 96
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=3e-3, b2=0.98))
-    flip: bool = True
+    max_shift: int = 4
     seed: int = 0
     log_every: int = 10
 
@@ -98,11 +99,16 @@ class _CaptionStream:
         random = np.random.default_rng((self._config.seed, self._step))
         self._step += 1
         chosen = random.choice(len(self._images), self._config.batch_size, replace=False)
-        images = self._images[chosen]
-        if self._config.flip:
-            mirrored = random.random(len(chosen)) < 0.5
-            images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-        return {"images": images, "captions": self._captions[chosen]}
+        return {"images": self._augmented(self._images[chosen], random), "captions": self._captions[chosen]}
+
+    def _augmented(self, images_BHWC: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Every image mirrored or not, then moved; what moves in repeats the edge."""
+        count, size = images_BHWC.shape[:2]
+        mirrored_B111 = random.random((count, 1, 1, 1)) < 0.5
+        images_BHWC = np.where(mirrored_B111, images_BHWC[:, :, ::-1], images_BHWC)
+        shifts_2B1 = random.integers(-self._config.max_shift, self._config.max_shift + 1, (2, count, 1))
+        rows_BH, columns_BW = np.clip(np.arange(size) + shifts_2B1, 0, size - 1)
+        return images_BHWC[np.arange(count)[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
 
     def get_state(self) -> dict[str, Any]:
         return {"step": self._step}
@@ -134,7 +140,7 @@ def pretrain_vision(config: ContrastiveConfig, source: Source, tokenizer: Tokeni
         (value, hits), grads = jax.value_and_grad(loss, has_aux=True)(state.parameters, batch)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        metrics = {"loss": value, "accuracy": hits, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": value, "accuracy": hits, "grad_norm": optax.tree.norm(grads)}
         return ContrastiveState(state.step + 1, parameters, optimizer_state), metrics
 
     checkpoints = Checkpoints(workdir, CheckpointConfig(every=config.steps, keep=1))

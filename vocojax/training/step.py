@@ -71,7 +71,7 @@ def make_step(
             "cross_entropy": totals.cross_entropy / count,
             "kl": totals.kl / count,
             "accuracy": totals.correct / count,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "targets": count,
             "tokens": batch["num_tokens"].sum().astype(jnp.float32),
         }

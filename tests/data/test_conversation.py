@@ -1,0 +1,54 @@
+import pytest
+
+from vocojax.data.conversation import Turn, conversation_from_llava, template
+from vocojax.layout import LayoutError
+
+
+def turns(*values):
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def test_llava_records_become_turns():
+    assert conversation_from_llava("r", turns("<image>\nq", "a")) == (Turn("user", "<image>\nq"), Turn("assistant", "a"))
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ([], "no conversation"),
+        ([{"from": "system", "value": "x"}], "unknown role"),
+        ([{"from": "gpt", "value": "x"}], "roles out of turn"),
+        (turns("q", "a", "q")[::2], "roles out of turn"),
+        (turns("q", "  "), "empty answer"),
+        ([{"from": "human"}], "no text"),
+    ],
+)
+def test_bad_conversations_name_record_and_reason(record, reason):
+    with pytest.raises(LayoutError, match="record 'r1'") as error:
+        conversation_from_llava("r1", record)
+    assert error.value.reason == reason
+
+
+def test_targets_are_answers_with_their_end():
+    conversation = (Turn("user", "q1"), Turn("assistant", "a1"), Turn("user", "q2"), Turn("assistant", "a2"))
+    spans = template("short").spans(conversation, "</s>")
+    assert "".join(s.text for s in spans) == "USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>"
+    assert [s.text for s in spans if s.is_target] == [" a1", "</s>", " a2", "</s>"]
+
+
+def test_plain_is_the_caption_alone():
+    spans = template("plain").spans((Turn("user", "<image>\nDescribe."), Turn("assistant", "a red bus")), "</s>")
+    assert [(s.text, s.is_target) for s in spans] == [("a red bus\n", True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"), [("<image>\nq", "q"), ("q\n<image>", "q"), ("a\n<image>\nb", "a\nb"), ("q", "q")]
+)
+def test_image_markers_leave_no_trace(text, clean):
+    spans = template("short").spans((Turn("user", text),), "</s>")
+    assert "".join(s.text for s in spans) == f"USER: {clean} ASSISTANT:"
+
+
+def test_unknown_template_lists_the_known():
+    with pytest.raises(ValueError, match="released"):
+        template("v1")

@@ -1,0 +1,137 @@
+"""The batch stream: deterministic, resumable, and honest about what it skips."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from vocojax.config import ConfigError
+from vocojax.data.config import DataConfig
+from vocojax.data.loader import BatchStream, SkippedTooMany
+from vocojax.data.sources import LlavaSource
+from vocojax.layout import IGNORE, LayoutError
+
+
+@pytest.fixture
+def data(llava_data):
+    return DataConfig(
+        path=str(llava_data / "records.json"), image_root=str(llava_data / "images"),
+        tokenizer=str(llava_data / "tokenizer"), template="short", row_length=40, images_per_row=2, pack_window=5,
+        num_threads=2, max_skipped_share=0.01,
+    )
+
+
+def same(a, b):
+    return all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def rewrite(llava_data, tmp_path, edit):
+    """A copy of the records with some of them edited."""
+    records = json.loads((llava_data / "records.json").read_text())
+    edit(records)
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    return str(tmp_path / "records.json")
+
+
+def test_stream_is_a_function_of_the_seed(tiny_config, data):
+    first, again = (BatchStream(tiny_config, data, 2, 7, "voco") for _ in range(2))
+    batches = [next(first) for _ in range(12)]  # several epochs
+    assert all(same(batch, next(again)) for batch in batches)
+    other = BatchStream(tiny_config, data, 2, 8, "voco")
+    assert not all(same(batch, next(other)) for batch in batches)
+    more_threads = BatchStream(tiny_config, dataclasses.replace(data, num_threads=5), 2, 7, "voco")
+    assert all(same(batch, next(more_threads)) for batch in batches)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 4, 9])
+def test_stream_resumes_with_exactly_the_next_batch(tiny_config, data, taken):
+    stream = BatchStream(tiny_config, data, 2, 7, "voco", "causal")
+    for _ in range(taken):
+        next(stream)
+    state = json.loads(json.dumps(stream.get_state()))
+    expected = [next(stream) for _ in range(5)]
+    resumed = BatchStream(tiny_config, data, 2, 7, "voco", "causal")
+    resumed.set_state(state)
+    assert all(same(batch, next(resumed)) for batch in expected)
+
+
+def test_epochs_hold_every_record_once(tiny_config, data):
+    stream = BatchStream(tiny_config, dataclasses.replace(data, images_per_row=1, row_length=24, pack_window=1), 1, 0, "voco")
+    answers = [int(next(stream)["target_ids"][0, 0]) for _ in range(12)]
+    colours = [stream.tokenizer.encode(c).ids[0] for c in ("red", "green", "blue")]
+    assert sorted(answers) == sorted(colours * 4)
+
+
+def test_bad_images_are_skipped_and_counted(tiny_config, data, llava_data, tmp_path):
+    (llava_data / "images" / "broken.png").write_bytes(b"no image")
+
+    def edit(records):
+        records[2]["image"], records[5]["image"] = "missing.png", "broken.png"
+
+    path = rewrite(llava_data, tmp_path, edit)
+    stream = BatchStream(tiny_config, dataclasses.replace(data, path=path, max_skipped_share=0.5), 2, 0, "voco")
+    for _ in range(6):
+        next(stream)
+    scalars = stream.tally.scalars()
+    assert scalars["data/skipped/missing image"] >= 1 and scalars["data/skipped/undecodable image"] >= 1
+
+
+def test_a_run_stops_when_too_much_is_skipped(tiny_config, data, llava_data, tmp_path):
+    path = rewrite(llava_data, tmp_path, lambda records: [r.update(image="missing.png") for r in records[:9]])
+    stream = BatchStream(tiny_config, dataclasses.replace(data, path=path), 2, 0, "voco")
+    with pytest.raises(SkippedTooMany, match=r"records were skipped \(missing image: \d+\), more than data\.max_skip"):
+        for _ in range(20):
+            next(stream)
+
+
+def test_truncated_answers_are_counted_and_lost_ones_skipped(tiny_config, data):
+    short = dataclasses.replace(data, row_length=18, max_skipped_share=1.0)  # a unit takes 8, a question 10 and more
+    stream = BatchStream(tiny_config, short, 1, 0, "voco")
+    next(stream)
+    scalars = stream.tally.scalars()
+    assert scalars["data/skipped/truncated away"] > 0 or scalars["data/dropped_tokens"] > 0
+
+
+def test_labels_reach_the_row_shifted(tiny_config, data):
+    stream = BatchStream(tiny_config, data, 2, 7, "voco")
+    batch = next(stream)
+    for ids, index, targets in zip(batch["ids"], batch["target_index"], batch["target_ids"], strict=True):
+        used = targets != IGNORE
+        assert used.any() and (ids[index[used] + 1] == targets[used]).all()
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda r: r.update(image="../records.json"), "image outside root"),
+        (lambda r: r.update(image="/etc/passwd"), "image outside root"),
+        (lambda r: r["conversations"][0].update(value="<image><image>what?"), "more <image> than images"),
+        (lambda r: r["conversations"][1].update(value=""), "empty answer"),
+    ],
+)
+def test_bad_records_name_their_reason(llava_data, tmp_path, edit, reason):
+    path = rewrite(llava_data, tmp_path, lambda records: edit(records[0]))
+    with pytest.raises(LayoutError, match="record 'r0'") as error:
+        LlavaSource(path, llava_data / "images")[0]
+    assert error.value.reason == reason
+
+
+def test_a_file_that_is_no_list_is_named(tmp_path):
+    for content, message in ((b"{}", "must hold a list"), (b"[", "not a JSON file"), (b"\xff", "not a JSON file")):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            LlavaSource(tmp_path / "x.json", tmp_path)
+
+
+def test_the_tokenizer_must_fit_the_model(tiny_config, data):
+    wrong = dataclasses.replace(tiny_config, voco=dataclasses.replace(tiny_config.voco, token_id=3))
+    with pytest.raises(ConfigError, match=r"model\.voco\.token_id must be \d+, the id of <voco>"):
+        BatchStream(wrong, data, 2, 0, "voco")
+
+
+def test_data_config_errors_name_the_key():
+    with pytest.raises(ConfigError, match="path must name the JSON file"):
+        DataConfig(tokenizer="x")
+    with pytest.raises(ConfigError, match=r"template must be one of .*, got 'v2'"):
+        DataConfig(source="easy_vqa", tokenizer="x", template="v2")

@@ -1,0 +1,68 @@
+"""Packing: rows hold their samples unchanged, and padding and neighbours are invisible."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.test_layout import Letters, pairs
+from vocojax.data.packing import Item, RowShape, first_fit, pack_row
+from vocojax.layout import IGNORE, LayoutError, Role, Span, UnitShape, View, lay_out_sample
+
+UNIT = UnitShape(2, 1)
+SHAPE = RowShape(40, 3, 8, 4, 2, (("", "voco"), ("teacher_", "causal")))
+
+
+def item(units, text, mark=0):
+    spans = [Span("q"), Span(text, True)]
+    layout = lay_out_sample(text, units, [spans], Letters(), UNIT, 100)
+    return Item(layout, tuple(np.full((4, 4, 3), 10 * mark + i + 1, np.uint8) for i in range(units)))
+
+
+ITEMS = st.lists(st.tuples(st.integers(0, 2), st.text("xyz", min_size=1, max_size=6)), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ITEMS)
+def test_rows_hold_every_sample_once_and_nothing_crosses(drawn):
+    items = [item(units, text, mark) for mark, (units, text) in enumerate(drawn)]
+    groups = first_fit(items, SHAPE)
+    assert sorted(id(i) for g in groups for i in g) == sorted(map(id, items))
+    for group in groups:
+        row = pack_row(group, SHAPE)
+        for prefix, visibility in SHAPE.views:
+            view = View(row[prefix + "positions"], row[prefix + "start"], row[prefix + "stop"])
+            expected, first = set(), 0
+            for member in group:
+                own = member.layout.view(visibility)
+                expected |= {(i + first, j + first) for i, j in pairs(own)}
+                assert (view.positions[first : first + len(own.positions)] == own.positions).all()
+                first += len(member.layout)
+            assert pairs(view) == expected
+        assert row["num_tokens"] == first
+
+
+def test_a_row_literally():
+    row = pack_row([item(1, "ab", 0), item(0, "c", 1)], SHAPE)
+    assert row["ids"][:13].tolist() == [1, 1, 1, 10, 1000, 10, 113, 97, 98, 1, 113, 99, 0]
+    assert row["vision"][:13].tolist() == [-1, 0, 1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1]
+    assert row["target_index"].tolist() == [6, 7, 10, 0, 0, 0, 0, 0]
+    assert row["target_ids"].tolist() == [97, 98, 99] + [IGNORE] * 5
+    assert row["images"][:, 0, 0, 0].tolist() == [1, 0, 0]
+
+
+def test_the_second_sample_s_vision_tokens_point_to_its_own_images():
+    row = pack_row([item(1, "a", 0), item(2, "b", 1)], SHAPE)
+    is_vision = row["vision"] >= 0
+    assert row["vision"][is_vision].tolist() == [0, 1, 2, 3, 4, 5]
+    assert row["images"][:, 0, 0, 0].tolist() == [1, 11, 12]
+
+
+def test_a_sample_larger_than_a_row_is_named():
+    with pytest.raises(LayoutError, match="record 'abcdefghi': does not fit into a row of 40 tokens, 3 images and 8"):
+        pack_row([item(0, "abcdefghi")], SHAPE)
+
+
+def test_vision_roles_are_counted_for_every_image():
+    layout = item(2, "a").layout
+    assert (layout.roles == Role.VISION).sum() == 4

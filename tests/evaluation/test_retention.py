@@ -1,0 +1,29 @@
+import math
+
+from vocojax.evaluation.metrics import accuracy_by_kind, exact_match
+from vocojax.evaluation.retention import Score, format_table, retention, table
+
+
+def test_retention_of_the_paper():
+    """Paper Table 1, GQA: 57.0 between 37.7 and 61.1."""
+    assert round(100 * retention(57.0, 37.7, 61.1), 1) == 82.5
+    assert math.isnan(retention(0.5, 0.4, 0.4))
+
+
+def test_exact_match_forgives_case_space_and_a_period():
+    assert exact_match(" Red. ", "red") and not exact_match("reddish", "red") and not exact_match("", "red")
+
+
+def test_accuracy_by_kind():
+    assert accuracy_by_kind([True, False, True], ["shape", "shape", "colour"]) == {"colour": 1.0, "shape": 0.5}
+
+
+def test_table_means_over_seeds():
+    score = lambda x: Score(x, {"colour": x, "yes/no": 1.0})
+    rows = table({"up": [score(1.0), score(0.8)], "voco": [score(0.75), score(0.7)], "low": [score(0.5), score(0.4)]},
+                 "low", "up")
+    assert rows["voco"]["accuracy"] == 0.725 and rows["voco"]["accuracy_by_question_type"]["colour"] == 0.725
+    assert round(rows["voco"]["retention"], 6) == 0.625  # of 0.5 and 0.75
+    assert rows["up"]["retention"] == 1.0 and rows["low"]["retention"] == 0.0
+    assert format_table(rows).splitlines()[3].split() == [
+        "voco", "72.5", "%", "72.5", "%", "100.0", "%", "62.5", "%"]

@@ -1,0 +1,158 @@
+"""Compress once and read: the same answers as a single pass, for one image or several, in any order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vocojax.data.conversation import Turn, template
+from vocojax.data.loader import unit_shape
+from vocojax.inference.assistant import Assistant
+from vocojax.inference.cache import place
+from vocojax.inference.compress import compress, compress_keeping
+from vocojax.inference.decode import SamplingConfig
+from vocojax.inference.prompts import lay_out_prompt, text_rows, whole_rows
+from vocojax.layout import LayoutError
+
+GREEDY = SamplingConfig(max_new_tokens=6)
+QUESTIONS = ("what color is the shape?", "is the shape red?", "a picture of", "what?")
+
+
+@pytest.fixture(scope="module")
+def assistant(tiny_model, words) -> Assistant:
+    return Assistant(tiny_model, words, template("short"))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return list(np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def cache(assistant, images):
+    return compress(assistant.model, assistant.tokenizer, images)
+
+
+def ask(text):
+    return (Turn("user", text),)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(QUESTIONS), st.lists(st.integers(0, 4), min_size=1, max_size=3)),
+                min_size=3, max_size=3))
+def test_answers_from_the_cache_are_those_of_a_single_pass(assistant, images, cache, drawn):
+    """Batches of different questions about different numbers of units, in any order, repeated units included."""
+    asked, about = [ask(q) for q, _ in drawn], [units for _, units in drawn]
+    single = assistant.generate_whole([[images[u] for u in units] for units in about], asked, GREEDY)
+    cached = assistant.generate_behind(cache, asked, about, GREEDY)
+    finite = np.isfinite(single.logits_BV)
+    np.testing.assert_allclose(np.asarray(cached.logits_BV)[finite], np.asarray(single.logits_BV)[finite], atol=1e-4)
+    assert (np.asarray(single.ids_BT) == np.asarray(cached.ids_BT)).all()
+
+
+def test_every_text_position_agrees_and_so_do_gradients(assistant, images):
+    """Hidden states of the whole text, and the gradient of a loss on them, single pass against two stages."""
+    model, tokenizer = assistant.model, assistant.tokenizer
+    unit = unit_shape(model.config)
+    samples = [lay_out_prompt(q, 1, ask(q), assistant.template, tokenizer, unit, 100) for q in QUESTIONS[:2]]
+    whole = whole_rows(samples, [[images[0]], [images[1]]], model.config, "voco", 30)
+    text = text_rows(samples, "voco", [2, 2], 2, 20)
+    weights = jnp.array(np.random.default_rng(1).normal(size=(2, 9, model.config.decoder.width)), jnp.float32)
+    first = samples[0].text_start
+
+    def single(model):
+        return (model(jax.tree.map(jnp.asarray, whole))[0][:, first : first + 9] * weights).sum()
+
+    def two(model):
+        prefix = place(compress(model, tokenizer, images[:2]), np.array([[0], [1]]), model.config.decoder)
+        return (model(jax.tree.map(jnp.asarray, text), prefix=prefix)[0][:, :9] * weights).sum()
+
+    (a, grad_a), (b, grad_b) = jax.value_and_grad(single)(model), jax.value_and_grad(two)(model)
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grad_a))
+    assert largest > 1
+    for x, y in zip(jax.tree.leaves(grad_a), jax.tree.leaves(grad_b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * largest)
+
+
+def test_full_caching_agrees_with_the_causal_single_pass(assistant, images):
+    """Keeping the whole unit is the usual caching of an image: the upper bound's second stage."""
+    causal = Assistant(assistant.model, assistant.tokenizer, assistant.template, "causal")
+    unit = sum(unit_shape(assistant.model.config)) + 2  # BOS and newline
+    everything = compress_keeping(assistant.model, assistant.tokenizer, images, unit)
+    asked = [ask(q) for q in QUESTIONS]
+    single = causal.generate_whole([[images[i]] for i in range(4)], asked, GREEDY)
+    cached = causal.generate_behind(everything, asked, [[i] for i in range(4)], GREEDY)
+    assert (np.asarray(single.ids_BT) == np.asarray(cached.ids_BT)).all()
+    np.testing.assert_allclose(cached.logits_BV, single.logits_BV, atol=1e-4)
+
+
+def test_the_order_of_units_matters_to_the_text(assistant, cache):
+    asked = [ask(QUESTIONS[0])] * 2
+    logits = np.asarray(assistant.generate_behind(cache, asked, [[0, 1], [1, 0]], GREEDY).logits_BV)
+    finite = np.isfinite(logits[0])
+    assert np.abs(logits[0, finite] - logits[1, finite]).max() > 1e-4
+
+
+def test_rows_answer_as_they_would_alone(assistant, cache):
+    sampling = SamplingConfig(max_new_tokens=6, temperature=1.0)
+    about = [[0], [1, 2, 3], [4, 0]]
+    together = assistant.read(cache, QUESTIONS[:3], about, sampling, seeds=[5, 6, 7])
+    for question, units, seed, answer in zip(QUESTIONS[:3], about, [5, 6, 7], together, strict=True):
+        assert assistant.read(cache, [question], [units], sampling, [seed]) == [answer]
+
+
+def test_cached_generation_is_greedy_decoding_by_brute_force(assistant, images):
+    """Token by token, re-running the whole prompt with the answer so far appended."""
+    model, tokenizer = assistant.model, assistant.tokenizer
+    ids = np.asarray(assistant.generate_whole([[images[0]]], [ask(QUESTIONS[0])], GREEDY).ids_BT)[0].tolist()
+    sample = lay_out_prompt("q", 1, ask(QUESTIONS[0]), assistant.template, tokenizer, unit_shape(model.config), 100)
+    answer = []
+    for _ in range(GREEDY.max_new_tokens):
+        length = len(sample) + len(answer)
+        rows = whole_rows([sample], [[images[0]]], model.config, "voco", length)
+        view = sample.view("voco")
+        rows.ids_BS[0, len(sample) :] = answer
+        rows.positions_BS[0, len(sample) :] = view.positions[-1] + 1 + np.arange(len(answer))
+        rows.start_BS[0, len(sample) :] = 0
+        rows.stop_BK[0] = np.where(rows.stop_BK[0] >= len(sample), length, rows.stop_BK[0])
+        hidden = model(jax.tree.map(jnp.asarray, rows))[0][:, -1]
+        logits = np.array(model.decoder.logits(hidden)[0])
+        logits[tokenizer.voco_id] = -np.inf
+        answer.append(int(logits.argmax()))
+        if answer[-1] == tokenizer.eos_id:
+            break
+    assert ids[: len(answer)] == answer
+
+
+def test_sampling_follows_seed_temperature_and_top_p(assistant, cache):
+    draw = lambda seed, **how: assistant.generate_behind(
+        cache, [ask(QUESTIONS[0])] * 4, [[0]] * 4, SamplingConfig(max_new_tokens=5, **how), range(seed, seed + 4)
+    ).ids_BT.tolist()
+    assert draw(0, temperature=1.0) == draw(0, temperature=1.0)
+    assert draw(0, temperature=1.0) != draw(100, temperature=1.0)
+    assert draw(0, temperature=1.0, top_p=1e-6) == draw(0) == draw(0, temperature=1e-4)
+
+
+def test_answers_never_hold_voco_tokens(assistant, cache):
+    sampling = SamplingConfig(max_new_tokens=30, temperature=20.0)
+    ids = assistant.generate_behind(cache, [ask(q) for q in QUESTIONS], [[0]] * 4, sampling).ids_BT
+    assert assistant.tokenizer.voco_id not in np.asarray(ids)
+
+
+def test_clear_errors(assistant, images, cache, tmp_path):
+    with pytest.raises(LayoutError, match=r"has \d+ tokens, more than the 20 there is room for"):
+        Assistant(assistant.model, assistant.tokenizer, assistant.template, max_length=20).read(cache, ["is " * 30], [[0]])
+    with pytest.raises(ValueError, match=r"images must be one or more uint8 \[32, 32, 3\] arrays, got none"):
+        compress(assistant.model, assistant.tokenizer, [])
+    with pytest.raises(ValueError, match=r"got \['float32\[32, 32, 3\]'\]"):
+        compress(assistant.model, assistant.tokenizer, [images[0].astype(np.float32)])
+    with pytest.raises(ValueError, match=r"units must be in \[-1, 5\), got 5 to 5"):
+        assistant.read(cache, ["what?"], [[5]])
+    with pytest.raises(ValueError, match="cannot be read"):
+        assistant.compress([tmp_path / "missing.png"])
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        assistant.compress([tmp_path / "broken.png"])

@@ -1,0 +1,115 @@
+"""The quickstart's code path end to end, with a handful of steps."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import alignment, quickstart, voco
+from vocojax.config import ConfigError
+from vocojax.inference.assistant import Assistant
+from vocojax.quickstart import Quickstart
+from vocojax.training.config import stage_config
+
+pytest.importorskip("easy_vqa")
+ROOT = Path(__file__).parent.parent
+
+
+class Tiny(dict):
+    """The same small number of steps for every stage."""
+
+    def __contains__(self, stage):
+        return True
+
+    def get(self, stage, default=None):
+        return 2
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("quickstart")
+    result = Quickstart(quickstart.get_config, workdir, steps=Tiny(), test_images=12).run()
+    return workdir, result
+
+
+def test_result_is_what_is_promised(finished):
+    workdir, result = finished
+    assert json.loads((workdir / "retention.json").read_text()) == result
+    assert list(result["rows"]) == ["Upper Bound", "VoCo-1", "Lower Bound"]
+    for row in result["rows"].values():
+        assert 0 <= row["accuracy"] <= 1
+        assert set(row["accuracy_by_question_type"]) == {"colour", "shape", "yes/no"}
+    assert result["seeds"] == [0] and result["vision_tokens"] == 16
+    two_stage = result["two_stage"]
+    assert two_stage["questions"] == two_stage["identical_answers"] > 100
+    assert 0 <= two_stage["max_abs_logit_diff"] < 1e-4
+    assert {"vision", "alignment", "upper_bound", "voco_1", "evaluation"} <= set(result["seconds"])
+
+
+def test_report_is_one_self_contained_page(finished):
+    page = (finished[0] / "report.html").read_text()
+    assert not re.search(r"(src|href)='?(?!data:)\w", page) and "<script" not in page
+    assert page.count("data:image/png;base64,") == 14  # mask, losses, twelve test images
+    for text in ("Upper Bound", "VoCo-1", "Lower Bound", "gold", "retention"):
+        assert text in page
+
+
+def test_a_finished_quickstart_trains_nothing_again(finished):
+    workdir, result = finished
+    again = Quickstart(quickstart.get_config, workdir, steps=Tiny(), test_images=12).run()
+    same = lambda x, y: x == y or (math.isnan(x) and math.isnan(y))
+    for name, row in result["rows"].items():
+        assert same(row["accuracy"], again["rows"][name]["accuracy"])
+
+
+def test_its_runs_answer_questions(finished):
+    assistant = Assistant.from_run(finished[0] / "seed_0" / "voco_1")
+    from vocojax.data.sources.easy_vqa import EasyVqaSource
+
+    images = EasyVqaSource("validation").images[:2]
+    cache = assistant.compress(images)
+    assert cache.tokens_per_unit == 1 and cache.num_units == 2
+    assert all(isinstance(answer, str) for answer in assistant.read(cache, ["what color is the shape?"] * 3))
+
+
+@pytest.mark.slow
+def test_every_row_of_the_full_table(tmp_path):
+    result = Quickstart(quickstart.get_config, tmp_path, full=True, steps=Tiny(), test_images=3).run()
+    assert list(result["rows"]) == [
+        "Upper Bound", "VoCo-1", "Lower Bound", "VoCo-2", "VoCo-8", "Avg. Pool + Linear", "Q-Former (1 query)"]
+
+
+@pytest.mark.parametrize("stage", ["alignment", "upper_bound", "voco_1", "voco_8", "avg_pool", "qformer"])
+def test_every_stage_s_config_is_valid(stage):
+    values = quickstart.get_config(stage)
+    values.data.tokenizer = "tokenizer"
+    assert stage_config(values).name == stage
+
+
+def test_the_published_stages_need_their_data_and_nothing_else():
+    for config in (alignment, voco):
+        values = config.get_config()
+        with pytest.raises(ConfigError, match=r"data\.tokenizer must name a tokenizer directory"):
+            stage_config(values)
+        values.data.update(tokenizer="t", path="x.json", image_root="images")
+        assert stage_config(values).model.unit_tokens == 576
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model.voco.num_vocos=0"], "error: configs/quickstart.py:voco_1: model.voco.num_vocos must be >= 1"),
+        (["--config.data.tokenizer=nowhere"], "error: tokenizer directory 'nowhere' does not exist"),
+        (["--config.optimizer.lr=1"], "lr"),
+    ],
+)
+def test_the_command_line_names_what_is_wrong(tmp_path, arguments, message):
+    command = [sys.executable, "launch/train.py", "--config=configs/quickstart.py:voco_1", f"--workdir={tmp_path}/run",
+               "--config.data.tokenizer=x", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stderr.splitlines()[-1] if message != "lr" else "lr" in done.stderr

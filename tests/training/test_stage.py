@@ -1,0 +1,155 @@
+"""Stages: resume, init from an earlier stage, teachers, and the errors a user meets."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vocojax.config import ConfigError
+from vocojax.evaluation.report import loss_curve
+from vocojax.models.parameters import parameters_of
+from vocojax.training import checkpoints
+from vocojax.training.checkpoints import CheckpointError, load_model
+from vocojax.training.config import CheckpointConfig, DistillConfig, config_to_dict, stage_config
+from vocojax.training.loop import NonFiniteLoss
+from vocojax.training.stage import train
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, tmp_path, monkeypatch):
+    config = dataclasses.replace(stage, steps=6)
+    train(config, tmp_path / "whole")
+    save = checkpoints.Checkpoints.save
+
+    def kill_at_four(self, step, *rest):
+        if step == 4:
+            raise Killed
+        save(self, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "save", kill_at_four)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "killed")
+    assert loss_curve(tmp_path / "killed")[-1][0] == 4
+    train(config, tmp_path / "killed")
+    assert loss_curve(tmp_path / "killed") == loss_curve(tmp_path / "whole")
+    whole, resumed = (parameters_of(load_model(tmp_path / name)) for name in ("whole", "killed"))
+    for name in whole:
+        assert (whole[name] == resumed[name]).all(), name
+
+
+def test_a_finished_run_is_left_alone(stage, tmp_path):
+    train(stage, tmp_path)
+    before = loss_curve(tmp_path)
+    train(stage, tmp_path)
+    assert loss_curve(tmp_path) == before
+
+
+def test_run_files_say_what_ran(stage, tmp_path):
+    train(stage, tmp_path)
+    assert stage_config(json.loads((tmp_path / "config.json").read_text())) == stage
+    assert json.loads((tmp_path / "versions.json").read_text())["jax"] == jax.__version__
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir()) if path.name.isdigit()] == ["2", "4"]
+
+
+def test_a_run_with_another_config_is_refused(stage, tmp_path):
+    train(dataclasses.replace(stage, steps=2), tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds a run with another config \(differing: seed, steps\)"):
+        train(dataclasses.replace(stage, steps=4, seed=1), tmp_path)
+    train(dataclasses.replace(stage, steps=2, log_every=1, checkpoint=CheckpointConfig(every=1)), tmp_path)
+
+
+def test_a_stage_starts_from_an_earlier_one(stage, tmp_path):
+    train(dataclasses.replace(stage, steps=2), tmp_path / "first")
+    frozen = dataclasses.replace(
+        stage, steps=1, init_from=str(tmp_path / "first"), init_new=("projector/.*",), train=("projector/.*",),
+        freeze=("vision/.*", "decoder/.*"), seed=3,
+    )
+    train(frozen, tmp_path / "second")
+    first, second = (parameters_of(load_model(tmp_path / name)) for name in ("first", "second"))
+    for name in first:
+        assert (first[name] == second[name]).all() == (not name.startswith("projector/")), name
+
+
+def test_init_from_another_model_names_every_parameter(stage, tmp_path):
+    train(dataclasses.replace(stage, steps=1), tmp_path / "first")
+    wider = dataclasses.replace(stage.model, decoder=dataclasses.replace(stage.model.decoder, mlp_width=64))
+    with pytest.raises(CheckpointError, match=r"does not fit the model: decoder/blocks/down/kernel has shape"):
+        train(dataclasses.replace(stage, model=wider, init_from=str(tmp_path / "first")), tmp_path / "second")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        train(dataclasses.replace(stage, init_from=str(tmp_path / "nothing")), tmp_path / "third")
+
+
+def test_a_teacher_pulls_the_student_towards_it(stage, tmp_path):
+    train(dataclasses.replace(stage, visibility="causal", steps=8), tmp_path / "teacher")
+    student = dataclasses.replace(stage, distill=DistillConfig(str(tmp_path / "teacher"), 5.0, 2.0), steps=8, seed=5)
+    train(student, tmp_path / "student")
+    lines = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["kl"] < 0.5 * lines[0]["kl"]
+    for line in lines:
+        np.testing.assert_allclose(line["loss"], line["cross_entropy"] + 5.0 * line["kl"], rtol=1e-5)
+
+
+def test_a_teacher_of_another_model_is_refused(stage, tmp_path):
+    train(dataclasses.replace(stage, steps=1), tmp_path / "teacher")
+    more = dataclasses.replace(stage.model, voco=dataclasses.replace(stage.model.voco, num_vocos=1))
+    with pytest.raises(ConfigError, match=r"distill\.teacher must be a run of the same model"):
+        train(dataclasses.replace(stage, model=more, distill=DistillConfig(str(tmp_path / "teacher"))), tmp_path / "s")
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(stage, tmp_path, monkeypatch):
+    from vocojax.training import stage as module
+
+    make_step = module.make_step
+
+    def poisoned(*args):
+        step = make_step(*args)
+
+        def run(state, batch):
+            state, metrics = step(state, batch)
+            return state, {**metrics, "loss": jnp.where(state.step == 3, jnp.nan, metrics["loss"])}
+
+        return run
+
+    monkeypatch.setattr(module, "make_step", poisoned)
+    with pytest.raises(NonFiniteLoss, match=r"step 3: loss nan.*the last good checkpoint is step 2"):
+        train(stage, tmp_path)
+    assert all(jnp.isfinite(p).all() for p in parameters_of(load_model(tmp_path)).values())
+
+
+def test_frozen_parameters_are_held_in_their_dtype(stage, tmp_path):
+    train(dataclasses.replace(stage, steps=1, frozen_dtype="bfloat16", dtype="bfloat16"), tmp_path)
+    wanted = {"vision/patch_embedding": jax.ShapeDtypeStruct((768, 16), jnp.float32)}
+    stored = checkpoints.load_parameters(tmp_path, wanted)["vision/patch_embedding"]
+    assert (stored == stored.astype(jnp.bfloat16)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"voco": {"num_vocos": 0}}}, "x.py: model.voco.num_vocos must be >= 1, got 0"),
+        ({"learning_rate": 1}, "x.py: learning_rate is not a key of StageConfig"),
+        ({"accumulate": 3}, "x.py: accumulate must divide batch_size 4, got 3"),
+        ({"remat": "some"}, "x.py: remat must be one of"),
+        ({"train": ["("]}, "x.py: train has the invalid regex '('"),
+        ({"optimizer": {"learning_rate": 0.0}}, "x.py: optimizer.learning_rate must be > 0, got 0.0"),
+    ],
+)
+def test_config_errors_name_file_and_key(stage, change, message):
+    with pytest.raises(ConfigError) as error:
+        stage_config({**config_to_dict(stage), **change}, "x.py")
+    assert str(error.value).startswith(message)
+
+
+def test_baselines_need_the_causal_view(stage):
+    values = config_to_dict(stage)
+    values["model"]["compressor"] = {"kind": "avg_pool"}
+    with pytest.raises(ConfigError, match="visibility must be 'causal' for the baseline 'avg_pool'"):
+        stage_config(values)

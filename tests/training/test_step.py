@@ -1,0 +1,123 @@
+"""One optimizer step: accumulation, what trains, and the mesh change nothing they should not."""
+
+import dataclasses
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from vocojax.config import ConfigError
+from vocojax.data.loader import BatchStream
+from vocojax.evaluation.report import loss_curve
+from vocojax.models.parameters import abstract, parameters_of, variables_of
+from vocojax.models.voco import VocoLlama
+from vocojax.training.optimizer import check_rules, decayed, make_schedule, matches
+from vocojax.training.stage import train
+from vocojax.training.step import TrainState, make_step
+
+
+def state_and_batch(stage, visibilities=("voco",)):
+    parameters = parameters_of(VocoLlama(stage.model, nnx.Rngs(1), stage.dtype))
+    trained = {n: p for n, p in parameters.items() if matches(n, stage.train)}
+    frozen = {n: p for n, p in parameters.items() if n not in trained}
+    optimizer = optax.sgd(1.0)
+    state = TrainState(jax.numpy.int32(0), trained, frozen, optimizer.init(trained), {})
+    batch = next(BatchStream(stage.model, stage.data, stage.batch_size, 0, *visibilities))
+    return optimizer, state, batch
+
+
+def run(stage):
+    optimizer, state, batch = state_and_batch(stage)
+    model = abstract(lambda: VocoLlama(stage.model, nnx.Rngs(0), stage.dtype))
+    return state, *jax.jit(make_step(model, None, optimizer, stage))(state, batch)
+
+
+def test_accumulation_gives_the_step_of_the_whole_batch(stage):
+    _, whole, metrics = run(stage)
+    _, parts, metrics_parts = run(dataclasses.replace(stage, accumulate=2))
+    assert metrics["targets"] > 0
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name], metrics_parts[name], rtol=1e-5, err_msg=name)
+    for name in whole.trained:
+        np.testing.assert_allclose(whole.trained[name], parts.trained[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("remat", ["full", "minimal", "attention_out"])
+def test_rematerialisation_changes_no_step(stage, remat):
+    _, kept, _ = run(stage)
+    _, again, _ = run(dataclasses.replace(stage, remat=remat))
+    for name in kept.trained:
+        np.testing.assert_allclose(kept.trained[name], again.trained[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_only_what_trains_changes(stage):
+    before, after, _ = run(dataclasses.replace(stage, train=("projector/.*",), freeze=("vision/.*", "decoder/.*")))
+    assert all(name.startswith("projector/") for name in after.trained)
+    assert all((before.trained[n] != after.trained[n]).any() for n in after.trained)
+    assert all((before.frozen[n] == after.frozen[n]).all() for n in after.frozen)
+
+
+def test_gradient_is_that_of_the_mean_loss(stage):
+    """A step of SGD with rate 1 moves by the gradient, which finite differences of the loss confirm."""
+    before, after, metrics = run(stage)
+    name = "projector/linear_in/kernel"
+    direction = np.asarray(before.trained[name] - after.trained[name])
+    direction /= np.linalg.norm(direction)
+    optimizer, _, batch = state_and_batch(stage)
+    model = abstract(lambda: VocoLlama(stage.model, nnx.Rngs(0), stage.dtype))
+    step = jax.jit(make_step(model, None, optimizer, stage))
+    losses = []
+    for sign in (+1, -1):
+        moved = {**before.trained, name: before.trained[name] + sign * 1e-2 * direction}
+        losses.append(float(step(before._replace(trained=moved), batch)[1]["loss"]))
+    slope = (losses[0] - losses[1]) / 2e-2
+    np.testing.assert_allclose(slope, np.linalg.norm(before.trained[name] - after.trained[name]), rtol=2e-2)
+    assert float(metrics["loss"]) > 0
+
+
+def test_rules_must_cover_every_parameter_once(stage):
+    names = list(variables_of(abstract(lambda: VocoLlama(stage.model, nnx.Rngs(0)))))
+    check_rules(names, stage.train, stage.freeze)
+    with pytest.raises(ConfigError, match=r"'projector/linear_in/bias' is covered by none"):
+        check_rules(names, ("decoder/.*",), ("vision/.*",))
+    with pytest.raises(ConfigError, match=r"is covered by train 'decoder/\.\*' and freeze '\.\*'"):
+        check_rules(names, ("decoder/.*",), (".*",))
+    with pytest.raises(ConfigError, match=r"train has the regex 'decodr/\.\*', which matches no parameter"):
+        check_rules(names, (*stage.train, "decodr/.*"), stage.freeze)
+
+
+def test_schedule_warms_up_and_falls_to_zero(stage):
+    schedule = make_schedule(dataclasses.replace(stage.optimizer, learning_rate=1.0, warmup_share=0.1), 100)
+    assert [round(float(schedule(s)), 3) for s in (0, 5, 10, 55, 100)] == [0.0, 0.5, 1.0, 0.5, 0.0]
+
+
+def test_weight_decay_spares_vectors():
+    assert decayed({"a/kernel": 0, "a/bias": 0, "norm/scale": 0, "embedding": 0}) == {
+        "a/kernel": True, "a/bias": False, "norm/scale": False, "embedding": True}
+
+
+def test_meshes_give_the_same_losses(stage, tmp_path):
+    """Eight virtual devices as data, fsdp and tensor axes, against one device."""
+    code = textwrap.dedent("""
+        import dataclasses, pickle, sys
+        from vocojax.training.config import MeshConfig
+        from vocojax.training.stage import train
+        stage = pickle.load(open(sys.argv[1], "rb"))
+        for name, mesh in {"data": MeshConfig(-1, 1, 1), "all": MeshConfig(2, 2, 2)}.items():
+            train(dataclasses.replace(stage, mesh=mesh), f"{sys.argv[2]}/{name}")
+    """)
+    stage = dataclasses.replace(stage, batch_size=8, steps=3)
+    (tmp_path / "stage.pkl").write_bytes(pickle.dumps(stage))
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "stage.pkl"), str(tmp_path)], check=True, env=environment)
+    train(stage, tmp_path / "one")
+    one = np.array(loss_curve(tmp_path / "one"))
+    for name in ("data", "all"):
+        np.testing.assert_allclose(np.array(loss_curve(tmp_path / name)), one, rtol=1e-5, err_msg=name)
