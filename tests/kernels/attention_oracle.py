@@ -3,9 +3,12 @@ softmax attention with its gradients in float64 numpy. Nothing here knows how th
 
 import dataclasses
 
+import jax
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from vocojax.kernels.interval_attention import IntervalMask, interval_attention
 
 QUICK = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -125,3 +128,32 @@ def attention_gradients(q_BQHD, k_BKGD, v_BKGD, visible_BQK, scale, dout_BQHD):
     dk = np.einsum("bhqk,bqhd->bkhd", dscores, q).reshape(B, K, G, repeats, D).sum(3)
     dv = np.einsum("bhqk,bqhd->bkhd", weights, dout).reshape(B, K, G, repeats, D).sum(3)
     return dq, dk, dv
+
+
+def check_garbage_is_ignored(Q: int, K: int, H: int, G: int, D: int, implementation: str) -> None:
+    """NaN and Inf in keys and values that nobody sees, and in queries and cotangents of rows that see nothing, leave
+    `interval_attention` and its gradients as they are, and the gradients of what nobody sees at exactly 0."""
+
+    @jax.jit
+    def passes(q, k, v, start, stop, dout):
+        attend = lambda *x: interval_attention(*x, IntervalMask(start, stop), implementation=implementation)
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, *vjp(dout)
+
+    @settings(QUICK, max_examples=4)
+    @given(st.lists(packed_rows(K), min_size=2, max_size=2), st.sampled_from([np.nan, np.inf]), st.integers(0, 2**31))
+    def check(rows, garbage, seed):
+        start, stop, visible = masks(rows, Q)
+        q, k, v, dout = normal(seed, (2, Q, H, D), (2, K, G, D), (2, K, G, D), (2, Q, H, D))
+        want = passes(q, k, v, start, stop, dout)
+        unseen, blind = ~visible.any(1), ~visible.any(2)
+        k[unseen] = v[unseen] = garbage
+        q[blind] = dout[blind] = garbage
+        got = passes(q, k, v, start, stop, dout)
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_array_equal(x, y)
+        out, dq, dk, dv = map(np.asarray, got)
+        assert np.isfinite(out).all() and not out[blind].any() and not dq[blind].any()
+        assert not dk[unseen].any() and not dv[unseen].any()
+
+    check()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import topologies
 
-from vocojax.kernels.interval_attention import IntervalMask, gpu_blocks, pallas_gpu
+from vocojax.kernels.interval_attention import IntervalMask, api, gpu_blocks, pallas_gpu
 from vocojax.kernels.interval_attention.gpu_blocks import Blocks
 from vocojax.kernels.static_cost.gpu_targets import TARGETS
 
@@ -73,6 +73,15 @@ def test_value_and_gradients_on_random_packings(shape):
 def test_full_tiles_are_walked():
     mask = IntervalMask.causal(2, 64)
     assert_right(SHAPES[0], 2, np.asarray(mask.start), np.asarray(mask.stop), np.asarray(mask.dense()))
+
+
+def test_what_nobody_sees_may_hold_anything(monkeypatch):
+    forward = functools.partial(pallas_gpu.forward, architecture="hopper", blocks=SQUARE, interpret=True)
+    backward = functools.partial(
+        pallas_gpu.backward, architecture="hopper", dq_blocks=SQUARE, dkv_blocks=SQUARE, interpret=True
+    )
+    monkeypatch.setattr(api, "_kernel", lambda _: api.Kernel(forward, backward))
+    oracle.check_garbage_is_ignored(13, 40, 4, 2, 16, "pallas_gpu")
 
 
 VARIANTS = {

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import itertools
+import re
 
 import attention_oracle as oracle
 import jax
@@ -12,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vocojax.kernels.interval_attention import IntervalMask, pallas_tpu, tpu_blocks
+from vocojax.kernels.interval_attention import IntervalMask, api, interval_attention, pallas_tpu, tpu_blocks
 from vocojax.kernels.interval_attention.tpu_blocks import Blocks
 
 FEW = settings(oracle.QUICK, max_examples=4)
@@ -152,3 +154,31 @@ QUICK_VARIANTS = {("v5e", "grouped, narrow heads, a prefix"), ("v4", "64 frames 
 )
 def test_compiles_every_variant(generation, variant):
     lowered(generation, *VARIANTS[variant]).compile()
+
+
+@needs_libtpu
+def test_a_mesh_of_chips_computes_its_rows_and_heads_without_a_collective():
+    chips = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+    mesh = Mesh(np.array(chips).reshape(2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    rows, heads = PartitionSpec(("data", "fsdp")), PartitionSpec(("data", "fsdp"), None, "tensor")
+    array = lambda spec, *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, spec)
+    )
+    q, k = array(heads, 4, 512, 4, 128), array(heads, 4, 512, 2, 128)
+    mask = IntervalMask(*(array(rows, 4, 512, dtype=jnp.int32) for _ in range(2)))
+
+    def passes(q, k, v, mask):
+        out, vjp = jax.vjp(lambda *x: interval_attention(*x, mask, implementation="pallas_tpu"), q, k, v)
+        return out, *vjp(out)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(passes).lower(q, k, k, mask).compile().as_text()
+    assert text.count("interval_attention_forward") and text.count("interval_attention_backward")
+    assert not re.findall(r"all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute", text)
+
+
+def test_what_nobody_sees_may_hold_anything(monkeypatch):
+    passes = (pallas_tpu.forward, pallas_tpu.backward)
+    blocks = dict(generation="v5e", blocks=SQUARE, interpret=True)
+    monkeypatch.setattr(api, "_kernel", lambda _: api.Kernel(*(functools.partial(f, **blocks) for f in passes)))
+    oracle.check_garbage_is_ignored(13, 200, 2, 1, 16, "pallas_tpu")

@@ -24,6 +24,7 @@ def per_shard(
     'H' and 'G' over its head axis, anything else is whole on every device. XLA can't cut a kernel into shards by
     itself, and in plain XLA code the skipping of empty chunks would ask all devices about every chunk.
 
+    All axes of the mesh become manual, those that nothing is spread over too, because a TPU kernel accepts no other.
     Axes that do not divide the number of rows (one prompt on many devices) or of key/value heads are left out: the
     devices along them repeat the same work. That is right but wasteful, so it is logged.
     """
@@ -31,21 +32,21 @@ def per_shard(
     free = {
         name: size
         for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if size > 1 and kind != AxisType.Manual
+        if kind != AxisType.Manual
     }
+    if math.prod(free.values()) == 1:
+        return function
     by_rows = _dividing([axis for axis in BATCH_AXES if axis in free], free, rows, "rows")
     by_heads = _dividing([axis for axis in HEAD_AXES if axis in free], free, math.gcd(heads, kv_heads), "heads")
-    if not by_rows and not by_heads:
-        return function
     axes = {"B": by_rows, "H": by_heads, "G": by_heads}
     spec = lambda names: PartitionSpec(*(axes.get(name) or None for name in names))
-    return jax.shard_map(
-        function,
-        in_specs=tuple(map(spec, inputs)),
-        out_specs=tuple(map(spec, outputs)),
-        axis_names=set(by_rows + by_heads),
-        check_vma=False,
-    )
+    in_specs, out_specs = tuple(map(spec, inputs)), tuple(map(spec, outputs))
+    mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(free), check_vma=False)
+    if AxisType.Explicit not in mesh.axis_types:
+        return mapped
+    # On explicit axes a type says where an array lies, and shard_map takes it from nowhere else.
+    placed = lambda x, spec: jax.tree.map(lambda leaf: jax.reshard(leaf, spec), x)
+    return lambda *arguments: mapped(*map(placed, arguments, in_specs))
 
 
 def _dividing(axes: list[str], sizes: dict[str, int], count: int, what: str) -> tuple[str, ...]:

@@ -42,7 +42,9 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A kernel to compile for one shape: the project's (`ours`) with the blocks of its table, or JAX's (`splash`).
+    """A kernel to compile for one shape: the project's (`ours`) with the blocks of its table, or JAX's splash
+    attention, causal with segment ids (`splash`). Splash takes a mask as an array too, but only one that is there when
+    the program is built: an argument of a jitted function, as the mask of a packed batch is, it refuses.
 
     `block` is the queries and keys of splash's tiles, `block_compute` the keys of one inner step (0: all of a tile).
     """
@@ -213,7 +215,7 @@ def _ours(job: Job, device_kind: str) -> tuple[Callable[..., Any], tuple[Any, ..
 
 
 def _splash(job: Job, device_kind: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """JAX's splash attention, causal with segment ids, and its fused backward pass."""
+    """JAX's splash attention with its fused backward pass."""
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
