@@ -119,9 +119,9 @@ def save_original(directory: Path, tensors: Mapping[str, torch.Tensor], form: st
     save_tokenizer(directory, *(["<voco>"] if rows == WORDS + 1 else []))
 
 
-def save_parts(directory: Path) -> dict[str, Path]:
+def save_parts(directory: Path, rows: int = WORDS) -> dict[str, Path]:
     """(c) the parts: a Vicuna directory, a CLIP directory and mm_projector.bin."""
-    llama(WORDS).save_pretrained(directory / "vicuna")
+    llama(rows).save_pretrained(directory / "vicuna")
     save_tokenizer(directory / "vicuna")
     randomised(CLIPVisionModel(CLIPVisionConfig(**VISION)), 1).save_pretrained(directory / "clip")
     torch.save(projector_tensors(), directory / "mm_projector.bin")

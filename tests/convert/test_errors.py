@@ -279,3 +279,10 @@ def test_verify_sees_one_changed_value(source):
     edit_tensors(source.parent / "target", lambda tensors: tensors[Q_PROJ][3, 5].add_(2**-20))
     with pytest.raises(ConvertError, match=r"not what was to be written: decoder/blocks/query/kernel$"):
         verify_target(open_source(source), source.parent / "target", lambda _: None)
+
+
+def test_verify_sees_another_config(source):
+    convert(source, source.parent / "target", "llava", report=lambda _: None)
+    edit_config(source.parent / "target", rms_norm_eps=1e-6)
+    with pytest.raises(ConvertError, match=r"its config reads .*norm_eps=1e-06.*, its source's .*norm_eps=1e-05"):
+        verify_target(open_source(source), source.parent / "target", lambda _: None)

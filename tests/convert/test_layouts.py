@@ -131,6 +131,17 @@ def test_parts(tmp_path, layout):
         np.testing.assert_array_equal(written[name], expected[ours])
 
 
+def test_image_token_that_needs_another_row(tmp_path):
+    """(c) A vocabulary that `<voco>` fills to a multiple of 64 grows once more for transformers' `<image>`."""
+    parts = checkpoints.save_parts(tmp_path, rows=63)
+    checkpoints.save_tokenizer(parts["source"], "<a>", "<b>", "<c>")
+    convert(**parts, target=tmp_path / "out", target_layout="huggingface", verify=True, report=lambda _: None)
+    assert tensors_of(tmp_path / "out")["language_model.lm_head.weight"].shape == (65, 32)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["image_token_index"] == 64
+    decoder = open_source(tmp_path / "out").config.decoder
+    assert (decoder.vocab_size, decoder.num_tokens) == (128, 65)
+
+
 def test_parts_without_a_projector(tmp_path):
     """(c) The start of the alignment stage, whose projector is new: whoever opens it must know that one is missing."""
     parts = checkpoints.save_parts(tmp_path)

@@ -3,14 +3,19 @@
 import hashlib
 import re
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from vocojax.config import ModelConfig
 from vocojax.convert.export import Layout, export
 from vocojax.convert.mapping import ConvertError
 from vocojax.convert.source import Source, open_source, parameter_shapes
-from vocojax.convert.weights import Index, Weights
+from vocojax.convert.weights import Weights
+
+VOCABULARY = ("decoder/embedding", "decoder/head/kernel")
 
 
 def convert(
@@ -53,40 +58,48 @@ def verify_target(source: Source, target: str | Path, report: Callable[[str], No
     end a digest. The digest is of the parameters by path, so the same weights have the same one in every layout.
 
     Raises:
-      ConvertError: a value is not the source's rounded to the target's dtype.
+      ConvertError: the configs differ in more than the vocabulary's length, or a value is not the source's rounded to
+        the target's dtype.
     """
     absent = parameter_shapes(source.config).keys() - source.weights.shapes.keys()
     written = open_source(target, allow_missing=[re.escape(path) for path in absent])
+    if _without_vocabulary(written.config) != _without_vocabulary(source.config):
+        raise ConvertError(f"{target}: its config reads {written.config}, its source's {source.config}")
     if set(written.weights.shapes) != set(source.weights.shapes):
         odd = sorted(set(written.weights.shapes) ^ set(source.weights.shapes))
         raise ConvertError(f"{target}: has other parameters than its source: {', '.join(odd)}")
     whole = hashlib.sha256()
     wrong = []
     for path in sorted(written.weights.shapes):
-        dtype = written.weights.dtype(path)
-        whole.update(f"{path} {dtype.name} {list(written.weights.shapes[path])} ".encode())
-        largest = 0.0
-        for index in _layers(path, written.weights):
-            before, after = source.weights.read(path, index), written.weights.read(path, index)
-            whole.update(np.ascontiguousarray(after).reshape(-1).view(np.uint8).data)
-            if before.size:
-                largest = max(largest, _largest_difference(before, after))
-            if not np.array_equal(before.astype(dtype, copy=False), after, equal_nan=True) and path not in wrong:
-                wrong.append(path)
-        report(f"{path} {dtype.name} {list(written.weights.shapes[path])}: max |Δ| {largest:.3g}")
+        largest, is_exact = _compare(path, source.weights, written.weights, whole)
+        if not is_exact:
+            wrong.append(path)
+        report(f"{path} {written.weights.dtype(path).name} {list(written.weights.shapes[path])}: max |Δ| {largest:.3g}")
     if wrong:
         raise ConvertError(f"{target}: read again, these are not what was to be written: {', '.join(wrong)}")
-    digest = whole.hexdigest()
-    report(f"{target}: sha256 {digest}")
-    return digest
+    report(f"{target}: sha256 {whole.hexdigest()}")
+    return whole.hexdigest()
 
 
-def _layers(path: str, weights: Weights) -> list[Index]:
-    """Slices that make up a parameter: the layers of a stacked one."""
-    shape = weights.shapes[path]
+def _compare(path: str, source: Weights, written: Weights, whole: Any) -> tuple[float, bool]:
+    """Largest |Δ| of a parameter, and whether it is the source's rounded to the dtype; feeds the digest `whole`."""
+    dtype, shape = written.dtype(path), written.shapes[path]
+    whole.update(f"{path} {dtype.name} {list(shape)} ".encode())
+    largest, is_exact = 0.0, True
     rest = tuple(slice(None) for _ in shape[1:])
-    return [(slice(i, i + 1), *rest) for i in range(shape[0])] if "blocks/" in path else [(slice(None), *rest)]
+    first = [slice(layer, layer + 1) for layer in range(shape[0])] if "blocks/" in path else [slice(None)]
+    for part in first:
+        before, after = source.read(path, (part, *rest)), written.read(path, (part, *rest))
+        whole.update(np.ascontiguousarray(after).reshape(-1).view(np.uint8).data)
+        if path in VOCABULARY:  # <image> may have lengthened it
+            common = tuple(slice(min(sizes)) for sizes in zip(before.shape, after.shape, strict=True))
+            before, after = before[common], after[common]
+        difference = before.astype(np.float32) - after.astype(np.float32)
+        largest = max(largest, float(np.abs(difference).max(initial=0)))
+        is_exact &= np.array_equal(before.astype(dtype, copy=False), after, equal_nan=True)
+    return largest, is_exact
 
 
-def _largest_difference(before: np.ndarray, after: np.ndarray) -> float:
-    return float(np.abs(before.astype(np.float32) - after.astype(np.float32)).max())
+def _without_vocabulary(config: ModelConfig) -> ModelConfig:
+    num_tokens = config.voco.token_id + 1
+    return replace(config, decoder=replace(config.decoder, vocab_size=num_tokens, vocab_padding=0))

@@ -1,6 +1,7 @@
 """Writes a model in a published layout, or as an Orbax checkpoint; a directory is complete or not there at all."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import shutil
@@ -85,6 +86,7 @@ def _write_published(source: Source, directory: Path, layout: str, dtypes: Mappi
         table = tables.llava_table(config, rows)
         values = llava.write_llava(config, rows, ids)
     else:
+        tokenizer = copy.deepcopy(tokenizer)  # the caller's stays as it is
         tokenizer.huggingface.add_tokens([IMAGE_TOKEN], special_tokens=True)
         image_id = tokenizer.huggingface.get_vocab()[IMAGE_TOKEN]
         rows = max(rows, image_id + 1)
