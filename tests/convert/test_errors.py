@@ -286,3 +286,11 @@ def test_verify_sees_another_config(source):
     edit_config(source.parent / "target", rms_norm_eps=1e-6)
     with pytest.raises(ConvertError, match=r"its config reads .*norm_eps=1e-06.*, its source's .*norm_eps=1e-05"):
         verify_target(open_source(source), source.parent / "target", lambda _: None)
+
+
+def test_parts_that_are_there_already(source, tmp_path):
+    """What the caller names is used or refused, never passed over."""
+    convert(source, tmp_path / "run", "orbax", num_vocos=2, report=lambda _: None)
+    failing(tmp_path / "run", "has a vision tower and a projector of its own", vision=tmp_path)
+    failing(tmp_path / "run", "was made for 2 VoCo tokens, not 4; leave out --num_vocos", num_vocos=4)
+    failing(source, "is in", "already", projector=source / "model.safetensors")

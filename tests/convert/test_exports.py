@@ -220,6 +220,7 @@ def test_launch_script(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "vision/blocks/mlp_in/kernel bfloat16 [2, 128, 80]: max |Δ| 0.00" in done.stdout
     assert done.stdout.splitlines()[-1].startswith(f"{tmp_path / 'out'}: sha256 ")
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     again = run(*arguments)
     assert again.returncode == 1
     last = again.stderr.splitlines()[-1]

@@ -37,6 +37,8 @@ _CLIP_DEFAULTS: Json = {
 # Keys that must have the one value which the model here computes, if they are there.
 _LLAMA_FIXED: Json = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _CLIP_FIXED: Json = {"hidden_act": "quick_gelu", "num_channels": 3}
+_EVA_FIXED: Json = {"hidden_act": "gelu", "num_channels": 3}
+_EVA_TYPE = "eva_vision_model"  # transformers has no such class; only our exports name it
 _LLAVA_FIXED: Json = {
     "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "vision_feature_select_strategy": "default",
 }
@@ -108,14 +110,17 @@ def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScalin
 
 
 def read_vision(values: Mapping[str, Any], where: str, select_layer: int = -2) -> VisionConfig:
-    """A `CLIPVisionConfig`, or the vision part of a `CLIPConfig`."""
+    """A `CLIPVisionConfig`, the vision part of a `CLIPConfig`, or what `write_vision` makes of an EVA tower."""
     values = values.get("vision_config", values)
-    _require_fixed(values, _CLIP_FIXED, where)
+    is_eva = values.get("model_type") == _EVA_TYPE
+    _require_fixed(values, _EVA_FIXED if is_eva else _CLIP_FIXED, where)
     values = {**_CLIP_DEFAULTS, **values}
     return checked(where, lambda: build(VisionConfig, {
-        "image_size": values["image_size"], "patch_size": values["patch_size"], "width": values["hidden_size"],
+        "kind": "eva" if is_eva else "clip", "image_size": values["image_size"], "patch_size": values["patch_size"],
+        "width": values["hidden_size"],
         "depth": values["num_hidden_layers"], "num_heads": values["num_attention_heads"],
-        "mlp_width": values["intermediate_size"], "select_layer": select_layer, "norm_eps": values["layer_norm_eps"],
+        "mlp_width": values["intermediate_size"], "select_layer": -1 if is_eva else select_layer,
+        "norm_eps": values["layer_norm_eps"],
     }))
 
 
@@ -161,7 +166,7 @@ def write_decoder(config: DecoderConfig, rows: int, ids: Mapping[str, int | None
 def write_vision(config: VisionConfig) -> Json:
     """A `CLIPVisionConfig`; of an EVA tower the same keys with another `model_type`."""
     return {
-        "model_type": "clip_vision_model" if config.kind == "clip" else "eva_vision_model",
+        "model_type": "clip_vision_model" if config.kind == "clip" else _EVA_TYPE,
         "image_size": config.image_size, "patch_size": config.patch_size, "hidden_size": config.width,
         "num_hidden_layers": config.depth, "num_attention_heads": config.num_heads,
         "intermediate_size": config.mlp_width, "layer_norm_eps": config.norm_eps,

@@ -56,7 +56,7 @@ def vision_of_tensors(values: Mapping[str, Any], shapes: Mapping[str, Shape], wh
     """
     is_eva = f"{TOWER}cls_token" in shapes
     select_layer = -1 if is_eva else int(values.get("mm_vision_select_layer", -2))
-    if "vision_config" in values and not is_eva:
+    if "vision_config" in values:
         return read_vision(values["vision_config"], where, select_layer)
     names = (("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", r"blocks\.(\d+)\..*") if is_eva else
              ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight",

@@ -18,12 +18,11 @@ import numpy as np
 from vocojax.convert.mapping import ConvertError, Shape
 from vocojax.convert.weights import Index
 
-_STORAGE_DTYPES: Mapping[str, Any] = {
-    "FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
-    "DoubleStorage": np.float64, "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
-    "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
-}
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry: 26 bytes, then the lengths of its name and extra field
+
+
+class _StorageType(NamedTuple):
+    dtype: np.dtype
 
 
 class _Storage(NamedTuple):
@@ -38,6 +37,13 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]  # in elements
 
 
+_STORAGE_TYPES: Mapping[str, _StorageType] = {name: _StorageType(np.dtype(dtype)) for name, dtype in {
+    "FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
+    "DoubleStorage": np.float64, "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
+    "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
+}.items()}
+
+
 class _RefusedError(pickle.UnpicklingError):
     """The pickle asks for something that is no tensor."""
 
@@ -46,8 +52,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module == "torch" and name in _STORAGE_DTYPES:
-            return np.dtype(_STORAGE_DTYPES[name])
+        if module == "torch" and name in _STORAGE_TYPES:
+            return _STORAGE_TYPES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, stride, *_: _Tensor(storage, offset, tuple(size), tuple(stride))
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -55,8 +61,8 @@ class _Unpickler(pickle.Unpickler):
         raise _RefusedError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype):
-            return _Storage(str(pid[2]), pid[1])
+        if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType):
+            return _Storage(str(pid[2]), pid[1].dtype)
         raise _RefusedError(f"persistent id {pid!r}")
 
 
@@ -110,7 +116,7 @@ class PickleFile:
             raise ConvertError(f"{self.where}: tensor {name} has no plain storage data/{tensor.storage.key}; the file "
                                "is damaged")
         last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
-        is_inside = min(tensor.offset, *tensor.strides, 0) >= 0
+        is_inside = min(0, tensor.offset, *tensor.strides, *tensor.shape) >= 0
         if not is_inside or (0 not in tensor.shape and (last + 1) * tensor.storage.dtype.itemsize > entry.file_size):
             raise ConvertError(f"{self.where}: tensor {name} lies outside its storage of {entry.file_size} bytes; the "
                                "file is damaged")

@@ -90,15 +90,19 @@ def open_source(
     directory = Path(directory)
     if not directory.is_dir():
         raise ConvertError(f"{directory}: no such directory")
-    if orbax_files.is_run(directory):
-        return _open_run(directory, tokenizer, allow_missing)
     values = huggingface.read_json(directory / "config.json")
     where = str(directory / "config.json")
+    is_run = orbax_files.is_run(directory)
+    if (vision or projector) and (is_run or "text_config" in values):
+        raise ConvertError(f"{directory}: has a vision tower and a projector of its own; leave out --vision and "
+                           "--projector")
+    if is_run:
+        return _open_run(directory, values, tokenizer, num_vocos, allow_missing)
     tensors = open_directory(directory)
     make_table: Callable[[ModelConfig, int, int | None], Table]
     if "text_config" in values:
         config, make_table = huggingface.read_llava(values, where), tables.huggingface_table
-    elif "mm_hidden_size" in values or vision is not None:
+    elif "mm_hidden_size" in values or vision or projector:
         tensors = _with_parts(tensors, vision, projector)
         config, make_table = _read_original(values, tensors, vision, where), tables.llava_table
     else:
@@ -111,7 +115,7 @@ def open_source(
     own_tokenizer, knows_voco = _read_tokenizer(Path(tokenizer or directory))
     rows, voco_id = config.decoder.vocab_size, own_tokenizer.voco_id
     if "voco" in values:
-        _require_same_voco(config.voco.token_id, own_tokenizer, where)
+        _require_same_voco(config.voco, own_tokenizer, num_vocos, where)
     # The released code's vocabulary ends with the row, whether its tokenizer says so or not.
     knows_voco |= "mm_hidden_size" in values and rows == voco_id + 1
     config = replace(
@@ -169,8 +173,10 @@ def _read_original(values: huggingface.Json, tensors: Weights, vision: str | Pat
     return llava.read_llava(values, tower, llava.read_projector(values, tensors.shapes, where), where)
 
 
-def _open_run(directory: Path, tokenizer: str | Path | None, allow_missing: Collection[str]) -> Source:
-    values = huggingface.read_json(directory / "config.json")
+def _open_run(
+    directory: Path, values: huggingface.Json, tokenizer: str | Path | None, num_vocos: int | None,
+    allow_missing: Collection[str],
+) -> Source:
     where = str(directory / "config.json")
     if "model" not in values:
         raise ConvertError(f"{where}: has no entry 'model'; a run of training has one")
@@ -180,12 +186,15 @@ def _open_run(directory: Path, tokenizer: str | Path | None, allow_missing: Coll
     check_tensors(parameter_shapes(config, is_decoder_only(weights)), weights.shapes, weights.where, allowed)
     home = Path(tokenizer or orbax_files.tokenizer_directory(directory, values))
     own_tokenizer, _ = _read_tokenizer(home)
-    _require_same_voco(config.voco.token_id, own_tokenizer, where)
+    _require_same_voco(config.voco, own_tokenizer, num_vocos, where)
     data = {key: values["data"][key] for key in ("template", "fit") if key in values.get("data", {})}
     return Source(config, weights, own_tokenizer, **data)
 
 
-def _require_same_voco(token_id: int, tokenizer: Tokenizer, where: str) -> None:
-    if token_id != tokenizer.voco_id:
-        raise ConvertError(f"{where}: says {VOCO_TOKEN} is token {token_id}, the tokenizer says {tokenizer.voco_id}; "
-                           "name the tokenizer that belongs to these weights with --tokenizer")
+def _require_same_voco(voco: VocoConfig, tokenizer: Tokenizer, num_vocos: int | None, where: str) -> None:
+    if voco.token_id != tokenizer.voco_id:
+        raise ConvertError(f"{where}: says {VOCO_TOKEN} is token {voco.token_id}, the tokenizer says "
+                           f"{tokenizer.voco_id}; name the tokenizer that belongs to these weights with --tokenizer")
+    if num_vocos not in (None, voco.num_vocos):
+        raise ConvertError(f"{where}: was made for {voco.num_vocos} VoCo tokens, not {num_vocos}; leave out "
+                           "--num_vocos")
