@@ -7,6 +7,7 @@ Needs the extras `tpu` (libtpu) and `cuda` (the CUDA plugin; also nvidia-cuda-nv
 
 import json
 
+import jax
 from absl import app, flags
 
 from vocojax.kernels.static_cost import gpu, report
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     if unknown := set(GPU.value) - set(TARGETS):
         raise app.UsageError(f"--gpu: {sorted(unknown)} unknown, choose from {sorted(TARGETS)}")
+    jax.config.update("jax_platforms", "cpu")  # accelerators that are there are not used
     figures = {"layouts": report.tpu_report(TOPOLOGY.value), "gpu": gpu.gpu_report(GPU.value)}
     if JSON.value:
         with open(JSON.value, "w") as file:

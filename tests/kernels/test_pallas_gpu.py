@@ -89,6 +89,7 @@ VARIANTS = {
     "wide heads": (1, 2048, 2048, 4, 4, 256, jnp.bfloat16),
     "grouped, narrow heads, a prefix": (2, 600, 2048, 16, 4, 72, jnp.bfloat16),
     "heads of 64": (1, 2048, 2048, 4, 4, 64, jnp.bfloat16),
+    "float32": (1, 2048, 2048, 4, 4, 128, jnp.float32),
 }
 
 

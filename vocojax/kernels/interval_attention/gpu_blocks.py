@@ -24,7 +24,7 @@ class Architecture:
     dkv: Blocks
 
 
-# Two rows each: heads up to 128 wide, and wider ones, whose accumulators leave fewer registers to a tile.
+# Two rows each: heads of up to 256 bytes (128 in bfloat16), and wider ones, which leave less room to a tile.
 ARCHITECTURES = {
     "ampere": (
         Architecture(Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2)),
@@ -37,9 +37,9 @@ ARCHITECTURES = {
 }
 
 
-def chosen(architecture: str, width: int) -> Architecture:
-    """The blocks of the three kernels for heads of this width."""
-    return ARCHITECTURES[architecture][width > 128]
+def chosen(architecture: str, head_bytes: int) -> Architecture:
+    """The blocks of the three kernels for heads whose width is this many bytes."""
+    return ARCHITECTURES[architecture][head_bytes > 256]
 
 
 def architecture(device_kind: str) -> str:

@@ -44,7 +44,7 @@ def forward(
     `architecture` names a row of `gpu_blocks.ARCHITECTURES`; `blocks` overrides its block sizes.
     """
     B, Q, H, D = q_BQHD.shape
-    blocks = blocks or gpu_blocks.chosen(architecture, D).forward
+    blocks = blocks or gpu_blocks.chosen(architecture, D * q_BQHD.dtype.itemsize).forward
     q, k, v = _in_blocks(q_BQHD, blocks.q), _in_blocks(k_BKGD, blocks.k), _in_blocks(v_BKGD, blocks.k)
     start, stop, kinds = _block_map(mask, blocks)
     repeats = H // k.shape[2]
@@ -79,7 +79,7 @@ def _forward_kernel(
     def key_block(block: jax.Array, partial: bool, state: Any) -> Any:
         highest, total, out = state
         keys = pl.ds(block * bk, bk)
-        scores = plgpu.dot(q, _load(k_ref.at[keys], width).T) * scale
+        scores = _product(q, _load(k_ref.at[keys], width).T) * scale
         if partial:
             j = block * bk + jnp.arange(bk)
             visible = _visible(i[:, None], start[:, None], j, stop_ref[keys])
@@ -88,7 +88,7 @@ def _forward_kernel(
         weights = jnp.exp2(scores - raised[:, None])
         decay = jnp.exp2(highest - raised)
         v = _load(v_ref.at[keys], width)
-        out = out * decay[:, None] + plgpu.dot(weights.astype(v.dtype), v)
+        out = out * decay[:, None] + _product(weights.astype(v.dtype), v)
         return raised, total * decay + weights.sum(axis=1), out
 
     state = (jnp.full(bq, LOWEST), jnp.zeros(bq), jnp.zeros((bq, q.shape[1])))
@@ -117,7 +117,7 @@ def backward(
 
     `architecture` names a row of `gpu_blocks.ARCHITECTURES`; the blocks override what it says.
     """
-    table = gpu_blocks.chosen(architecture, q_BQHD.shape[3])
+    table = gpu_blocks.chosen(architecture, q_BQHD.shape[3] * q_BQHD.dtype.itemsize)
     mean_BHQ = jnp.einsum("BQHD,BQHD->BHQ", out_BQHD, dout_BQHD, preferred_element_type=jnp.float32)
     arguments = (q_BQHD, k_BKGD, v_BKGD, dout_BQHD, lse_BHQ, mean_BHQ, mask, scale)
     dq = _backward_q(*arguments, dq_blocks or table.dq, interpret)
@@ -163,14 +163,14 @@ def _dq_kernel(
     def key_block(block: jax.Array, partial: bool, dq: jax.Array) -> jax.Array:
         keys = pl.ds(block * bk, bk)
         k = _load(k_ref.at[keys], width)
-        scores = plgpu.dot(q, k.T) * (scale * LOG2_E)
+        scores = _product(q, k.T) * (scale * LOG2_E)
         if partial:
             j = block * bk + jnp.arange(bk)
             visible = _visible(i[:, None], start[:, None], j, stop_ref[keys])
             scores = jnp.where(visible, scores, HIDDEN)
         weights = jnp.exp2(scores - lse)
-        dweights = plgpu.dot(dout, _load(v_ref.at[keys], width).T)
-        return dq + plgpu.dot((weights * (dweights - mean)).astype(k.dtype), k)
+        dweights = _product(dout, _load(v_ref.at[keys], width).T)
+        return dq + _product((weights * (dweights - mean)).astype(k.dtype), k)
 
     dq = _over_list(list_ref, counts_ref, key_block, jnp.zeros(q.shape))
     _store(dq_ref, dq * scale, width)
@@ -217,16 +217,16 @@ def _dkv_kernel(
         dk, dv = sums
         rows = pl.ds(block * bq, bq)
         q = _load(q_ref.at[rows, head], width)
-        scores = plgpu.dot(k, q.T) * (scale * LOG2_E)
+        scores = _product(k, q.T) * (scale * LOG2_E)
         if partial:
             i = prefix + block * bq + jnp.arange(bq)
             scores = jnp.where(_visible(i, start_ref[rows], j, stop), scores, HIDDEN)
         weights = jnp.exp2(scores - lse_ref[head, rows])
         dout = _load(dout_ref.at[rows, head], width)
-        dv = dv + plgpu.dot(weights.astype(dout.dtype), dout)
-        dweights = plgpu.dot(v, dout.T)
+        dv = dv + _product(weights.astype(dout.dtype), dout)
+        dweights = _product(v, dout.T)
         dscores = (weights * (dweights - mean_ref[head, rows])).astype(q.dtype)
-        return dk + plgpu.dot(dscores, q), dv
+        return dk + _product(dscores, q), dv
 
     def query_head(head: jax.Array, sums: Any) -> Any:
         return _over_list(list_ref, counts_ref, functools.partial(query_block, head), sums)
@@ -235,6 +235,11 @@ def _dkv_kernel(
     dk, dv = lax.fori_loop(0, q_ref.shape[1], query_head, sums)
     _store(dk_ref, dk * scale, width)
     _store(dv_ref, dv, width)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A matrix product accumulated in float32; float32 operands are not rounded to TF32 on the way."""
+    return plgpu.dot(a, b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
 
 
 def _visible(i: jax.Array, start: jax.Array, j: jax.Array, stop: jax.Array) -> jax.Array:

@@ -202,7 +202,7 @@ def gpu_report(targets: list[str]) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for target in targets:
         ours, mha = kernels(target, "ours"), kernels(target, "mha")
-        table = gpu_blocks.chosen(gpu_blocks.architecture(TARGETS[target].description), WIDTH)
+        table = gpu_blocks.chosen(gpu_blocks.architecture(TARGETS[target].description), 2 * WIDTH)
         pairs = lambda blocks: blocks.q * blocks.k
         q, k, both = MHA_BLOCKS
         # Per kernel: the pairs of its tile, and its loops over full and over partial tiles. JAX's backward kernel has
