@@ -43,6 +43,8 @@ setup(
             "mypy>=1.18",
             "torch==2.13.0",
             "sentencepiece>=0.2",
+            "gguf>=0.17",
+            "accelerate>=1.10",
         ],
         "notebooks": ["nbclient>=0.10", "ipykernel>=7", "matplotlib>=3.10"],
     },

@@ -51,7 +51,7 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
         "optimizer": {"learning_rate": 2e-3, "warmup_share": 0.05, "b2": 0.98},
         "checkpoint": {"every": 10_000, "keep": 1},
         "batch_size": 40,
-        "steps": 1500,
+        "steps": 800,
         "seed": 0,
         "dtype": "float32",  # faster than bfloat16 on a CPU without bf16 instructions
         "frozen_dtype": "float32",
@@ -61,7 +61,7 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
     if stage == "alignment":
         # The decoder is not pretrained, so there is no language to align to yet: it learns the captions as well.
         config.data.update(source="easy_vqa_captions", template="plain", row_length=24 * 8, images_per_row=8)
-        config.update(visibility="causal", steps=100, init_new=["projector/.*", "decoder/.*"], batch_size=8)
+        config.update(visibility="causal", steps=300, init_new=["projector/.*", "decoder/.*"], batch_size=8)
     elif stage == "upper_bound":
         config.visibility = "causal"
     elif stage.startswith("voco_"):

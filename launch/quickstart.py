@@ -11,6 +11,7 @@ from configs.quickstart import get_config
 from vocojax.config import ConfigError
 from vocojax.data.loader import SkippedTooMany
 from vocojax.quickstart import Quickstart
+from vocojax.terminal import show_own_messages
 from vocojax.training.checkpoints import CheckpointError
 from vocojax.training.loop import NonFiniteLoss
 
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     if not all(seed.isdecimal() for seed in SEEDS.value):
         raise app.UsageError(f"--seeds must be whole numbers such as 0,1,2, got {','.join(SEEDS.value)}")
+    show_own_messages()
     workdir = Path(WORKDIR.value)
     try:
         result = Quickstart(get_config, workdir, [int(seed) for seed in SEEDS.value], FULL.value).run()

@@ -2,11 +2,12 @@
 
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from vocojax.config import ConfigError
 from vocojax.data.loader import SkippedTooMany
+from vocojax.terminal import show_own_messages
 from vocojax.training.checkpoints import CheckpointError
 from vocojax.training.config import stage_config
 from vocojax.training.loop import NonFiniteLoss
@@ -20,7 +21,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.INFO)
+    show_own_messages()
     try:
         source = config_flags.get_config_filename(flags.FLAGS["config"])
         train(stage_config(CONFIG.value, source), WORKDIR.value)

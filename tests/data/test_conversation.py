@@ -9,7 +9,8 @@ def turns(*values):
 
 
 def test_llava_records_become_turns():
-    assert conversation_from_llava("r", turns("<image>\nq", "a")) == (Turn("user", "<image>\nq"), Turn("assistant", "a"))
+    conversation = conversation_from_llava("r", turns("<image>\nq", "a"))
+    assert conversation == (Turn("user", "<image>\nq"), Turn("assistant", "a"))
 
 
 @pytest.mark.parametrize(

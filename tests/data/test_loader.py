@@ -57,7 +57,8 @@ def test_stream_resumes_with_exactly_the_next_batch(tiny_config, data, taken):
 
 
 def test_epochs_hold_every_record_once(tiny_config, data):
-    stream = BatchStream(tiny_config, dataclasses.replace(data, images_per_row=1, row_length=24, pack_window=1), 1, 0, "voco")
+    one_by_one = dataclasses.replace(data, images_per_row=1, row_length=24, pack_window=1)
+    stream = BatchStream(tiny_config, one_by_one, 1, 0, "voco")
     answers = [int(next(stream)["target_ids"][0, 0]) for _ in range(12)]
     colours = [stream.tokenizer.encode(c).ids[0] for c in ("red", "green", "blue")]
     assert sorted(answers) == sorted(colours * 4)

@@ -144,7 +144,8 @@ def test_answers_never_hold_voco_tokens(assistant, cache):
 
 def test_clear_errors(assistant, images, cache, tmp_path):
     with pytest.raises(LayoutError, match=r"has \d+ tokens, more than the 20 there is room for"):
-        Assistant(assistant.model, assistant.tokenizer, assistant.template, max_length=20).read(cache, ["is " * 30], [[0]])
+        short = Assistant(assistant.model, assistant.tokenizer, assistant.template, max_length=20)
+        short.read(cache, ["is " * 30], [[0]])
     with pytest.raises(ValueError, match=r"images must be one or more uint8 \[32, 32, 3\] arrays, got none"):
         compress(assistant.model, assistant.tokenizer, [])
     with pytest.raises(ValueError, match=r"got \['float32\[32, 32, 3\]'\]"):

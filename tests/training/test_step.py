@@ -116,7 +116,8 @@ def test_meshes_give_the_same_losses(stage, tmp_path):
     stage = dataclasses.replace(stage, batch_size=8, steps=3)
     (tmp_path / "stage.pkl").write_bytes(pickle.dumps(stage))
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "stage.pkl"), str(tmp_path)], check=True, env=environment)
+    command = [sys.executable, "-c", code, str(tmp_path / "stage.pkl"), str(tmp_path)]
+    subprocess.run(command, check=True, env=environment)
     train(stage, tmp_path / "one")
     one = np.array(loss_curve(tmp_path / "one"))
     for name in ("data", "all"):

@@ -1,13 +1,13 @@
 """From a stage's data config to a stream of batches: read, decode, lay out, pack, batch. Grain drives it."""
 
 import collections
+import logging
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 import grain
 import numpy as np
-from absl import logging
 
 from vocojax.config import ConfigError, ModelConfig
 from vocojax.data.config import DataConfig
@@ -19,6 +19,8 @@ from vocojax.data.sources.easy_vqa import EasyVqaCaptions
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.layout import LayoutError, UnitShape, Visibility, lay_out_sample, require_targets
 
+LOG = logging.getLogger(__name__)
+
 
 class SkippedTooMany(RuntimeError):
     """More records were skipped than the data config allows."""
@@ -27,6 +29,7 @@ class SkippedTooMany(RuntimeError):
 class Tally:
     """Counts records, skipped ones by reason, and dropped text tokens; threads may share it."""
 
+    SHOWN = 20  # skipped records that are logged one by one
     TOLERANCE_FROM = 1000  # the share of skipped records is judged as if at least this many had been read
 
     def __init__(self, max_skipped_share: float):
@@ -48,7 +51,8 @@ class Tally:
             self.records += 1
             self.skipped[error.reason] += 1
             total = self.skipped.total()
-            logging.log_first_n(logging.WARNING, "skipped: %s", 20, error)
+            if total <= self.SHOWN:
+                LOG.warning("skipped: %s%s", error, " (further ones are only counted)" if total == self.SHOWN else "")
             if total > self.max_skipped_share * max(self.records, self.TOLERANCE_FROM):
                 counts = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.most_common())
                 raise SkippedTooMany(

@@ -44,10 +44,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig):
         self.every = config.every
-        self._manager = ocp.CheckpointManager(
-            Path(workdir).absolute() / "checkpoints",
-            options=ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True),
-        )
+        self._manager = _open(workdir, max_to_keep=config.keep, cleanup_tmp_directories=True)
 
     @property
     def latest(self) -> int | None:
@@ -61,19 +58,21 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                parameters=ocp.args.StandardSave(parameters),
-                optimizer=ocp.args.StandardSave(optimizer),
+                parameters=ocp.args.PyTreeSave(parameters),
+                optimizer=ocp.args.PyTreeSave(optimizer),
                 progress=ocp.args.JsonSave(dict(progress)),
             ),
         )
 
     def restore(self, step: int, parameters: Parameters, optimizer: Any) -> tuple[Parameters, Any, dict[str, Any]]:
         """Restores into the shapes, dtypes and shardings of the given (abstract) parameters and optimizer state."""
+        construct = ocp.checkpoint_utils.construct_restore_args
+        restore = lambda item: ocp.args.PyTreeRestore(item=item, restore_args=construct(item))
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                parameters=ocp.args.StandardRestore(parameters),
-                optimizer=ocp.args.StandardRestore(optimizer),
+                parameters=restore(parameters),
+                optimizer=restore(optimizer),
                 progress=ocp.args.JsonRestore(),
             ),
         )
@@ -134,27 +133,37 @@ def load_parameters(workdir: str | Path, wanted: Mapping[str, jax.ShapeDtypeStru
     Raises:
       CheckpointError: no checkpoint, or parameters that are missing or shaped otherwise (all are named).
     """
-    manager = ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints",
-                                    options=ocp.CheckpointManagerOptions(read_only=True))
+    if not (Path(workdir) / "checkpoints").is_dir():
+        raise CheckpointError(f"{workdir} holds no checkpoint")
+    manager = _open(workdir)
     step = manager.latest_step()
     if step is None:
         raise CheckpointError(f"{workdir} holds no checkpoint")
-    directory = Path(workdir).absolute() / "checkpoints" / str(step) / "parameters"
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(directory).item_metadata.tree
-        problems = [f"{name} is missing" for name in wanted if name not in saved]
-        problems += [f"{name} has shape {tuple(saved[name].shape)}, expected {leaf.shape}"
-                     for name, leaf in wanted.items() if name in saved and tuple(saved[name].shape) != leaf.shape]
-        if problems:
-            raise CheckpointError(f"{directory} does not fit the model: {'; '.join(problems)}")
-        return checkpointer.restore(
-            directory,
-            args=ocp.args.PyTreeRestore(
-                item=dict(wanted),
-                partial_restore=True,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(dict(wanted)),
-            ),
-        )
+    metadata = manager.item_metadata(step)["parameters"]
+    saved = getattr(metadata, "tree", metadata)
+    problems = [f"{name} is missing" for name in wanted if name not in saved]
+    problems += [f"{name} has shape {tuple(saved[name].shape)}, expected {leaf.shape}"
+                 for name, leaf in wanted.items() if name in saved and tuple(saved[name].shape) != leaf.shape]
+    if problems:
+        raise CheckpointError(f"{workdir}, step {step}, does not fit the model: {'; '.join(problems)}")
+    item = dict(wanted)
+    restore = ocp.args.PyTreeRestore(
+        item=item, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
+    )
+    return manager.restore(step, args=ocp.args.Composite(parameters=restore)).parameters
+
+
+def _open(workdir: str | Path, **options: Any) -> ocp.CheckpointManager:
+    """Orbax's manager of a run's checkpoints."""
+    handlers = {
+        "parameters": ocp.PyTreeCheckpointHandler(),
+        "optimizer": ocp.PyTreeCheckpointHandler(),
+        "progress": ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager(
+        Path(workdir).absolute() / "checkpoints", item_names=tuple(handlers), item_handlers=handlers,
+        options=ocp.CheckpointManagerOptions(**options),
+    )
 
 
 def load_model(workdir: str | Path, dtype: DTypeLike = jnp.float32) -> VocoLlama:

@@ -30,15 +30,13 @@ from vocojax.training.optimizer import make_optimizer
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
-    """vision: the tower; vocab_size: of the captions' tokenizer; max_shift: images are mirrored at random and moved by
-    up to so many pixels either way."""
+    """vision: the tower; vocab_size: of the captions' tokenizer. Half of the images are mirrored."""
 
     vision: VisionConfig
     vocab_size: int
-    steps: int = 900
+    steps: int = 1800
     batch_size: int = 96
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=3e-3, b2=0.98))
-    max_shift: int = 4
     seed: int = 0
     log_every: int = 10
 
@@ -99,16 +97,9 @@ class _CaptionStream:
         random = np.random.default_rng((self._config.seed, self._step))
         self._step += 1
         chosen = random.choice(len(self._images), self._config.batch_size, replace=False)
-        return {"images": self._augmented(self._images[chosen], random), "captions": self._captions[chosen]}
-
-    def _augmented(self, images_BHWC: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Every image mirrored or not, then moved; what moves in repeats the edge."""
-        count, size = images_BHWC.shape[:2]
-        mirrored_B111 = random.random((count, 1, 1, 1)) < 0.5
+        images_BHWC, mirrored_B111 = self._images[chosen], random.random((len(chosen), 1, 1, 1)) < 0.5
         images_BHWC = np.where(mirrored_B111, images_BHWC[:, :, ::-1], images_BHWC)
-        shifts_2B1 = random.integers(-self._config.max_shift, self._config.max_shift + 1, (2, count, 1))
-        rows_BH, columns_BW = np.clip(np.arange(size) + shifts_2B1, 0, size - 1)
-        return images_BHWC[np.arange(count)[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
+        return {"images": images_BHWC, "captions": self._captions[chosen]}
 
     def get_state(self) -> dict[str, Any]:
         return {"step": self._step}

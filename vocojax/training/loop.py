@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import jax
-from absl import logging
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -117,7 +116,6 @@ def _log(
         writer.add_scalar(key if "/" in key else f"train/{key}", value, last)
     with history.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({"step": n, **m}) + "\n" for n, m in fetched)
-    logging.vlog(1, "step %d: %s", last, fetched[-1][1])
 
 
 def _forget_after(history: Path, step: int) -> None:

@@ -1,5 +1,6 @@
 """A training stage from its config: model, data, optimizer, step and loop put together."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -22,6 +22,8 @@ from vocojax.training.config import StageConfig, config_to_dict
 from vocojax.training.optimizer import check_rules, make_optimizer, matches
 from vocojax.training.sharding import make_mesh, parameter_shardings, replicated, shard_batch
 from vocojax.training.step import TrainState, make_step
+
+LOG = logging.getLogger(__name__)
 
 
 def train(config: StageConfig, workdir: str | Path) -> None:
@@ -59,7 +61,7 @@ def _train(config: StageConfig, workdir: str | Path, mesh: Mesh) -> None:
             optimizer=optimizer_state,
         )
         stream.set_state(progress["data"])
-        logging.info("%s: resumes behind step %d", workdir, first_step)
+        LOG.info("%s: resumes behind step %d", workdir, first_step)
 
     step = jax.jit(make_step(model, teacher, optimizer, config), donate_argnums=0)
 
@@ -106,7 +108,7 @@ def _initial_state(
     if config.init_from and not resumes:
         taken = [name for name in shardings if not matches(name, config.init_new)]
         parameters |= load_parameters(config.init_from, wanted(taken, dtypes.__getitem__))
-        logging.info("%d of %d parameters come from %s", len(taken), len(shardings), config.init_from)
+        LOG.info("%d of %d parameters come from %s", len(taken), len(shardings), config.init_from)
     trained = {name: value for name, value in parameters.items() if trains[name]}
     frozen = {name: value for name, value in parameters.items() if not trains[name]}
     guide: Mapping[str, jax.Array] = {}
