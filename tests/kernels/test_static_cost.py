@@ -54,6 +54,13 @@ def test_a_step_goes_around_the_regions_that_it_skips():
     assert loop.cycles(set()) == loop.cycles({region}) == max(13, MACHINE.matmul_bf16)
 
 
+def test_a_loop_inside_a_grid_step_is_refused():
+    inner = "   0x8   :  { %v7 = vpop.f32.mrf.mxu1  ;;  (%p9) sbr.rel (%p9) target = $region3 /* Start region 3 */ }"
+    lines = [inner if line.strip().startswith("0x8 ") else line for line in DUMP.splitlines()]
+    with pytest.raises(ValueError, match="a loop of its own"):
+        bundles.GridLoop(bundles.parse("\n".join(lines)), MACHINE)
+
+
 def test_a_replay_waits_for_results():
     path = [bundles.Bundle((op,), (), 0, 0) for op in ("vmatmul.bf16.gmra.mxu0", *["vpop.f32.mrf.mxu0"] * 2)]
     assert bundles.replay(path, MACHINE) == MACHINE.result + MACHINE.second_half + 1

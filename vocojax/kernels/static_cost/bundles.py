@@ -105,7 +105,8 @@ class GridLoop:
         backward = [(target, at) for at, b in enumerate(bundles) for _, target in b.branches if target <= at]
         widest = max(backward, key=lambda loop: loop[1] - loop[0], default=(0, len(bundles) - 1 - DELAY_SLOTS))
         self.head, self.tail = widest
-        self.inner_loops = [loop for loop in backward if self.head < loop[0] and loop[1] < self.tail]
+        if any(self.head < head and at < self.tail for head, at in backward):
+            raise ValueError("the grid step has a loop of its own, whose trip count the code does not tell")
         self.regions = [
             self._region(at, target)
             for at in range(self.head, self.tail)

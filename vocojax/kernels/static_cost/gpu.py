@@ -244,6 +244,7 @@ def _compile_here(target: str, which: str) -> None:
     import jax.numpy as jnp
     from jax.experimental import topologies
 
+    jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache leaves no dumps
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name=target, target_config=TARGETS[target].config(), topology="1x1x1"
     )

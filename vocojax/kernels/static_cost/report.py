@@ -115,11 +115,10 @@ def ours_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: bool
     chip = CHIPS[kernel.device_kind]
     cores = kernel.cores if kernel.parallel else 1
     per_cycle = chip.bandwidth / chip.cores / chip.ghz / 1e9  # bytes that one core's share of HBM moves in a cycle
-    at_q = np.diff(codes >> TileCode.LOW, prepend=-1) != 0  # both passes read new tiles on one side at every step,
-    new_group = codes & TileCode.FIRST != 0  # and on the other where a group begins
-    moving, resting = (blocks.q, blocks.k) if backward else (blocks.k, blocks.q)
-    one = 2 * 2 * heads * WIDTH  # bytes per position: two operands in bfloat16 on either side
-    dma = (at_q * moving + new_group * 2 * resting) * one / per_cycle
+    # Every step reads two operands on the side that it walks; on the other side a group reads one or two and writes as
+    # many (forward: q and out; backward: k, v, dk and dv).
+    walked, kept = (blocks.q, 4 * blocks.k) if backward else (blocks.k, 2 * blocks.q)
+    dma = (2 * walked + kept * (codes & TileCode.FIRST != 0)) * 2 * heads * WIDTH / per_cycle
     groups = HEADS // heads
     matrix = (kinds == FULL) * costs.matrix[0] + (kinds == PARTIAL) * costs.matrix[1]
     to_seconds = groups / cores / chip.ghz / 1e9

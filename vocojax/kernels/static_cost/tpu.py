@@ -144,6 +144,7 @@ def _compile_here(topology: str, folder: str, jobs: list[Job]) -> list[list[Comp
     import jax
     from jax.experimental import topologies
 
+    jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache leaves no dumps
     device: Any = topologies.get_topology_desc(topology, platform="tpu").devices[0]
     on = jax.sharding.SingleDeviceSharding(device)
     compiled = []
