@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from transformers import CLIPConfig, CLIPModel
 
 from vocojax.config import VisionConfig
 from vocojax.convert.conversion import convert
@@ -96,9 +97,12 @@ def test_original(tmp_path, form):
 
 @pytest.mark.parametrize("tokenizer_knows", [True, False])
 def test_released_voco(tmp_path, tokenizer_knows):
-    """(b) The released VoCo-LLaMA's vocabulary has the row already, and it stays as it was trained."""
+    """(b) The released VoCo-LLaMA's vocabulary has the row already, and it stays as it was trained; the buffers that
+    its library saved along are left behind."""
     tensors = checkpoints.original_tensors(rows=W + 1)
-    checkpoints.save_original(tmp_path / "source", tensors)
+    buffers = {f"{checkpoints.TOWER}vision_model.embeddings.position_ids": torch.arange(17)[None],
+               "model.layers.2.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    checkpoints.save_original(tmp_path / "source", tensors | buffers)
     if not tokenizer_knows:
         checkpoints.save_tokenizer(tmp_path / "source")
     back, _ = there_and_back(tmp_path, "llava", source=tmp_path / "source")
@@ -129,6 +133,20 @@ def test_parts(tmp_path, layout):
                         f"{checkpoints.TOWER}vision_model.encoder.layers.1.mlp.fc1.bias"),
                        ("multi_modal_projector.linear_2.weight", "model.mm_projector.2.weight")):
         np.testing.assert_array_equal(written[name], expected[ours])
+
+
+def test_whole_clip_directory(tmp_path):
+    """(c) CLIP as published has a text model too, and a head for each."""
+    parts = checkpoints.save_parts(tmp_path)
+    plain = open_source(parts["source"], vision=parts["vision"], projector=parts["projector"]).weights
+    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=checkpoints.VISION))
+    clip.vision_model.load_state_dict(checkpoints.clip_tensors())
+    clip.save_pretrained(tmp_path / "whole")
+    assert any(name.startswith("text_model.") for name in tensors_of(tmp_path / "whole"))
+    whole = open_source(parts["source"], vision=tmp_path / "whole", projector=parts["projector"]).weights
+    for path in plain.shapes:
+        np.testing.assert_array_equal(whole.read(path), plain.read(path), err_msg=path)
 
 
 def test_image_token_that_needs_another_row(tmp_path):

@@ -44,6 +44,15 @@ _STORAGE_TYPES: Mapping[str, _StorageType] = {name: _StorageType(np.dtype(dtype)
 }.items()}
 
 
+# What a pickle with changed bytes raises in its unpickler, besides refusals.
+_DAMAGES = (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, MemoryError,
+            OverflowError, RecursionError)
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).encode("unicode_escape").decode() or type(error).__name__
+
+
 class _RefusedError(pickle.UnpicklingError):
     """The pickle asks for something that is no tensor."""
 
@@ -93,20 +102,20 @@ class PickleFile:
         except ConvertError:
             raise
         except _RefusedError as error:
-            raise ConvertError(f"{path}: refused: its pickle asks for {error}, which is no tensor; get the weights as "
-                               "safetensors") from None
+            raise ConvertError(f"{path}: refused: its pickle asks for {_one_line(error)}, which is no tensor; get the "
+                               "weights as safetensors") from None
         except (zipfile.BadZipFile, OSError) as error:
             raise ConvertError(f"{path}: not a whole file of torch.save ({error}); fetch it again, or save it again "
                                "with torch >= 1.6") from None
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError) as error:
-            raise ConvertError(f"{path}: its pickle is damaged: {error}; fetch it again") from None
+        except _DAMAGES as error:
+            raise ConvertError(f"{path}: its pickle is damaged: {_one_line(error)}; fetch it again") from None
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def _require_tensors(self, content: Any) -> dict[str, _Tensor]:
         if not isinstance(content, dict):
             raise ConvertError(f"{self.where}: holds no dict of tensors but a {type(content).__name__}")
         for name, value in content.items():
-            if not isinstance(value, _Tensor):
+            if not isinstance(value, _Tensor) or not isinstance(name, str) or not name.isprintable():
                 raise ConvertError(f"{self.where}: {name!r} is no tensor; save the plain state dict")
         return dict(content)
 
