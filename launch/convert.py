@@ -11,7 +11,7 @@ Shikra, LLaMA-VID), a LLaMA (alone, or with --vision), or a run of training.
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from vocojax.convert.conversion import convert
 from vocojax.convert.mapping import ConvertError
@@ -32,6 +32,7 @@ flags.DEFINE_bool("verify", False, "Read the target again, report max |Δ| of ev
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every parameter that it reads
     try:
         convert(
             FLAGS.source, FLAGS.target, FLAGS.target_layout, dtype=FLAGS.dtype, verify=FLAGS.verify,
