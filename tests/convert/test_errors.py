@@ -265,6 +265,13 @@ def test_no_vision_tower(tmp_path):
     failing(tmp_path / "source", "no vision tower among the tensors", "name its directory or file with --vision")
 
 
+def test_vision_tower_of_unknown_heads(source):
+    """CLIP ViT-H is 1280 wide with heads of 80; nothing in its tensors says so."""
+    edit_tensors(source, lambda tensors: tensors.update({
+        f"{checkpoints.TOWER}vision_model.embeddings.patch_embedding.weight": torch.zeros(1280, 3, 7, 7)}))
+    failing(source, "the heads of a vision tower of width 1280 can't be told from its tensors", "'vision_config'")
+
+
 def test_layouts_without_a_place(tmp_path):
     checkpoints.save_original(tmp_path / "linear", checkpoints.original_tensors("linear"), mm_projector_type="linear")
     with pytest.raises(ConvertError, match=r"'huggingface' has no place .* projector of kind 'linear'; use .* 'llava'"):

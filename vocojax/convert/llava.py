@@ -19,8 +19,8 @@ from vocojax.convert.huggingface import (
 from vocojax.convert.mapping import ConvertError, Shape
 from vocojax.convert.tables import TOWER
 
-# Head widths of the towers these projects use: CLIP ViT-B and -L, and EVA-CLIP-g.
-_CLIP_HEAD, _EVA_HEAD = 64, 88
+# Width of a head, and up to which width of the tower it holds: CLIP ViT-B and -L (ViT-H is another), EVA-CLIP-g.
+_CLIP_HEAD, _EVA_HEAD = (64, 1024), (88, 1408)
 _EVA_DEPTH = 39  # BLIP-2 and LLaMA-VID run 39 of the 40 published blocks
 _PUBLISHED = {336: "openai/clip-vit-large-patch14-336", 224: "openai/clip-vit-large-patch14"}
 
@@ -36,8 +36,8 @@ def read_llava(values: Mapping[str, Any], vision: VisionConfig, projector: Proje
 
 def read_projector(values: Mapping[str, Any], names: Iterable[str], where: str) -> ProjectorConfig:
     """The projector's kind: as the file says, else by its tensors, else (there are none) LLaVA-1.5's."""
-    found = [name for name in names if "mm_projector." in name]
-    by_tensors = "linear" if "model.mm_projector.weight" in found or "mm_projector.weight" in found else "mlp2x_gelu"
+    is_linear = any(name.endswith("mm_projector.weight") for name in names)
+    by_tensors = "linear" if is_linear else "mlp2x_gelu"
     kind = values.get("mm_projector_type", by_tensors)
     if kind not in ("linear", "mlp2x_gelu"):
         raise ConvertError(f"{where}: mm_projector_type must be 'linear' or 'mlp2x_gelu', got {kind!r}")
@@ -69,10 +69,14 @@ def vision_of_tensors(values: Mapping[str, Any], shapes: Mapping[str, Shape], wh
                            "directory or file with --vision")
     depth = 1 + max(int(found[1]) for name in tower if (found := re.fullmatch(layer, name)))
     width, patch_size = tower[patch][0], tower[patch][-1]
+    head, widest = _EVA_HEAD if is_eva else _CLIP_HEAD
+    if width % head or width > widest:
+        raise ConvertError(f"{where}: the heads of a vision tower of width {width} can't be told from its tensors; add "
+                           "the tower's own config to this file as 'vision_config'")
     return checked(where, lambda: VisionConfig(
         kind="eva" if is_eva else "clip",
         image_size=math.isqrt(tower[position][-2] - 1) * patch_size, patch_size=patch_size, width=width,
-        depth=min(depth, _EVA_DEPTH) if is_eva else depth, num_heads=width // (_EVA_HEAD if is_eva else _CLIP_HEAD),
+        depth=min(depth, _EVA_DEPTH) if is_eva else depth, num_heads=width // head,
         mlp_width=tower[mlp][0], select_layer=select_layer, norm_eps=1e-6 if is_eva else 1e-5,
     ))
 
