@@ -60,8 +60,8 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
     })
     if stage == "alignment":
         # The decoder is not pretrained, so there is no language to align to yet: it learns the captions as well.
-        config.data.update(source="easy_vqa_captions", template="plain", row_length=24 * 8, images_per_row=8)
-        config.update(visibility="causal", steps=300, init_new=["projector/.*", "decoder/.*"], batch_size=8)
+        config.data.update(source="easy_vqa_captions", template="plain", row_length=48, images_per_row=2)
+        config.update(visibility="causal", steps=300, init_new=["projector/.*", "decoder/.*"], batch_size=32)
     elif stage == "upper_bound":
         config.visibility = "causal"
     elif stage.startswith("voco_"):

@@ -20,7 +20,10 @@ class ConfigError(ValueError):
 
     def __init__(self, key: str, problem: str):
         self.key, self.problem = key, problem
-        super().__init__(f"{key} {problem}")
+        super().__init__(key, problem)  # what pickling builds it from again
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.problem}"
 
 
 def require(condition: bool, key: str, problem: str, value: Any) -> None:

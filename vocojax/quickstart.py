@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +27,7 @@ from vocojax.evaluation.retention import Score, format_table, table
 from vocojax.inference.assistant import Assistant
 from vocojax.layout import Visibility, lay_out_sample
 from vocojax.training.checkpoints import write_atomically
-from vocojax.training.config import stage_config
+from vocojax.training.config import StageConfig, stage_config
 from vocojax.training.contrastive import ContrastiveConfig, pretrain_vision
 from vocojax.training.stage import train
 
@@ -53,6 +56,33 @@ FURTHER_ARMS = (
 )
 
 
+@dataclass(frozen=True)
+class Job:
+    """One training run: a stage's, or the vision tower's."""
+
+    name: str
+    config: StageConfig | ContrastiveConfig
+    workdir: Path
+    tokenizer: Path
+
+
+def run_job(job: Job, position: int = 0) -> float:
+    """Runs a job and returns its seconds; `position` is its progress bar's line among those of parallel jobs."""
+    started = time.perf_counter()
+    if isinstance(job.config, ContrastiveConfig):
+        tokenizer = Tokenizer.from_directory(job.tokenizer)
+        pretrain_vision(job.config, EasyVqaCaptions("train"), tokenizer, job.workdir, position)
+    else:
+        train(job.config, job.workdir, position)
+    return time.perf_counter() - started
+
+
+def _set_up_compilation(workdir: Path) -> None:
+    """Stages and seeds share their programs: each is compiled once."""
+    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 @dataclass
 class Quickstart:
     """What is run, and where.
@@ -76,18 +106,20 @@ class Quickstart:
 
     def run(self) -> dict[str, Any]:
         """Trains, evaluates, prints the table, writes retention.json and report.html, and returns the former."""
-        # Stages and seeds share their programs: each is compiled once.
-        jax.config.update("jax_compilation_cache_dir", str(self.workdir.absolute() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        _set_up_compilation(self.workdir)
+        started = time.perf_counter()
         arms = ARMS + (FURTHER_ARMS if self.full else ())
-        tokenizer = self._make_tokenizer()
-        for seed in self.seeds:
-            self._train(seed, tokenizer, list(dict.fromkeys(arm.stage for arm in arms)))
+        self._make_tokenizer()
+        self._run_jobs([self._vision_job(seed) for seed in self.seeds])
+        self._run_jobs([self._stage_job(seed, "alignment") for seed in self.seeds])
+        stages = dict.fromkeys(arm.stage for arm in arms)
+        self._run_jobs([self._stage_job(seed, stage) for seed in self.seeds for stage in stages])
         benchmark = EasyVqaBenchmark("test", max_images=self.test_images)
         with self._timed("evaluation"):
             answers = {arm.name: [self._answer(benchmark, arm, seed) for seed in self.seeds] for arm in arms}
         with self._timed("two-stage check"):
             two_stage = self._check_two_stages(benchmark, answers["VoCo-1"][0])
+        self.seconds["total"] = time.perf_counter() - started
         scores: dict[str, list[Score]] = {
             name: [benchmark.score(answer) for answer in runs] for name, runs in answers.items()
         }
@@ -104,28 +136,38 @@ class Quickstart:
         print(format_table(rows))
         return result
 
-    def _make_tokenizer(self) -> Tokenizer:
+    def _make_tokenizer(self) -> None:
         """A word tokenizer of the training questions, beside the runs."""
         questions = [q for group in EasyVqaSource("train").questions for q in group]
         tokenizer = word_tokenizer(f"{q.text} {q.answer}" for q in questions)
         tokenizer.save(self.workdir / "tokenizer")
-        return tokenizer
 
-    def _train(self, seed: int, tokenizer: Tokenizer, stages: Sequence[str]) -> None:
-        """The vision tower, then the alignment on top of it, then every arm's stage from there."""
-        model = self._model("voco_1")
-        with self._timed("vision"):
-            config = ContrastiveConfig(model.vision, len(tokenizer), seed=seed)
-            config = dataclasses.replace(config, steps=self.steps.get("vision", config.steps))
-            pretrain_vision(config, EasyVqaCaptions("train"), tokenizer, self._run(seed, "vision"))
-        for stage in ("alignment", *stages):
-            values = self.get_config(stage)
-            values.seed = seed
-            values.data.tokenizer = str(self.workdir / "tokenizer")
-            values.init_from = str(self._run(seed, "vision" if stage == "alignment" else "alignment"))
-            values.steps = self.steps.get(stage, values.steps)
-            with self._timed(stage):
-                train(stage_config(values, "configs/quickstart.py"), self._run(seed, stage))
+    def _vision_job(self, seed: int) -> "Job":
+        tokens = len(Tokenizer.from_directory(self.workdir / "tokenizer"))
+        config = ContrastiveConfig(self._model("voco_1").vision, tokens, seed=seed)
+        config = dataclasses.replace(config, steps=self.steps.get("vision", config.steps))
+        return Job("vision", config, self._run(seed, "vision"), self.workdir / "tokenizer")
+
+    def _stage_job(self, seed: int, stage: str) -> "Job":
+        """The alignment stands on the vision tower, every other stage on the alignment."""
+        values = self.get_config(stage)
+        values.seed = seed
+        values.data.tokenizer = str(self.workdir / "tokenizer")
+        values.init_from = str(self._run(seed, "vision" if stage == "alignment" else "alignment"))
+        values.steps = self.steps.get(stage, values.steps)
+        config = stage_config(values, "configs/quickstart.py")
+        return Job(stage, config, self._run(seed, stage), self.workdir / "tokenizer")
+
+    def _run_jobs(self, jobs: "Sequence[Job]") -> None:
+        """Runs the jobs, two at a time on a CPU: such small models keep one core busy, not two."""
+        if len(jobs) == 1 or jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
+            seconds = [run_job(job) for job in jobs]
+        else:
+            fresh = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(2, fresh, _set_up_compilation, (self.workdir,)) as pool:
+                seconds = list(pool.map(run_job, jobs, range(len(jobs))))
+        for job, taken in zip(jobs, seconds, strict=True):
+            self.seconds[job.name] = self.seconds.get(job.name, 0.0) + taken
 
     def _answer(self, benchmark: EasyVqaBenchmark, arm: Arm, seed: int) -> Answers:
         return benchmark.answer_single_pass(Assistant.from_run(self._run(seed, arm.stage), arm.visibility))

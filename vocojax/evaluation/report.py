@@ -96,7 +96,7 @@ def write_report(
     body = [
         "<h1>vocojax quickstart</h1>",
         f"<p class=note>easy-VQA test split; {tokens} vision tokens per image; seeds "
-        f"{', '.join(map(str, result['seeds']))}; {sum(result['seconds'].values()):.0f} s of work.</p>",
+        f"{', '.join(map(str, result['seeds']))}; {result['seconds']['total']:.0f} s of work.</p>",
         "<h2>Retention</h2>", _retention_table(result["rows"]),
         "<p class=note>retention = (accuracy − lower bound) / (upper bound − lower bound). The upper bound reads all "
         "vision tokens; the lower bound is the same model read through the VoCo mask it was not trained for.</p>",

@@ -34,9 +34,9 @@ class ContrastiveConfig:
 
     vision: VisionConfig
     vocab_size: int
-    steps: int = 1800
-    batch_size: int = 96
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=3e-3, b2=0.98))
+    steps: int = 3000
+    batch_size: int = 48
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-3, b2=0.98, weight_decay=0.1))
     seed: int = 0
     log_every: int = 10
 
@@ -108,7 +108,9 @@ class _CaptionStream:
         self._step = state["step"]
 
 
-def pretrain_vision(config: ContrastiveConfig, source: Source, tokenizer: Tokenizer, workdir: str | Path) -> None:
+def pretrain_vision(
+    config: ContrastiveConfig, source: Source, tokenizer: Tokenizer, workdir: str | Path, bar_position: int = 0
+) -> None:
     """Trains a tower on a source of captioned images and leaves a checkpoint whose `vision/...` parameters a stage's
     `init_from` can take. Resumes like a stage."""
     write_run_files(workdir, config_to_dict(config))
@@ -116,8 +118,8 @@ def pretrain_vision(config: ContrastiveConfig, source: Source, tokenizer: Tokeni
     optimizer = make_optimizer(config.optimizer, config.steps)
     stream = _CaptionStream(source, config, tokenizer)
 
-    def create() -> ContrastiveState:
-        parameters = parameters_of(ContrastiveModel(config, nnx.Rngs(config.seed)))
+    def create(key: jax.Array) -> ContrastiveState:
+        parameters = parameters_of(ContrastiveModel(config, nnx.Rngs(key)))
         return ContrastiveState(jnp.int32(0), parameters, optimizer.init(parameters))
 
     def loss(parameters: Parameters, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -135,7 +137,7 @@ def pretrain_vision(config: ContrastiveConfig, source: Source, tokenizer: Tokeni
         return ContrastiveState(state.step + 1, parameters, optimizer_state), metrics
 
     checkpoints = Checkpoints(workdir, CheckpointConfig(every=config.steps, keep=1))
-    state, first_step = jax.jit(create)(), checkpoints.latest or 0
+    state, first_step = jax.jit(create)(jax.random.key(config.seed)), checkpoints.latest or 0
     if first_step:
         parameters, optimizer_state, progress = checkpoints.restore(first_step, state.parameters, state.optimizer)
         state = ContrastiveState(jnp.int32(first_step), parameters, optimizer_state)
@@ -145,7 +147,7 @@ def pretrain_vision(config: ContrastiveConfig, source: Source, tokenizer: Tokeni
         checkpoints.save(number, state.parameters, state.optimizer, {"data": stream.get_state()})
 
     try:
-        loop.run(loop.LoopConfig("vision", config.steps, config.log_every), workdir, state, first_step, step, stream,
-                 checkpoints, save)
+        shown = loop.LoopConfig("vision", config.steps, config.log_every, bar_position)
+        loop.run(shown, workdir, state, first_step, step, stream, checkpoints, save)
     finally:
         checkpoints.close()

@@ -34,11 +34,12 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """name: shown in the progress bar; steps: in all, those of earlier runs included; log_every: steps."""
+    """name: shown in the progress bar, on line `position`; steps: in all, those of earlier runs included."""
 
     name: str
     steps: int
     log_every: int
+    position: int = 0
 
 
 def run(
@@ -67,7 +68,8 @@ def run(
     history = Path(workdir) / "metrics.jsonl"
     _forget_after(history, first_step)
     writer = SummaryWriter(str(workdir), purge_step=first_step or None)
-    bar = tqdm(total=config.steps, initial=first_step, desc=config.name, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=config.steps, initial=first_step, desc=config.name, unit="step", dynamic_ncols=True,
+               position=config.position)
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     since = time.perf_counter()
     try:

@@ -26,8 +26,11 @@ from vocojax.training.step import TrainState, make_step
 LOG = logging.getLogger(__name__)
 
 
-def train(config: StageConfig, workdir: str | Path) -> None:
+def train(config: StageConfig, workdir: str | Path, bar_position: int = 0) -> None:
     """Runs a stage to its last step, resuming from the newest checkpoint in `workdir` if there is one.
+
+    Args:
+      bar_position: the terminal line of the progress bar, where several runs share a terminal.
 
     Raises:
       ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany: see where they are defined.
@@ -35,10 +38,10 @@ def train(config: StageConfig, workdir: str | Path) -> None:
     write_run_files(workdir, config_to_dict(config))
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        _train(config, workdir, mesh)
+        _train(config, workdir, mesh, bar_position)
 
 
-def _train(config: StageConfig, workdir: str | Path, mesh: Mesh) -> None:
+def _train(config: StageConfig, workdir: str | Path, mesh: Mesh, bar_position: int) -> None:
     model = abstract(lambda: VocoLlama(config.model, nnx.Rngs(0), config.dtype))
     check_rules(variables_of(model), config.train, config.freeze)
     teacher = _abstract_teacher(config)
@@ -71,7 +74,7 @@ def _train(config: StageConfig, workdir: str | Path, mesh: Mesh) -> None:
 
     try:
         loop.run(
-            loop.LoopConfig(config.name, config.steps, config.log_every), workdir, state, first_step,
+            loop.LoopConfig(config.name, config.steps, config.log_every, bar_position), workdir, state, first_step,
             lambda state, batch: step(state, shard_batch(batch, mesh)), stream, checkpoints, save, stream.tally.scalars,
         )
     finally:
@@ -100,11 +103,11 @@ def _initial_state(
         shapes = variables_of(model)
         return {n: jax.ShapeDtypeStruct(shapes[n].shape, dtype_of(n), sharding=shardings[n]) for n in names}
 
-    def random_parameters() -> Parameters:
-        created = parameters_of(VocoLlama(config.model, nnx.Rngs(config.seed), config.dtype))
+    def random_parameters(key: jax.Array) -> Parameters:
+        created = parameters_of(VocoLlama(config.model, nnx.Rngs(key), config.dtype))
         return {name: value.astype(dtypes[name]) for name, value in created.items()}
 
-    parameters = jax.jit(random_parameters, out_shardings=shardings)()
+    parameters = jax.jit(random_parameters, out_shardings=shardings)(jax.random.key(config.seed))
     if config.init_from and not resumes:
         taken = [name for name in shardings if not matches(name, config.init_new)]
         parameters |= load_parameters(config.init_from, wanted(taken, dtypes.__getitem__))
