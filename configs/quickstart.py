@@ -16,8 +16,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from vocojax.config import preset
-from vocojax.training.config import config_to_dict
+from vocojax.config import ConfigError, preset
+from vocojax.training.config import all_keys, config_to_dict
 
 VOCABULARY = 34  # words of the training questions, special tokens and <voco>
 
@@ -28,51 +28,40 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
         tiny, decoder=dataclasses.replace(tiny.decoder, vocab_size=VOCABULARY),
         voco=dataclasses.replace(tiny.voco, token_id=VOCABULARY - 1),
     ))
-    config = ConfigDict({
-        "name": stage,
-        "model": model,
-        "data": {
-            "source": "easy_vqa",
-            "split": "train",
-            "tokenizer": "",
-            "template": "bare",
-            "threads_per_sample": 4,
-            "row_length": 68,
-            "images_per_row": 1,
-            "max_targets": 8,
-            "num_threads": 2,
-            "keep_in_memory": True,
+    config = ConfigDict(all_keys(
+        name=stage,
+        model=model,
+        data={
+            "source": "easy_vqa", "template": "bare", "threads_per_sample": 4, "row_length": 68, "images_per_row": 1,
+            "max_targets": 8, "num_threads": 2, "keep_in_memory": True,
         },
-        "train": ["projector/.*", "decoder/.*"],
-        "freeze": ["vision/.*"],
-        "init_from": "",
-        "init_new": [],
-        "visibility": "voco",
-        "optimizer": {"learning_rate": 2e-3, "warmup_share": 0.05, "b2": 0.98},
-        "checkpoint": {"every": 10_000, "keep": 1},
-        "batch_size": 40,
-        "steps": 800,
-        "seed": 0,
-        "dtype": "float32",  # faster than bfloat16 on a CPU without bf16 instructions
-        "frozen_dtype": "float32",
-        "remat": "none",
-        "log_every": 20,
-    })
+        train=["projector/.*", "decoder/.*"],
+        freeze=["vision/.*"],
+        visibility="voco",
+        optimizer={"learning_rate": 2e-3, "warmup_share": 0.05, "b2": 0.98},
+        checkpoint={"every": 10_000, "keep": 1},
+        batch_size=40,
+        steps=800,
+        dtype="float32",  # faster than bfloat16 on a CPU without bf16 instructions
+        frozen_dtype="float32",
+        remat="none",
+        log_every=20,
+    ))
     if stage == "alignment":
         # The decoder is not pretrained, so there is no language to align to yet: it learns the captions as well.
         config.data.update(source="easy_vqa_captions", template="plain", row_length=48, images_per_row=2)
         config.update(visibility="causal", steps=300, init_new=["projector/.*", "decoder/.*"], batch_size=32)
     elif stage == "upper_bound":
         config.visibility = "causal"
-    elif stage.startswith("voco_"):
+    elif stage.removeprefix("voco_").isdecimal():
         config.model.voco.num_vocos = int(stage.removeprefix("voco_"))
+        config.data.row_length += config.model.voco.num_vocos - 1
     elif stage == "avg_pool":
         config.model.compressor.kind = "avg_pool"
         config.visibility = "causal"
     elif stage == "qformer":
         config.model.compressor.update(kind="qformer", depth=4, width=64, num_heads=4, mlp_width=256)
-        config.update(visibility="causal", train=["compressor/.*", *config.train],
-                      init_new=["compressor/.*"])
+        config.update(visibility="causal", train=["compressor/.*", *config.train], init_new=["compressor/.*"])
     else:
-        raise ValueError(f"unknown stage {stage!r}: alignment, upper_bound, voco_N, avg_pool or qformer")
+        raise ConfigError("stage", f"{stage!r} is unknown: alignment, upper_bound, voco_N, avg_pool or qformer")
     return config

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     try:
         source = config_flags.get_config_filename(flags.FLAGS["config"])
         train(stage_config(CONFIG.value, source), WORKDIR.value)
-    except (ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, FileNotFoundError) as error:
+    except (ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, ImportError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vocojax.data.conversation import Turn, template
@@ -138,6 +138,7 @@ SPANS = st.lists(st.tuples(st.text("abc ", max_size=4), st.booleans()).map(lambd
 )
 def test_views_are_the_method_by_brute_force(units, threads, tokens, vocos, cut):
     threads = threads if units else threads[:1]
+    assume(vocos or not any(thread[0].is_target for thread in threads[1:]))
     full = lay_out_sample("x", units, threads, Letters(), UnitShape(tokens, vocos), 1000)
     length = max(full.text_start + 1, len(full) - cut)
     sample = lay_out_sample("x", units, threads, Letters(), UnitShape(tokens, vocos), length)
@@ -179,12 +180,14 @@ def test_targets_come_from_spans_even_where_the_text_repeats(llama_tokenizer):
         (1, [[Span("q<voco>")]], 100, "record 'r7': its text spells the reserved token '<voco>'", "reserved token"),
         (3, [[Span("q")]], 12, "its 3 units take 15 tokens, which leaves no room for text", "units too long"),
         (0, [[Span("q")], [Span("r")]], 100, "several threads need at least one unit", "threads without unit"),
+        (1, [[Span("q")], [Span("A", True)]], 100, "must not open with a target", "target first"),
         (1, [], 100, "record 'r7': has no text", "no text"),
     ],
 )
 def test_samples_that_cannot_be_laid_out(units, threads, length, message, reason):
+    shape = UnitShape(2, 0 if reason == "target first" else 1)
     with pytest.raises(LayoutError, match=message) as error:
-        lay_out_sample("r7", units, threads, Letters(), UnitShape(2, 1), length)
+        lay_out_sample("r7", units, threads, Letters(), shape, length)
     assert error.value.reason == reason
 
 

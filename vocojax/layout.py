@@ -177,6 +177,9 @@ def lay_out_sample(
         raise LayoutError(record, "has no text", "no text")
     if len(threads) > 1 and num_units == 0:
         raise LayoutError(record, "several threads need at least one unit to share", "threads without unit")
+    if not unit.vocos and any(thread and thread[0].is_target for thread in threads[1:]):
+        raise LayoutError(record, "a thread behind another one must not open with a target: without VoCo tokens "
+                          "nothing stands before it", "target first")
     unit_ids, unit_roles = _unit_tokens(tokenizer, unit)
     bodies = _encode_threads(record, threads, tokenizer, unit.vocos, bool(num_units))
     room = max_length - num_units * len(unit_ids)

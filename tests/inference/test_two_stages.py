@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from vocojax.data.conversation import Turn, template
 from vocojax.data.loader import unit_shape
+from vocojax.inference import compress as compress_module
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.cache import place
 from vocojax.inference.compress import compress, compress_keeping
@@ -89,6 +90,23 @@ def test_full_caching_agrees_with_the_causal_single_pass(assistant, images):
     np.testing.assert_allclose(cached.logits_BV, single.logits_BV, atol=1e-4)
 
 
+def test_many_cached_images_fit_where_their_vision_tokens_would_not(assistant, images, cache):
+    """A prompt about five images takes 5 x 8 tokens with their units, and 5 x 2 + text behind a cache."""
+    short = Assistant(assistant.model, assistant.tokenizer, assistant.template, max_length=30)
+    with pytest.raises(LayoutError):
+        short.generate_whole([images], [ask("what?")], GREEDY)
+    about = [[0, 1, 2, 3, 4]]
+    assert short.read(cache, ["what?"], about, GREEDY) == assistant.read(cache, ["what?"], about, GREEDY)
+
+
+def test_batches_of_compression_are_the_whole(assistant, images, monkeypatch):
+    monkeypatch.setattr(compress_module, "BATCH", 2)
+    in_batches = compress(assistant.model, assistant.tokenizer, images)
+    monkeypatch.setattr(compress_module, "BATCH", 5)
+    np.testing.assert_allclose(in_batches.k_LUNGD, compress(assistant.model, assistant.tokenizer, images).k_LUNGD,
+                               atol=1e-5)
+
+
 def test_the_order_of_units_matters_to_the_text(assistant, cache):
     asked = [ask(QUESTIONS[0])] * 2
     logits = np.asarray(assistant.generate_behind(cache, asked, [[0, 1], [1, 0]], GREEDY).logits_BV)
@@ -143,15 +161,19 @@ def test_answers_never_hold_voco_tokens(assistant, cache):
 
 
 def test_clear_errors(assistant, images, cache, tmp_path):
-    with pytest.raises(LayoutError, match=r"has \d+ tokens, more than the 20 there is room for"):
+    with pytest.raises(LayoutError, match=r"has \d+ tokens, more than the \d+ there is room for"):
         short = Assistant(assistant.model, assistant.tokenizer, assistant.template, max_length=20)
         short.read(cache, ["is " * 30], [[0]])
     with pytest.raises(ValueError, match=r"images must be one or more uint8 \[32, 32, 3\] arrays, got none"):
         compress(assistant.model, assistant.tokenizer, [])
     with pytest.raises(ValueError, match=r"got \['float32\[32, 32, 3\]'\]"):
         compress(assistant.model, assistant.tokenizer, [images[0].astype(np.float32)])
-    with pytest.raises(ValueError, match=r"units must be in \[-1, 5\), got 5 to 5"):
-        assistant.read(cache, ["what?"], [[5]])
+    for units in ([[5]], [[-1]], [[]], []):
+        with pytest.raises(ValueError, match="questions must be about units 0 to 4, at least one each"):
+            assistant.read(cache, ["what?"][: len(units)], units)
+    causal = Assistant(assistant.model, assistant.tokenizer, assistant.template, "causal")
+    with pytest.raises(ValueError, match="a causal model reads whole units"):
+        causal.read(cache, ["what?"], [[0]])
     with pytest.raises(ValueError, match="cannot be read"):
         assistant.compress([tmp_path / "missing.png"])
     (tmp_path / "broken.png").write_bytes(b"broken")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vocojax.config import ConfigError
+from vocojax.data.loader import BatchStream
 from vocojax.evaluation.report import loss_curve
 from vocojax.models.parameters import parameters_of
 from vocojax.training import checkpoints
@@ -44,11 +45,24 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, tmp_path, monkey
         assert (whole[name] == resumed[name]).all(), name
 
 
-def test_a_finished_run_is_left_alone(stage, tmp_path):
+def test_a_finished_run_is_left_alone(stage, tmp_path, monkeypatch):
     train(stage, tmp_path)
     before = loss_curve(tmp_path)
+    monkeypatch.setattr(BatchStream, "__next__", lambda self: pytest.fail("a finished run took another batch"))
     train(stage, tmp_path)
-    assert loss_curve(tmp_path) == before
+    assert loss_curve(tmp_path) == before and len(before) == stage.steps
+
+
+def test_a_run_that_never_trained_does_not_hold_its_config(stage, tmp_path):
+    """A mistake found at the start is corrected in the same directory."""
+    with pytest.raises(ConfigError, match="init_new has the regex 'nothing/"):
+        train(dataclasses.replace(stage, init_new=("nothing/.*",)), tmp_path)
+    train(dataclasses.replace(stage, steps=1), tmp_path)
+
+
+def test_a_remote_workdir_is_refused(stage):
+    with pytest.raises(CheckpointError, match="must be a local path"):
+        train(stage, "gs://bucket/run")
 
 
 def test_run_files_say_what_ran(stage, tmp_path):

@@ -68,7 +68,7 @@ def test_gradient_is_that_of_the_mean_loss(stage):
     """A step of SGD with rate 1 moves by the gradient, which finite differences of the loss confirm."""
     before, after, metrics = run(stage)
     name = "projector/linear_in/kernel"
-    direction = np.asarray(before.trained[name] - after.trained[name])
+    direction = np.array(before.trained[name] - after.trained[name])
     direction /= np.linalg.norm(direction)
     optimizer, _, batch = state_and_batch(stage)
     model = abstract(lambda: VocoLlama(stage.model, nnx.Rngs(0), stage.dtype))

@@ -46,12 +46,7 @@ class DataConfig:
         require(self.threads_per_sample is None or self.threads_per_sample >= 1, "threads_per_sample", "must be >= 1",
                 self.threads_per_sample)
         require(self.template in TEMPLATES, "template", f"must be one of {sorted(TEMPLATES)}", self.template)
-        require(bool(self.tokenizer), "tokenizer", "must name a tokenizer directory", self.tokenizer)
         require(0 <= self.max_skipped_share <= 1, "max_skipped_share", "must be in [0, 1]", self.max_skipped_share)
-        if self.source == "llava":
-            require(bool(self.path), "path", "must name the JSON file of a llava source", self.path)
-            require(bool(self.image_root), "image_root", "must name the image directory of a llava source",
-                    self.image_root)
 
     @property
     def target_slots(self) -> int:

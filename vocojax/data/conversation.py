@@ -30,7 +30,7 @@ def conversation_from_llava(record: str, turns: Sequence[Mapping[str, Any]]) -> 
     Raises:
       LayoutError: no turns, an unknown role, roles that don't alternate from the user on, an empty answer.
     """
-    if not isinstance(turns, Sequence) or not turns:
+    if not isinstance(turns, list | tuple) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         raise LayoutError(record, "has no conversation", "no conversation")
     conversation = []
     for index, turn in enumerate(turns):

@@ -75,7 +75,7 @@ class PreparedSource:
         self._image_size = model.vision.image_size
         self._unit = unit_shape(model)
         self._template: Template = template(data.template)
-        self._kept: dict[int, Item] = {}
+        self._kept: dict[int, Item | None] = {}
 
     def __len__(self) -> int:
         return len(self._source)
@@ -83,12 +83,12 @@ class PreparedSource:
     def __getitem__(self, index: int) -> Item | None:
         if index in self._kept:
             return self._kept[index]
+        item: Item | None = None
         try:
             item = self._prepare(index)
+            self._tally.use(item.layout.dropped)
         except (LayoutError, ImageError) as error:
             self._tally.skip(error)
-            return None
-        self._tally.use(item.layout.dropped)
         if self._data.keep_in_memory:
             self._kept[index] = item
         return item
@@ -118,7 +118,10 @@ def unit_shape(model: ModelConfig) -> UnitShape:
 def open_source(data: DataConfig) -> Source:
     """The source that a data config names."""
     if data.source == "llava":
-        return LlavaSource(data.path, data.image_root)
+        try:
+            return LlavaSource(data.path, data.image_root)
+        except (OSError, ValueError) as error:
+            raise ConfigError("data.path", f"must be a LLaVA JSON: {error}") from error
     if data.source == "easy_vqa_captions":
         return EasyVqaCaptions(data.split)
     return EasyVqaSource(data.split, data.threads_per_sample)
@@ -126,13 +129,16 @@ def open_source(data: DataConfig) -> Source:
 
 def open_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
     """The tokenizer that a data config names; `ConfigError` if the model has another `<voco>` id or too few rows."""
-    tokenizer = Tokenizer.from_directory(data.tokenizer)
+    try:
+        tokenizer = Tokenizer.from_directory(data.tokenizer)
+    except (OSError, ValueError) as error:
+        raise ConfigError("data.tokenizer", f"must be usable: {error}") from error
     if tokenizer.voco_id != model.voco.token_id:
         raise ConfigError("model.voco.token_id", f"must be {tokenizer.voco_id}, the id of <voco> in {data.tokenizer}, "
                           f"got {model.voco.token_id}")
-    if len(tokenizer) > model.decoder.vocab_size:
+    if len(tokenizer) > model.decoder.num_tokens:
         raise ConfigError("model.decoder.vocab_size", f"must be at least {len(tokenizer)}, the size of "
-                          f"{data.tokenizer}, got {model.decoder.vocab_size}")
+                          f"{data.tokenizer} (without padding), got {model.decoder.num_tokens}")
     return tokenizer
 
 

@@ -18,6 +18,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from vocojax.evaluation.retention import percent
 from vocojax.layout import Role, SampleLayout
 
 STYLE = """
@@ -116,11 +117,10 @@ def write_report(
 def _retention_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     kinds = list(next(iter(rows.values()))["accuracy_by_question_type"])
     head = "".join(f"<th>{html.escape(c)}" for c in ("model", "accuracy", *kinds, "retention"))
-    percent = lambda value: f"<td>{100 * value:.1f} %"
     lines = []
     for name, row in rows.items():
-        by_kind = "".join(percent(row["accuracy_by_question_type"][kind]) for kind in kinds)
-        lines.append(f"<tr><td>{html.escape(name)}{percent(row['accuracy'])}{by_kind}{percent(row['retention'])}")
+        figures = [row["accuracy"], *(row["accuracy_by_question_type"][kind] for kind in kinds), row["retention"]]
+        lines.append(f"<tr><td>{html.escape(name)}{''.join(f'<td>{percent(figure)}' for figure in figures)}")
     return f"<table><tr>{head}{''.join(lines)}</table>"
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 
-def retention(accuracy: float, lower: float, upper: float) -> float:
-    """Share of the gap between the bounds; NaN where the bounds are equal and the gap says nothing."""
-    return (accuracy - lower) / (upper - lower) if upper != lower else float("nan")
+def retention(accuracy: float, lower: float, upper: float) -> float | None:
+    """Share of the gap between the bounds; None where the bounds are equal and the gap says nothing."""
+    return (accuracy - lower) / (upper - lower) if upper != lower else None
 
 
 class Row(TypedDict):
@@ -18,7 +18,7 @@ class Row(TypedDict):
 
     accuracy: float
     accuracy_by_question_type: dict[str, float]
-    retention: float
+    retention: float | None  # None where the bounds are equal and the gap says nothing
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,14 @@ def table(scores: Mapping[str, Sequence[Score]], lower: str, upper: str) -> dict
         rows[name] = {
             "accuracy": mean.accuracy,
             "accuracy_by_question_type": dict(mean.by_kind),
-            "retention": sum(kept) / len(kept),
+            "retention": None if None in kept else sum(k for k in kept if k is not None) / len(kept),
         }
     return rows
+
+
+def percent(share: float | None) -> str:
+    """0.5 -> '50.0 %'."""
+    return "n/a" if share is None else f"{100 * share:.1f} %"
 
 
 def format_table(rows: Mapping[str, Row]) -> str:
@@ -66,7 +71,7 @@ def format_table(rows: Mapping[str, Row]) -> str:
     lines = [header]
     for name, row in rows.items():
         figures = [row["accuracy"], *(row["accuracy_by_question_type"][kind] for kind in kinds), row["retention"]]
-        lines.append([name, *(f"{100 * figure:.1f} %" for figure in figures)])
+        lines.append([name, *map(percent, figures)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
     def aligned(line: list[str]) -> str:

@@ -27,14 +27,14 @@ from vocojax.training.checkpoints import load_model, run_config
 class Assistant:
     """A model that answers questions about images.
 
-        assistant = Assistant.from_run("runs/quickstart/voco_1")
+        assistant = Assistant.from_run("runs/quickstart/seed_0/voco_1")
         cache = assistant.compress(["photo.png"])            # once
         assistant.read(cache, ["what color is the shape?"])  # as often as you like
 
     Attributes:
       visibility: `voco`, or `causal` to evaluate a bound or a baseline.
       fit: how images become square.
-      max_length: the longest prompt, in tokens.
+      max_length: the longest prompt, in tokens; behind a cache, an image counts the tokens that are cached of it.
     """
 
     model: VocoLlama
@@ -94,7 +94,16 @@ class Assistant:
         seeds: Sequence[int] | None = None,
     ) -> Generation:
         """Reads conversations behind cached units (two stages)."""
-        samples = self._lay_out(conversations, [len(u) for u in units])
+        about = sorted({unit for row in units for unit in row})
+        if not conversations or any(not row for row in units) or about[0] < 0 or about[-1] >= cache.num_units:
+            raise ValueError(f"questions must be about units 0 to {cache.num_units - 1}, at least one each, "
+                             f"got {units}")
+        shape = unit_shape(self.model.config)
+        if self.visibility == "causal" and (cache.tokens_per_unit < sum(shape) or max(map(len, units)) > 1):
+            raise ValueError("a causal model reads whole units, one to a prompt: keep all of a unit's tokens "
+                             "(compress_keeping), or read with visibility='voco'")
+        hidden = max(0, sum(shape) - cache.tokens_per_unit)
+        samples = self._lay_out(conversations, [len(u) for u in units], self.max_length + hidden * max(map(len, units)))
         slots = max(map(len, units))
         placed = place(cache, np.array([[*u, *[-1] * (slots - len(u))] for u in units]), self.model.config.decoder)
         cached = [len(u) * cache.tokens_per_unit for u in units]
@@ -110,7 +119,7 @@ class Assistant:
         seeds: Sequence[int] | None = None,
     ) -> Generation:
         """Reads conversations together with their prepared images (single pass)."""
-        samples = self._lay_out(conversations, [len(i) for i in images])
+        samples = self._lay_out(conversations, [len(i) for i in images], self.max_length)
         lengths = [len(s) for s in samples]
         rows = whole_rows(samples, images, self.model.config, self.visibility, bucket(max(lengths)))
         return self._generate(rows, lengths, None, sampling, seeds)
@@ -127,10 +136,12 @@ class Assistant:
     def _ask(self, question: str) -> Conversation:
         return (Turn("user", question),)
 
-    def _lay_out(self, conversations: Sequence[Conversation], num_units: Sequence[int]) -> list[SampleLayout]:
+    def _lay_out(
+        self, conversations: Sequence[Conversation], num_units: Sequence[int], max_length: int
+    ) -> list[SampleLayout]:
         unit = unit_shape(self.model.config)
         return [
-            lay_out_prompt(c[-1].text if c else "", n, c, self.template, self.tokenizer, unit, self.max_length)
+            lay_out_prompt(c[-1].text if c else "", n, c, self.template, self.tokenizer, unit, max_length)
             for c, n in zip(conversations, num_units, strict=True)
         ]
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vocojax.data.loader import unit_shape
@@ -12,6 +13,8 @@ from vocojax.inference.cache import VocoCache
 from vocojax.inference.prompts import whole_rows
 from vocojax.layout import lay_out_unit
 from vocojax.models.voco import Rows, VocoLlama
+
+BATCH = 64  # units that run at once
 
 
 def compress(model: VocoLlama, tokenizer: Tokenizer, images: Sequence[np.ndarray]) -> VocoCache:
@@ -35,8 +38,14 @@ def compress_keeping(model: VocoLlama, tokenizer: Tokenizer, images: Sequence[np
         found = sorted({f"{image.dtype}{list(image.shape)}" for image in images}) or "none"
         raise ValueError(f"images must be one or more uint8 [{size}, {size}, 3] arrays, got {found}")
     unit = lay_out_unit("unit", tokenizer, unit_shape(model.config))
-    rows = whole_rows([unit] * len(images), [[image] for image in images], model.config, "voco", len(unit))
-    return _run(model, rows, keep)
+    batch = min(BATCH, len(images))
+    caches = []
+    for first in range(0, len(images), batch):
+        chosen = [*images[first : first + batch], *images[:batch]][:batch]  # the last batch is filled up
+        rows = whole_rows([unit] * batch, [[image] for image in chosen], model.config, "voco", len(unit))
+        caches.append(_run(model, rows, keep))
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *caches)
+    return joined.take(slice(0, len(images)))
 
 
 @functools.partial(jax.jit, static_argnames="keep")

@@ -64,7 +64,9 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, step: int, parameters: Parameters, optimizer: Any) -> tuple[Parameters, Any, dict[str, Any]]:
+    def restore(
+        self, step: int, parameters: Mapping[str, Any], optimizer: Any
+    ) -> tuple[Parameters, Any, dict[str, Any]]:
         """Restores into the shapes, dtypes and shardings of the given (abstract) parameters and optimizer state."""
         construct = ocp.checkpoint_utils.construct_restore_args
         restore = lambda item: ocp.args.PyTreeRestore(item=item, restore_args=construct(item))
@@ -88,13 +90,16 @@ class Checkpoints:
 
 
 def write_run_files(workdir: str | Path, config: Mapping[str, Any]) -> None:
-    """Writes config.json and versions.json, or checks that a run which goes on has the config it began with.
+    """Writes config.json and versions.json; where there are checkpoints, the config must be the one they began with.
 
     Raises:
-      CheckpointError: the directory holds a run with another config; the keys are named.
+      CheckpointError: the directory holds a run with another config (the keys are named), or is not a local path.
     """
+    if "://" in str(workdir):
+        raise CheckpointError(f"workdir {str(workdir)!r} must be a local path; mount the bucket")
     path = Path(workdir) / "config.json"
-    if path.exists():
+    checkpoints = path.with_name("checkpoints")
+    if path.exists() and checkpoints.is_dir() and any(entry.name.isdecimal() for entry in checkpoints.iterdir()):
         before = json.loads(path.read_text())
         changed = [key for key in differing_keys(before, dict(config))
                    if not any(key == m or key.startswith(m + ".") for m in MUTABLE_KEYS)]

@@ -40,17 +40,16 @@ class OptimizerConfig:
 class DistillConfig:
     """Paper Eq. 1: a KL divergence to a frozen teacher that sees the vision tokens.
 
-    teacher: work directory of the teacher's run (an upper bound); weight: of the KL beside the cross-entropy;
-    temperature: divides both models' logits, and the KL is scaled by its square.
+    teacher: work directory of the teacher's run (an upper bound); '' is no teacher and no KL. weight: of the KL beside
+    the cross-entropy. temperature: divides both models' logits, and the KL is scaled by its square.
     """
 
-    teacher: str
+    teacher: str = ""
     weight: float = 1.0
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        require(bool(self.teacher), "teacher", "must name the work directory of a trained run", self.teacher)
-        require(self.weight > 0, "weight", "must be > 0; leave `distill` out for none", self.weight)
+        require(self.weight > 0, "weight", "must be > 0; leave teacher empty for no KL", self.weight)
         require(self.temperature > 0, "temperature", "must be > 0", self.temperature)
 
 
@@ -93,14 +92,14 @@ class StageConfig:
     attention: implementation of `interval_attention`; None picks by platform.
     """
 
-    name: str
-    data: DataConfig
-    train: tuple[str, ...]
-    steps: int
+    name: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    train: tuple[str, ...] = ()
+    steps: int = 0
     freeze: tuple[str, ...] = ()
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    distill: DistillConfig | None = None
+    distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     visibility: Visibility = "voco"
@@ -116,6 +115,12 @@ class StageConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        require(bool(self.name), "name", "must say what the stage is called", self.name)
+        require(bool(self.data.tokenizer), "data.tokenizer", "must name a tokenizer directory", self.data.tokenizer)
+        if self.data.source == "llava":
+            require(bool(self.data.path), "data.path", "must name the JSON file of a llava source", self.data.path)
+            require(bool(self.data.image_root), "data.image_root", "must name a llava source's image directory",
+                    self.data.image_root)
         require_positive(self, "steps", "batch_size", "accumulate", "log_every")
         require(self.batch_size % self.accumulate == 0, "accumulate", f"must divide batch_size {self.batch_size}",
                 self.accumulate)
@@ -149,6 +154,27 @@ def stage_config(values: Mapping[str, Any], source: str = "") -> StageConfig:
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A dataclass config as nested dicts and lists that JSON can hold and `build` reads back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def all_keys(**values: Any) -> dict[str, Any]:
+    """A stage's config as nested dicts with every key there is, the given values over the defaults.
+
+    Config files are made of it, so that each key can be set on the command line.
+    """
+    defaults = {
+        entry.name: entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        for entry in dataclasses.fields(StageConfig)
+    }
+    plain = {k: config_to_dict(value) if dataclasses.is_dataclass(value) else value for k, value in defaults.items()}
+    return _over(plain, values)
+
+
+def _over(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` over `base`, dict by dict; tuples become lists."""
+    merged = dict(base)
+    for key, value in values.items():
+        merged[key] = _over(base[key], value) if isinstance(value, Mapping) else value
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in merged.items()}
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -36,7 +36,9 @@ class ContrastiveConfig:
     vocab_size: int
     steps: int = 3000
     batch_size: int = 48
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-3, b2=0.98, weight_decay=0.1))
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=2e-3, b2=0.98, weight_decay=0.1)
+    )
     seed: int = 0
     log_every: int = 10
 

@@ -67,7 +67,7 @@ def run(
     """
     history = Path(workdir) / "metrics.jsonl"
     _forget_after(history, first_step)
-    writer = SummaryWriter(str(workdir), purge_step=first_step or None)
+    writer = SummaryWriter(str(workdir), purge_step=first_step + 1)
     bar = tqdm(total=config.steps, initial=first_step, desc=config.name, unit="step", dynamic_ncols=True,
                position=config.position)
     pending: list[tuple[int, dict[str, jax.Array]]] = []

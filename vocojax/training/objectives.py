@@ -1,7 +1,7 @@
 """Objectives: cross-entropy at targets, and the KL divergence to a teacher of paper Eq. 1.
 
-Only target positions are gathered before the final norm and the head, and they go through the head in chunks, so
-that an array [B, S, V] never exists.
+Only target positions are gathered before the final norm and the head, and they go through the head in chunks of a few
+slots of every row, so that an array [B, S, V] never exists and rows stay on the devices they are on.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from vocojax.layout import IGNORE
 from vocojax.models.llama import Decoder
 
-CHUNK = 1024  # targets that pass through the head at once
+CHUNK = 128  # target slots of every row that pass through the head at once
 
 
 class TargetSums(NamedTuple):
@@ -33,9 +33,8 @@ class Teacher(NamedTuple):
 
 
 def gather_targets(hidden_BSE: jax.Array, target_index_BT: jax.Array) -> jax.Array:
-    """Hidden states [B*T, E] that predict the targets."""
-    gathered_BTE = jnp.take_along_axis(hidden_BSE, target_index_BT[..., None], axis=1)
-    return gathered_BTE.reshape(-1, gathered_BTE.shape[-1])
+    """Hidden states [B, T, E] that predict the targets."""
+    return jnp.take_along_axis(hidden_BSE, target_index_BT[..., None], axis=1)
 
 
 def target_sums(
@@ -54,31 +53,34 @@ def target_sums(
       target_ids_BT: int32, the targets or `IGNORE`.
       teacher: for the KL; without one it is 0.
     """
-    ids_N = target_ids_BT.reshape(-1)
-    states = [gather_targets(hidden_BSE, target_index_BT)]
+    states_BTE = [gather_targets(hidden_BSE, target_index_BT)]
     if teacher is not None:
-        states.append(jax.lax.stop_gradient(gather_targets(teacher.hidden_BSE, target_index_BT)))
+        states_BTE.append(jax.lax.stop_gradient(gather_targets(teacher.hidden_BSE, target_index_BT)))
 
-    def chunk_sums(ids_C: jax.Array, *states_CE: jax.Array) -> TargetSums:
-        logits_CV = decoder.logits(states_CE[0])
-        valid_C = ids_C != IGNORE
-        log_probs_CV = jax.nn.log_softmax(logits_CV)
-        picked_C = jnp.take_along_axis(log_probs_CV, jnp.where(valid_C, ids_C, 0)[:, None], axis=1)[:, 0]
-        kl_C = jnp.zeros_like(picked_C)
+    def chunk_sums(ids_BC: jax.Array, *states_BCE: jax.Array) -> TargetSums:
+        logits_BCV = decoder.logits(states_BCE[0])
+        valid_BC = ids_BC != IGNORE
+        log_probs_BCV = jax.nn.log_softmax(logits_BCV)
+        picked_BC = jnp.take_along_axis(log_probs_BCV, jnp.where(valid_BC, ids_BC, 0)[..., None], axis=-1)[..., 0]
+        kl_BC = jnp.zeros_like(picked_BC)
         if teacher is not None:
-            kl_C = _kl(teacher.decoder.logits(states_CE[1]), logits_CV, teacher.temperature)
-        total = lambda x_C: jnp.where(valid_C, x_C, 0.0).sum()
-        return TargetSums(total(-picked_C), total(kl_C), total(logits_CV.argmax(-1) == ids_C), valid_C.sum())
+            kl_BC = _kl(teacher.decoder.logits(states_BCE[1]), logits_BCV, teacher.temperature)
+        total = lambda x_BC: jnp.where(valid_BC, x_BC, 0.0).sum()
+        hits_BC = logits_BCV.argmax(-1) == ids_BC
+        return TargetSums(total(-picked_BC), total(kl_BC), total(hits_BC), valid_BC.sum())
 
-    if len(ids_N) <= CHUNK:
-        return chunk_sums(ids_N, *states)
-    padding = -len(ids_N) % CHUNK
-    chunked = lambda x, fill: jnp.concatenate([x, jnp.full((padding, *x.shape[1:]), fill, x.dtype)]).reshape(
-        -1, CHUNK, *x.shape[1:]
-    )
+    slots = target_ids_BT.shape[1]
+    if slots <= CHUNK:
+        return chunk_sums(target_ids_BT, *states_BTE)
+
+    def chunked(x_BT: jax.Array, fill: int) -> jax.Array:
+        padding = [(0, 0), (0, -slots % CHUNK)] + [(0, 0)] * (x_BT.ndim - 2)
+        padded = jnp.pad(x_BT, padding, constant_values=fill)
+        return jnp.moveaxis(padded.reshape(x_BT.shape[0], -1, CHUNK, *x_BT.shape[2:]), 1, 0)
+
     body = jax.checkpoint(lambda carry, xs: (jax.tree.map(jnp.add, carry, chunk_sums(*xs)), None), prevent_cse=False)
     zero = TargetSums(jnp.float32(0), jnp.float32(0), jnp.float32(0), jnp.int32(0))
-    return jax.lax.scan(body, zero, (chunked(ids_N, IGNORE), *(chunked(s, 0) for s in states)))[0]
+    return jax.lax.scan(body, zero, (chunked(target_ids_BT, IGNORE), *(chunked(x, 0) for x in states_BTE)))[0]
 
 
 def _kl(teacher_logits: jax.Array, student_logits: jax.Array, temperature: float) -> jax.Array:

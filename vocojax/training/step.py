@@ -49,15 +49,14 @@ def make_step(
         student = with_parameters(model, {**trained, **state.frozen})
         run = lambda m, view: m(rows_from_batch(batch, view), attention=config.attention, remat=config.remat)[0]
         guide = None
-        if teacher is not None and config.distill is not None:
+        if teacher is not None:
             guiding = with_parameters(teacher, state.teacher)
             hidden = jax.lax.stop_gradient(run(guiding, "teacher_"))
             guide = Teacher(guiding.decoder, hidden, config.distill.temperature)
         out = target_sums(
             student.decoder, run(student, ""), batch["target_index"], batch["target_ids"], guide
         )
-        weight = config.distill.weight if config.distill is not None else 0.0
-        return out.cross_entropy + weight * out.kl, out
+        return out.cross_entropy + config.distill.weight * out.kl, out
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         count = jnp.maximum((batch["target_ids"] != IGNORE).sum(), 1).astype(jnp.float32)
@@ -65,9 +64,8 @@ def make_step(
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        weight = config.distill.weight if config.distill is not None else 0.0
         metrics = {
-            "loss": (totals.cross_entropy + weight * totals.kl) / count,
+            "loss": (totals.cross_entropy + config.distill.weight * totals.kl) / count,
             "cross_entropy": totals.cross_entropy / count,
             "kl": totals.kl / count,
             "accuracy": totals.correct / count,

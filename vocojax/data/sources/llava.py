@@ -38,7 +38,10 @@ class LlavaSource:
         name = str(record.get("id", f"#{index}"))
         conversation = conversation_from_llava(name, record.get("conversations", ()))
         images = record.get("image") or []
-        paths = tuple(self._inside_root(name, image) for image in ([images] if isinstance(images, str) else images))
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+            raise LayoutError(name, f"image must be a path or a list of paths, got {images!r}", "malformed record")
+        paths = tuple(self._inside_root(name, image) for image in images)
         markers = sum(turn.text.count("<image>") for turn in conversation if turn.role == "user")
         if markers > len(paths):
             raise LayoutError(name, f"has {markers} <image> but {len(paths)} images", "more <image> than images")
