@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
             vision=FLAGS.vision, projector=FLAGS.projector, tokenizer=FLAGS.tokenizer, num_vocos=FLAGS.num_vocos,
             allow_missing=FLAGS.allow_missing,
         )
-    except ConvertError as error:
+    except (ConvertError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,5 +1,6 @@
 """A mistake is loud: one line that names the file, the tensor and the remedy, and nothing half-written is left."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -329,3 +330,35 @@ def test_parts_that_are_there_already(source, tmp_path):
     failing(tmp_path / "run", "has a vision tower and a projector of its own", vision=tmp_path)
     failing(tmp_path / "run", "was made for 2 VoCo tokens, not 4; leave out --num_vocos", num_vocos=4)
     failing(source, "is in", "already", projector=source / "model.safetensors")
+
+
+@pytest.mark.parametrize(("part", "kind"), [("text_config", "granite"), ("vision_config", "siglip_vision_model")])
+def test_other_architectures_with_the_same_tensor_names_are_refused(tmp_path, part, kind):
+    checkpoints.save_huggingface(tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    values = json.loads(path.read_text())
+    values[part]["model_type"] = kind
+    path.write_text(json.dumps(values))
+    failing(tmp_path / "source", f"{part}.model_type '{kind}' is not supported")
+
+
+def test_a_failed_verification_leaves_no_target(source, monkeypatch):
+    monkeypatch.setattr("vocojax.convert.conversion._compare", lambda *_: (1.0, False))
+    failing(source, "not what was to be written", verify=True)
+
+
+def test_an_overflow_of_the_target_s_dtype_is_no_success(source):
+    tensors = load_file(source / "model.safetensors") if (source / "model.safetensors").exists() else None
+    if tensors is None:
+        tensors = checkpoints.original_tensors()
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 1e6)
+    shutil.rmtree(source)
+    checkpoints.save_original(source, tensors)
+    failing(source, "not what was to be written: decoder/norm/scale", verify=True, dtype="float16")
+
+
+def test_template_and_fit_survive_an_export(source, tmp_path):
+    opened = dataclasses.replace(open_source(source), template="released", fit="crop")
+    export.export(opened, tmp_path / "out", "huggingface")
+    again = open_source(tmp_path / "out")
+    assert (again.template, again.fit) == ("released", "crop")

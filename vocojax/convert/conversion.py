@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 
 from vocojax.config import ModelConfig
-from vocojax.convert.export import Layout, export
+from vocojax.convert.export import VOCABULARY, Layout, export
 from vocojax.convert.mapping import ConvertError
 from vocojax.convert.source import Source, open_source, parameter_shapes
 from vocojax.convert.weights import Weights
-
-VOCABULARY = ("decoder/embedding", "decoder/head/kernel")
 
 
 def convert(
@@ -45,17 +43,19 @@ def convert(
                          allow_missing=allow_missing)
     total = sum(int(np.prod(shape)) for shape in opened.weights.shapes.values())
     report(f"{opened.weights.where}: {len(opened.weights.shapes)} parameters, {total:,} values")
-    export(opened, target, target_layout, dtype)
+    digests: list[str] = []
+    check = lambda directory: digests.append(verify_target(opened, directory, report))
+    export(opened, target, target_layout, dtype, *([check] if verify else []))
     report(f"{target}: written as {target_layout}")
-    if verify:
-        verify_target(opened, target, report)
+    for digest in digests:
+        report(f"{target}: sha256 {digest}")
 
 
 def verify_target(source: Source, target: str | Path, report: Callable[[str], None]) -> str:
     """Reads a converted directory again and compares it with its source, layer by layer.
 
-    Reports for every parameter the largest |Δ| from the source, which is the rounding to the target's dtype, and at the
-    end a digest. The digest is of the parameters by path, so the same weights have the same one in every layout.
+    Reports for every parameter the largest |Δ| from the source, which is the rounding to the target's dtype, and
+    returns a digest. The digest is of the parameters by path, so the same weights have the same one in every layout.
 
     Raises:
       ConvertError: the configs differ in more than the vocabulary's length, or a value is not the source's rounded to
@@ -71,17 +71,17 @@ def verify_target(source: Source, target: str | Path, report: Callable[[str], No
     whole = hashlib.sha256()
     wrong = []
     for path in sorted(written.weights.shapes):
-        largest, is_exact = _compare(path, source.weights, written.weights, whole)
+        num_tokens = source.config.decoder.num_tokens
+        largest, is_exact = _compare(path, source.weights, written.weights, whole, num_tokens)
         if not is_exact:
             wrong.append(path)
         report(f"{path} {written.weights.dtype(path).name} {list(written.weights.shapes[path])}: max |Δ| {largest:.3g}")
     if wrong:
         raise ConvertError(f"{target}: read again, these are not what was to be written: {', '.join(wrong)}")
-    report(f"{target}: sha256 {whole.hexdigest()}")
     return whole.hexdigest()
 
 
-def _compare(path: str, source: Weights, written: Weights, whole: Any) -> tuple[float, bool]:
+def _compare(path: str, source: Weights, written: Weights, whole: Any, num_tokens: int) -> tuple[float, bool]:
     """Largest |Δ| of a parameter, and whether it is the source's rounded to the dtype; feeds the digest `whole`."""
     dtype, shape = written.dtype(path), written.shapes[path]
     whole.update(f"{path} {dtype.name} {list(shape)} ".encode())
@@ -91,12 +91,13 @@ def _compare(path: str, source: Weights, written: Weights, whole: Any) -> tuple[
     for part in first:
         before, after = source.read(path, (part, *rest)), written.read(path, (part, *rest))
         whole.update(np.ascontiguousarray(after).reshape(-1).view(np.uint8).data)
-        if path in VOCABULARY:  # <image> may have lengthened it
-            common = tuple(slice(min(sizes)) for sizes in zip(before.shape, after.shape, strict=True))
-            before, after = before[common], after[common]
+        if path in VOCABULARY:  # padding rows mean nothing, and <image> may have added one
+            tokens = (slice(None),) * VOCABULARY[path] + (slice(num_tokens),)
+            before, after = before[tokens], after[tokens]
         difference = before.astype(np.float32) - after.astype(np.float32)
-        largest = max(largest, float(np.abs(difference).max(initial=0)))
+        largest = max(largest, float(np.fmax.reduce(np.abs(difference), axis=None, initial=0)))
         is_exact &= np.array_equal(before.astype(dtype, copy=False), after, equal_nan=True)
+        is_exact &= not (np.isfinite(before) & ~np.isfinite(after)).any()  # overflow of the target's dtype
     return largest, is_exact
 
 

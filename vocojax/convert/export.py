@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,17 @@ SHARD_BYTES = 5 * 10**9
 IMAGE_TOKEN = "<image>"  # transformers' processor writes it where vision tokens go
 
 
-def export(source: Source, target: str | Path, layout: Layout, dtype: str | None = None) -> None:
+# Parameters with a row per token, and the axis the rows are on.
+VOCABULARY = {"decoder/embedding": 0, "decoder/head/kernel": 1}
+
+
+def export(
+    source: Source,
+    target: str | Path,
+    layout: Layout,
+    dtype: str | None = None,
+    check: Callable[[Path], object] = lambda directory: None,
+) -> None:
     """Writes a model to a new directory.
 
     Args:
@@ -32,6 +42,7 @@ def export(source: Source, target: str | Path, layout: Layout, dtype: str | None
       layout: `huggingface` (a decoder alone becomes a `LlamaForCausalLM`), `llava` (the original layout), or `orbax`
         (a run of training that has made no step).
       dtype: of the arrays; None keeps each as it is.
+      check: called with the filled directory before it becomes the target; an error it raises leaves no target.
 
     Raises:
       ConvertError: the target exists, or the layout has no place for this model.
@@ -44,6 +55,7 @@ def export(source: Source, target: str | Path, layout: Layout, dtype: str | None
             _write_published(source, directory, layout, dtypes)
         else:
             raise ConvertError(f"the target layout must be orbax, huggingface or llava, got {layout!r}")
+        check(directory)
 
 
 @contextlib.contextmanager
@@ -100,7 +112,8 @@ def _write_published(source: Source, directory: Path, layout: str, dtypes: Mappi
     _write_json(directory / "generation_config.json", ids)
     most = max(dtypes.values(), key=list(dtypes.values()).count)
     _write_json(directory / "config.json",
-                {**values, "torch_dtype": most.name, "voco": huggingface.write_voco(config.voco)})
+                {**values, "torch_dtype": most.name, "voco": huggingface.write_voco(config.voco),
+                 "prompt": {"template": source.template, "fit": source.fit}})
 
 
 def _write_tensors(source: Source, directory: Path, table: Table, dtypes: Mapping[str, np.dtype]) -> None:
@@ -126,6 +139,9 @@ def _write_tensors(source: Source, directory: Path, table: Table, dtypes: Mappin
             writers |= dict.fromkeys(names, writer)
         for path, tensors in by_path.items():
             parameter = weights.read(path)
+            if path in VOCABULARY:  # the padding rows' values mean nothing and are cut off
+                num_tokens = source.config.decoder.num_tokens
+                parameter = parameter[:num_tokens] if VOCABULARY[path] == 0 else parameter[:, :num_tokens]
             for name, slot in tensors:
                 array = parameter if slot.layer is None else parameter[slot.layer]
                 writers[name].write(name, slot.transform.backward(array).astype(dtypes[path], copy=False))

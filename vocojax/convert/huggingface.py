@@ -130,6 +130,10 @@ def read_llava(values: Mapping[str, Any], where: str) -> ModelConfig:
     select_layer = values.get("vision_feature_layer", -2)
     if not isinstance(select_layer, int):
         raise ConvertError(f"{where}: vision_feature_layer must be one layer, got {select_layer!r}")
+    for part, known in (("text_config", ("llama",)), ("vision_config", ("clip_vision_model", _EVA_TYPE))):
+        kind = values.get(part, {}).get("model_type", known[0])
+        if kind not in known:
+            raise ConvertError(f"{where}: {part}.model_type {kind!r} is not supported; {' and '.join(known)} are")
     decoder = read_decoder({"tie_word_embeddings": values.get("tie_word_embeddings"), **values["text_config"]}, where)
     vision = read_vision(values.get("vision_config", {}), where, select_layer)
     return checked(where, lambda: ModelConfig(vision, ProjectorConfig("mlp2x_gelu"), decoder, read_voco(values, where)))

@@ -72,7 +72,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType):
             return _Storage(str(pid[2]), pid[1].dtype)
-        raise _RefusedError(f"persistent id {pid!r}")
+        raise _RefusedError(f"a persistent id of type {type(pid).__name__}")
 
 
 class PickleFile:
@@ -116,7 +116,8 @@ class PickleFile:
             raise ConvertError(f"{self.where}: holds no dict of tensors but a {type(content).__name__}")
         for name, value in content.items():
             if not isinstance(value, _Tensor) or not isinstance(name, str) or not name.isprintable():
-                raise ConvertError(f"{self.where}: {name!r} is no tensor; save the plain state dict")
+                shown = name[:200] if isinstance(name, str) else f"a key of type {type(name).__name__}"
+                raise ConvertError(f"{self.where}: {shown!r} is no tensor; save the plain state dict")
         return dict(content)
 
     def _require_inside(self, name: str, tensor: _Tensor) -> None:

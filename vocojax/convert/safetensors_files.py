@@ -62,9 +62,13 @@ def _damage(path: Path) -> str:
             header = json.loads(file.read(length))
     except (OSError, struct.error, ValueError, MemoryError, OverflowError):
         return ""
-    header.pop("__metadata__", None)
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        needed = _LENGTH.size + length + entry["data_offsets"][1]
+    try:
+        header.pop("__metadata__", None)
+        ends = sorted((entry["data_offsets"][1], name) for name, entry in header.items())
+    except (AttributeError, KeyError, TypeError, IndexError):
+        return ""
+    for end, name in ends:
+        needed = _LENGTH.size + length + end
         if needed > size:
             return (f"{path}: truncated: tensor {name} ends at byte {needed} of {size}; fetch the file again")
     return ""

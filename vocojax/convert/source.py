@@ -23,6 +23,10 @@ from vocojax.models.voco import VocoLlama
 VOCAB_MULTIPLE = 64  # vocabularies grow to a multiple of this, so that tensor-parallel devices share them evenly
 
 
+# Other architectures share LLaMA's tensor names, so that only this tells them apart.
+MODEL_TYPES = ("llama", "llava", "llava_llama", "shikra")
+
+
 @dataclass(frozen=True)
 class Source:
     """A model on disk.
@@ -98,6 +102,9 @@ def open_source(
                            "--projector")
     if is_run:
         return _open_run(directory, values, tokenizer, num_vocos, allow_missing)
+    if values.get("model_type", "llama") not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise ConvertError(f"{where}: model_type {values['model_type']!r} is not supported; {known} are")
     tensors = open_directory(directory)
     make_table: Callable[[ModelConfig, int, int | None], Table]
     if "text_config" in values:
@@ -106,9 +113,6 @@ def open_source(
         tensors = _with_parts(tensors, vision, projector)
         config, make_table = _read_original(values, tensors, vision, where), tables.llava_table
     else:
-        if values.get("model_type", "llama") != "llama":
-            raise ConvertError(f"{where}: model_type {values['model_type']!r} is not supported; llama, llava and the "
-                               "original llava_llama are")
         decoder = huggingface.read_decoder(values, where)
         config = ModelConfig(decoder=decoder, voco=huggingface.read_voco(values, where))
         make_table = _llama_table
@@ -124,7 +128,9 @@ def open_source(
     )
     table = make_table(config, rows, None if knows_voco and voco_id < rows else voco_id)
     shapes = parameter_shapes(config, decoder_only=make_table is _llama_table)
-    return Source(config, MappedWeights(table, tensors, shapes, allow_missing), own_tokenizer)
+    said = values.get("prompt", {})  # what an export of ours says of its prompts and images
+    return Source(config, MappedWeights(table, tensors, shapes, allow_missing), own_tokenizer,
+                  said.get("template", "vicuna_v1"), said.get("fit", "pad"))
 
 
 def _llama_table(config: ModelConfig, rows: int, new_id: int | None) -> Table:

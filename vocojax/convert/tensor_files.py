@@ -82,7 +82,9 @@ def open_directory(directory: str | Path) -> Weights:
 def _open_shards(directory: Path, index: Path, pattern: str) -> Weights:
     try:
         homes: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(home, str) for home in homes.values()):
+            raise TypeError("names of shards must be strings")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConvertError(f"{index}: not an index with a weight_map: {error}") from None
     shards = sorted(set(homes.values()))
     for shard in shards:

@@ -118,7 +118,8 @@ def backward(
     `architecture` names a row of `gpu_blocks.ARCHITECTURES`; the blocks override what it says.
     """
     table = gpu_blocks.chosen(architecture, q_BQHD.shape[3] * q_BQHD.dtype.itemsize)
-    mean_BHQ = jnp.einsum("BQHD,BQHD->BHQ", out_BQHD, dout_BQHD, preferred_element_type=jnp.float32)
+    # Multiplied and summed, not a matrix product: those may round float32 operands.
+    mean_BHQ = (out_BQHD.astype(jnp.float32) * dout_BQHD.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     arguments = (q_BQHD, k_BKGD, v_BKGD, dout_BQHD, lse_BHQ, mean_BHQ, mask, scale)
     dq = _backward_q(*arguments, dq_blocks or table.dq, interpret)
     dk, dv = _backward_kv(*arguments, dkv_blocks or table.dkv, interpret)

@@ -199,7 +199,8 @@ def backward(
     tiles = tile_list(kinds, mask.prefix, blocks.q, blocks.k, spans)
     at, span = tiles.layout, Qp // spans
 
-    mean_BHQ = jnp.einsum("BQHD,BQHD->BHQ", out_BQHD, dout_BQHD, preferred_element_type=jnp.float32)
+    # Multiplied and summed, not a matrix product: those may round float32 operands.
+    mean_BHQ = (out_BQHD.astype(jnp.float32) * dout_BQHD.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     lse, mean = (jnp.pad(x, ((0, 0), (0, 0), (0, Qp - Q)))[:, :, None] for x in (lse_BHQ, mean_BHQ))
 
     in_span = lambda c: lax.div(at.query_block(c), span // blocks.q)

@@ -145,7 +145,9 @@ def _compile_here(topology: str, folder: str, jobs: list[Job]) -> list[list[Comp
     from jax.experimental import topologies
 
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache leaves no dumps
-    device: Any = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    # A single chip is less than the host that libtpu takes for granted before 0.0.52.
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if set(topology.partition(":")[2].split("x")) == {"1"} else {}
+    device: Any = topologies.get_topology_desc(topology, platform="tpu", **alone).devices[0]
     on = jax.sharding.SingleDeviceSharding(device)
     compiled = []
     for job in jobs:
