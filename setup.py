@@ -42,7 +42,7 @@ setup(
             "ruff>=0.14",
             "mypy>=1.18",
             "torch==2.13.0",
-            "gguf>=0.17",
+            "gguf>=0.17",  # with accelerate: transformers reads SmolLM2 from it
             "accelerate>=1.10",
         ],
         "notebooks": ["nbclient>=0.10", "ipykernel>=7", "matplotlib>=3.10"],

