@@ -119,7 +119,7 @@ def test_a_teacher_of_another_model_is_refused(stage, tmp_path):
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(stage, tmp_path, monkeypatch):
-    from vocojax.training import stage as module
+    from vocojax.training import program as module
 
     make_step = module.make_step
 

@@ -1,27 +1,25 @@
 """A training stage from its config: model, data, optimizer, step and loop put together."""
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from vocojax.config import ConfigError
 from vocojax.data.loader import BatchStream
-from vocojax.layout import Visibility
-from vocojax.models.parameters import Parameters, abstract, parameters_of, variables_of
+from vocojax.models.parameters import Parameters, parameters_of
 from vocojax.models.voco import VocoLlama
 from vocojax.training import loop
 from vocojax.training.checkpoints import Checkpoints, load_parameters, run_config, write_run_files
 from vocojax.training.config import StageConfig, config_to_dict
-from vocojax.training.optimizer import check_rules, make_optimizer, matches
-from vocojax.training.sharding import make_mesh, parameter_shardings, replicated, shard_batch
-from vocojax.training.step import TrainState, make_step
+from vocojax.training.optimizer import matches
+from vocojax.training.program import Program, make_program, views
+from vocojax.training.sharding import make_mesh, shard_batch
+from vocojax.training.step import TrainState
 
 LOG = logging.getLogger(__name__)
 
@@ -42,29 +40,19 @@ def train(config: StageConfig, workdir: str | Path, bar_position: int = 0) -> No
 
 
 def _train(config: StageConfig, workdir: str | Path, mesh: Mesh, bar_position: int) -> None:
-    model = abstract(lambda: VocoLlama(config.model, nnx.Rngs(0), config.dtype))
-    check_rules(variables_of(model), config.train, config.freeze)
-    rows, ways = config.batch_size // config.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % ways:
-        raise ConfigError("batch_size", f"/ accumulate must be a multiple of data x fsdp = {ways} devices, got {rows}")
-    teacher = _abstract_teacher(config)
-    views: list[Visibility] = [config.visibility] if teacher is None else [config.visibility, "causal"]
-    stream = BatchStream(config.model, config.data, config.batch_size, config.seed, *views)
+    program = make_program(config, mesh)
+    _check_teacher(config)
+    stream = BatchStream(config.model, config.data, config.batch_size, config.seed, *views(config))
     stream.tokenizer.save(Path(workdir) / "tokenizer")
-    optimizer = make_optimizer(config.optimizer, config.steps)
     checkpoints = Checkpoints(workdir, config.checkpoint)
 
     first_step = checkpoints.latest or 0
     if first_step:
-        state, progress = _restored_state(config, model, teacher, optimizer, mesh, checkpoints, first_step)
+        state, progress = _restored_state(config, program, checkpoints, first_step)
         stream.set_state(progress["data"])
         LOG.info("%s: resumes behind step %d", workdir, first_step)
     else:
-        state = _initial_state(config, model, teacher, optimizer, mesh)
-
-    # The new state keeps the old one's shardings, so that nothing is compiled twice and every donated buffer is used.
-    kept = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = jax.jit(make_step(model, teacher, optimizer, config), donate_argnums=0, out_shardings=(kept, None))
+        state = _initial_state(config, program)
 
     def save(number: int, state: TrainState) -> None:
         parameters = dict(sorted({**state.trained, **state.frozen}.items()))
@@ -73,39 +61,21 @@ def _train(config: StageConfig, workdir: str | Path, mesh: Mesh, bar_position: i
     try:
         loop.run(
             loop.LoopConfig(config.name, config.steps, config.log_every, bar_position), workdir, state, first_step,
-            lambda state, batch: step(state, shard_batch(batch, mesh)), stream, checkpoints, save, stream.tally.scalars,
+            lambda state, batch: program.step(state, shard_batch(batch, mesh)), stream, checkpoints, save,
+            stream.tally.scalars,
         )
     finally:
         checkpoints.close()
 
 
-def _abstract_teacher(config: StageConfig) -> VocoLlama | None:
-    if not config.distill.teacher:
-        return None
-    saved = run_config(config.distill.teacher).get("model")
-    if saved != config_to_dict(config.model):
+def _check_teacher(config: StageConfig) -> None:
+    if config.distill.teacher and run_config(config.distill.teacher).get("model") != config_to_dict(config.model):
         raise ConfigError("distill.teacher", f"must be a run of the same model, {config.distill.teacher} is of another")
-    return abstract(lambda: VocoLlama(config.model, nnx.Rngs(0), config.dtype))
 
 
-def _wanted(config: StageConfig, model: VocoLlama, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and sharding of every parameter: fp32 masters of what trains, the rest as `frozen_dtype`."""
-    shardings, wanted = parameter_shardings(model, mesh), {}
-    for name, variable in variables_of(model).items():
-        dtype = jnp.float32 if matches(name, config.train) else config.frozen_dtype
-        wanted[name] = jax.ShapeDtypeStruct(variable.shape, dtype, sharding=shardings[name])
-    return wanted
-
-
-def _initial_state(
-    config: StageConfig,
-    model: VocoLlama,
-    teacher: VocoLlama | None,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-) -> TrainState:
+def _initial_state(config: StageConfig, program: Program) -> TrainState:
     """The state at step 0, every array born with its sharding."""
-    wanted = _wanted(config, model, mesh)
+    wanted, abstract_state = program.abstract_parameters, program.abstract_state
     taken = {n: w for n, w in wanted.items() if config.init_from and not matches(n, config.init_new)}
     new = {n: w for n, w in wanted.items() if n not in taken}
     for pattern in config.init_new:
@@ -121,53 +91,33 @@ def _initial_state(
     if taken:
         parameters |= load_parameters(config.init_from, taken)
         LOG.info("%d of %d parameters come from %s", len(taken), len(wanted), config.init_from)
-    trained = {name: parameters[name] for name in wanted if matches(name, config.train)}
-    moments = _optimizer_shapes(optimizer, trained, mesh)
-    make_moments = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, moments))
+    trained = {name: parameters[name] for name in abstract_state.trained}
+    moments = jax.tree.map(lambda leaf: leaf.sharding, abstract_state.optimizer)
     return TrainState(
-        step=jax.device_put(jnp.int32(0), replicated(mesh)),
+        step=jax.device_put(jnp.int32(0), abstract_state.step.sharding),
         trained=trained,
-        frozen={name: parameters[name] for name in wanted if name not in trained},
-        optimizer=make_moments(trained),
-        teacher=_teacher_parameters(config, teacher, mesh),
+        frozen={name: parameters[name] for name in abstract_state.frozen},
+        optimizer=jax.jit(program.optimizer.init, out_shardings=moments)(trained),
+        teacher=_teacher_parameters(config, program),
     )
 
 
 def _restored_state(
-    config: StageConfig,
-    model: VocoLlama,
-    teacher: VocoLlama | None,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    step: int,
+    config: StageConfig, program: Program, checkpoints: Checkpoints, step: int
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state of a checkpoint, read straight into its shardings, and what else the checkpoint says."""
-    wanted = _wanted(config, model, mesh)
-    trained = {name: leaf for name, leaf in wanted.items() if matches(name, config.train)}
-    parameters, moments, progress = checkpoints.restore(step, wanted, _optimizer_shapes(optimizer, trained, mesh))
+    abstract_state = program.abstract_state
+    parameters, moments, progress = checkpoints.restore(step, program.abstract_parameters, abstract_state.optimizer)
     state = TrainState(
-        step=jax.device_put(jnp.int32(step), replicated(mesh)),
-        trained={name: parameters[name] for name in trained},
-        frozen={name: parameters[name] for name in wanted if name not in trained},
+        step=jax.device_put(jnp.int32(step), abstract_state.step.sharding),
+        trained={name: parameters[name] for name in abstract_state.trained},
+        frozen={name: parameters[name] for name in abstract_state.frozen},
         optimizer=moments,
-        teacher=_teacher_parameters(config, teacher, mesh),
+        teacher=_teacher_parameters(config, program),
     )
     return state, progress
 
 
-def _teacher_parameters(config: StageConfig, teacher: VocoLlama | None, mesh: Mesh) -> Parameters:
-    if teacher is None:
-        return {}
-    frozen = dataclasses.replace(config, train=("nothing",))
-    return load_parameters(config.distill.teacher, _wanted(frozen, teacher, mesh))
-
-
-def _optimizer_shapes(optimizer: optax.GradientTransformation, trained: Any, mesh: Mesh) -> Any:
-    """The optimizer state's abstract arrays, moments sharded like the parameters they belong to."""
-    shapes = jax.eval_shape(optimizer.init, trained)
-    with_sharding = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return optax.tree_map_params(
-        optimizer, lambda leaf, parameter: with_sharding(leaf, parameter.sharding), shapes, trained,
-        transform_non_params=lambda leaf: with_sharding(leaf, replicated(mesh)),
-    )
+def _teacher_parameters(config: StageConfig, program: Program) -> Parameters:
+    wanted: Any = program.abstract_state.teacher
+    return load_parameters(config.distill.teacher, wanted) if wanted else {}

@@ -1,0 +1,113 @@
+"""The program of a stage: its optimizer step jitted for a mesh, and the shape, dtype and sharding of all it works on.
+
+Nothing here touches a device, so the same program is trained with and compiled for a machine that is not there.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+
+from vocojax.config import ConfigError
+from vocojax.data.packing import pack_row, row_shape
+from vocojax.layout import Visibility
+from vocojax.models.parameters import Parameters, abstract, variables_of
+from vocojax.models.voco import VocoLlama
+from vocojax.training.config import StageConfig
+from vocojax.training.optimizer import check_rules, make_optimizer, matches
+from vocojax.training.sharding import BATCH, parameter_shardings, replicated
+from vocojax.training.step import Step, TrainState, make_step
+
+
+@dataclass(frozen=True)
+class Program:
+    """A stage on a mesh.
+
+    mesh: to be in force (`jax.set_mesh`) whenever `step` is traced.
+    model, optimizer: what the state's parameters and moments belong to.
+    abstract_state, abstract_batch: `jax.ShapeDtypeStruct`s with shardings: what `step` takes, and a restore fills.
+    step: jitted (state, batch) -> (state, metrics); the state is donated.
+    """
+
+    mesh: Mesh
+    model: VocoLlama
+    optimizer: optax.GradientTransformation
+    abstract_state: TrainState
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]
+    step: Step
+
+    @property
+    def abstract_parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Every parameter of the model, trained or not, by name and in sorted order."""
+        parts: Any = {**self.abstract_state.trained, **self.abstract_state.frozen}
+        return dict(sorted(parts.items()))
+
+
+def make_program(config: StageConfig, mesh: Mesh) -> Program:
+    """The program of a stage.
+
+    Raises:
+      ConfigError: what trains is not said for every parameter, or the batch does not divide over the mesh.
+    """
+    model = abstract(lambda: VocoLlama(config.model, nnx.Rngs(0), config.dtype))
+    check_rules(variables_of(model), config.train, config.freeze)
+    rows, ways = config.batch_size // config.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+        raise ConfigError("batch_size", f"/ accumulate must be a multiple of data x fsdp = {ways} devices, got {rows}")
+    teacher = model if config.distill.teacher else None
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = _abstract_state(config, model, optimizer, mesh)
+    batch = _abstract_batch(config, mesh)
+    # The new state keeps the old one's shardings, so that nothing is compiled twice and every donated buffer is used.
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, batch))
+    step = jax.jit(
+        make_step(model, teacher, optimizer, config), donate_argnums=0, in_shardings=shardings,
+        out_shardings=(shardings[0], None),
+    )
+    return Program(mesh, model, optimizer, state, batch, step)
+
+
+def views(config: StageConfig) -> list[Visibility]:
+    """The visibilities that a stage's batches carry: its own, and its teacher's if it has one."""
+    return [config.visibility, "causal"] if config.distill.teacher else [config.visibility]
+
+
+def _abstract_state(
+    config: StageConfig, model: VocoLlama, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """fp32 masters of what trains, the rest as `frozen_dtype`, moments sharded like the parameters they belong to."""
+    shardings = parameter_shardings(model, mesh)
+    shapes = {name: variable.shape for name, variable in variables_of(model).items()}
+
+    def leaf(name: str, dtype: DTypeLike) -> Any:
+        return jax.ShapeDtypeStruct(shapes[name], dtype, sharding=shardings[name])
+
+    trained: Parameters = {name: leaf(name, jnp.float32) for name in shapes if matches(name, config.train)}
+    frozen: Parameters = {name: leaf(name, config.frozen_dtype) for name in shapes if name not in trained}
+    teacher: Parameters = {name: leaf(name, config.frozen_dtype) for name in shapes if config.distill.teacher}
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return TrainState(step, trained, frozen, _abstract_moments(optimizer, trained, mesh), teacher)
+
+
+def _abstract_moments(optimizer: optax.GradientTransformation, trained: Any, mesh: Mesh) -> Any:
+    shapes = jax.eval_shape(optimizer.init, trained)
+    with_sharding = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return optax.tree_map_params(
+        optimizer, lambda leaf, parameter: with_sharding(leaf, parameter.sharding), shapes, trained,
+        transform_non_params=lambda leaf: with_sharding(leaf, replicated(mesh)),
+    )
+
+
+def _abstract_batch(config: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    model = config.model
+    row = pack_row([], row_shape(config.data, model.vision.image_size, model.unit_tokens, *views(config)))
+    rows = NamedSharding(mesh, BATCH)
+    return {
+        name: jax.ShapeDtypeStruct((config.batch_size, *array.shape), array.dtype, sharding=rows)
+        for name, array in row.items()
+    }
