@@ -9,7 +9,7 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.quickstart import get_config
 from vocojax.config import ConfigError
-from vocojax.data.loader import SkippedTooMany
+from vocojax.data.loader import SkippedTooMany, StreamStateError
 from vocojax.quickstart import Quickstart
 from vocojax.terminal import show_own_messages
 from vocojax.training.checkpoints import CheckpointError
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(WORKDIR.value)
     try:
         result = Quickstart(get_config, workdir, [int(seed) for seed in SEEDS.value], FULL.value).run()
-    except (ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, ImportError) as error:
+    except (ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, StreamStateError, ImportError) as error:
         sys.exit(f"error: {error}")
     if JSON.value:
         print(json.dumps(result, indent=2))

@@ -6,7 +6,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vocojax.config import ConfigError
-from vocojax.data.loader import SkippedTooMany
+from vocojax.data.loader import SkippedTooMany, StreamStateError
 from vocojax.terminal import show_own_messages
 from vocojax.training.checkpoints import CheckpointError
 from vocojax.training.config import stage_config
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     try:
         source = config_flags.get_config_filename(flags.FLAGS["config"])
         train(stage_config(CONFIG.value, source), WORKDIR.value)
-    except (ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, ImportError) as error:
+    except (ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, StreamStateError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -112,6 +112,11 @@ class SampleLayout:
         return len(self.ids)
 
     @property
+    def num_targets(self) -> int:
+        """Tokens that are trained on."""
+        return int((self.labels != IGNORE).sum())
+
+    @property
     def text_start(self) -> int:
         """Index of the first text token."""
         return self.num_units * self.unit_length

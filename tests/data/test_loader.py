@@ -5,10 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from absl import flags
 
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig
-from vocojax.data.loader import BatchStream, SkippedTooMany
+from vocojax.data.loader import BatchStream, SkippedTooMany, StreamStateError, merge_states
 from vocojax.data.sources import LlavaSource
 from vocojax.layout import IGNORE, LayoutError
 
@@ -54,6 +55,71 @@ def test_stream_resumes_with_exactly_the_next_batch(tiny_config, data, taken):
     resumed = BatchStream(tiny_config, data, 2, 7, "voco", "causal")
     resumed.set_state(state)
     assert all(same(batch, next(resumed)) for batch in expected)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_same_global_batches(tiny_config, data, processes):
+    whole = BatchStream(tiny_config, data, 4, 7, "voco")
+    parts = [BatchStream(tiny_config, data, 4, 7, "voco", process_index=i, process_count=processes)
+             for i in range(processes)]
+    for _ in range(6):
+        made = [next(part) for part in parts]
+        assert all(len(part["ids"]) == 4 // processes for part in made)
+        assert same(next(whole), {key: np.concatenate([part[key] for part in made]) for key in made[0]})
+
+
+@pytest.mark.parametrize(("before", "behind"), [(1, 4), (4, 2), (2, 1)])
+def test_a_stream_goes_on_with_another_number_of_processes(tiny_config, data, llava_data, tmp_path, before, behind):
+    path = rewrite(llava_data, tmp_path, lambda records: records[2].update(image="missing.png"))
+    data = dataclasses.replace(data, path=path, max_skipped_share=1.0)
+    whole = BatchStream(tiny_config, data, 4, 7, "voco")
+    streams = [BatchStream(tiny_config, data, 4, 7, "voco", process_index=i, process_count=before)
+               for i in range(before)]
+    for _ in range(3):
+        next(whole)
+        made = [next(stream) for stream in streams]
+    state = json.loads(json.dumps(merge_states([stream.get_state() for stream in streams])))
+    assert state == json.loads(json.dumps(whole.get_state()))
+    streams = [BatchStream(tiny_config, data, 4, 7, "voco", process_index=i, process_count=behind)
+               for i in range(behind)]
+    for stream in streams:
+        stream.set_state(state)
+    for _ in range(3):
+        made = [next(stream) for stream in streams]
+        assert same(next(whole), {key: np.concatenate([part[key] for part in made]) for key in made[0]})
+    assert merge_states([stream.get_state() for stream in streams]) == whole.get_state()
+    counted = [stream.tally.scalars() for stream in streams]
+    assert sum(c["data/records"] for c in counted) == whole.tally.scalars()["data/records"]
+
+
+def test_states_of_another_stream_are_refused(tiny_config, data):
+    stream = BatchStream(tiny_config, data, 4, 7, "voco")
+    state = stream.get_state()
+    with pytest.raises(StreamStateError, match=r"another stream, with lanes 4 \(here 2\): resume with the data, seed"):
+        BatchStream(tiny_config, dataclasses.replace(data, lanes=2), 4, 7, "voco").set_state(state)
+    with pytest.raises(StreamStateError, match=r"with seed 7 \(here 8\)"):
+        BatchStream(tiny_config, data, 4, 8, "voco").set_state(state)
+    half = [BatchStream(tiny_config, data, 4, 7, "voco", process_index=i, process_count=2) for i in range(2)]
+    with pytest.raises(StreamStateError, match=r"lacks the lanes \[2, 3\] of 4: merge the states"):
+        stream.set_state(half[0].get_state())
+    with pytest.raises(StreamStateError, match="states of 1 processes hold 2 of 4 lanes"):
+        merge_states([half[0].get_state()])
+    with pytest.raises(StreamStateError, match="are of different streams"):
+        merge_states([half[0].get_state(), BatchStream(tiny_config, data, 4, 8, "voco").get_state()])
+
+
+def test_lanes_must_share_rows_and_processes_evenly(tiny_config, data):
+    with pytest.raises(ConfigError, match=r"data\.lanes must divide the 4 rows of a batch, got 3"):
+        BatchStream(tiny_config, dataclasses.replace(data, lanes=3), 4, 0, "voco")
+    with pytest.raises(ConfigError, match=r"must be a multiple of the 3 processes that share them, got 4"):
+        BatchStream(tiny_config, data, 4, 0, "voco", process_count=3)
+
+
+def test_a_stream_without_a_usable_record_says_so(tiny_config, data, llava_data, tmp_path):
+    path = rewrite(llava_data, tmp_path, lambda records: [r.update(image="../x") for r in records])
+    stream = BatchStream(tiny_config, dataclasses.replace(data, path=path, max_skipped_share=1.0), 1, 0, "voco")
+    with pytest.raises(SkippedTooMany, match="no record can be used"):
+        next(stream)
 
 
 def test_epochs_hold_every_record_once(tiny_config, data):
@@ -151,3 +217,19 @@ def test_the_tokenizer_must_fit_the_model(tiny_config, data):
 def test_data_config_errors_name_the_key():
     with pytest.raises(ConfigError, match=r"template must be one of .*, got 'v2'"):
         DataConfig(source="easy_vqa", tokenizer="x", template="v2")
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(tiny_config, data):
+    whole = BatchStream(tiny_config, data, 4, 7, "voco")
+    expected = [next(whole) for _ in range(6)]
+    flags.FLAGS(["test"])
+    workers = BatchStream(tiny_config, dataclasses.replace(data, num_workers=2), 4, 7, "voco")
+    assert all(same(batch, next(workers)) for batch in expected[:3])
+    state = workers.get_state()
+    workers.close()
+    resumed = BatchStream(tiny_config, dataclasses.replace(data, num_workers=1), 4, 7, "voco")
+    resumed.set_state(state)
+    assert all(same(batch, next(resumed)) for batch in expected[3:])
+    assert resumed.tally.scalars() == whole.tally.scalars()
+    resumed.close()

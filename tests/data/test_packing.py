@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_layout import Letters, pairs
-from vocojax.data.packing import Item, RowShape, first_fit, pack_row
+from vocojax.data.packing import Item, RowShape, Size, best_fit, pack_row
 from vocojax.layout import IGNORE, LayoutError, Role, Span, UnitShape, View, lay_out_sample
 
 UNIT = UnitShape(2, 1)
@@ -26,8 +26,13 @@ ITEMS = st.lists(st.tuples(st.integers(0, 2), st.text("xyz", min_size=1, max_siz
 @given(ITEMS)
 def test_rows_hold_every_sample_once_and_nothing_crosses(drawn):
     items = [item(units, text, mark) for mark, (units, text) in enumerate(drawn)]
-    groups = first_fit(items, SHAPE)
-    assert sorted(id(i) for g in groups for i in g) == sorted(map(id, items))
+    groups, left = [], list(items)
+    while left:
+        sizes = [Size(len(i.layout), len(i.images), i.layout.num_targets) for i in left]
+        chosen = best_fit(sizes, Size(SHAPE.length, SHAPE.images, SHAPE.targets))
+        assert chosen[0] == 0 and len(set(chosen)) == len(chosen)
+        groups.append([left[i] for i in chosen])
+        left = [i for index, i in enumerate(left) if index not in chosen]
     for group in groups:
         row = pack_row(group, SHAPE)
         for prefix, visibility in SHAPE.views:
@@ -66,3 +71,11 @@ def test_a_sample_larger_than_a_row_is_named():
 def test_vision_roles_are_counted_for_every_image():
     layout = item(2, "a").layout
     assert (layout.roles == Role.VISION).sum() == 4
+
+
+def test_best_fit_takes_the_first_item_and_then_the_longest_that_fits():
+    sizes = [Size(5, 1, 1), Size(4, 0, 1), Size(6, 0, 1), Size(3, 0, 1), Size(1, 0, 9), Size(1, 0, 1)]
+    assert best_fit(sizes, Size(10, 1, 4)) == [0, 1, 5]
+    assert best_fit(sizes, Size(11, 1, 2)) == [0, 2]
+    assert best_fit(sizes, Size(100, 0, 3)) == [1, 2, 3]
+    assert best_fit([], Size(10, 1, 4)) == []

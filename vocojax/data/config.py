@@ -17,9 +17,12 @@ class DataConfig:
     threads_per_sample: `easy_vqa`: how many questions share an image in one sample at most; None for all of its.
     template: how a conversation is written out, see `data/conversation.py`.
     row_length, images_per_row, max_targets: static shape of a packed row; `max_targets` None allows every token.
-    pack_window: samples among which rows are filled first-fit.
+    lanes: packers that the records are dealt to; None for one per row of a batch. A batch's rows must be a multiple of
+      it, and it of the number of processes. What a batch holds depends on it, so a run keeps it.
+    pack_window: samples among which a lane seeks those that fill a row.
     fit: `pad` squares an image with CLIP's mean colour, `crop` cuts its centre.
-    num_threads: threads that read and decode.
+    num_threads: threads that read and decode, in every worker process if there are any.
+    num_workers: processes that make batches; 0 for threads of this one. They need absl's flags to be parsed.
     keep_in_memory: keep every prepared sample, for small data sets.
     max_skipped_share: a run stops when more than this share of the records can't be used.
     """
@@ -34,15 +37,19 @@ class DataConfig:
     row_length: int = 2048
     images_per_row: int = 4
     max_targets: int | None = None
-    pack_window: int = 256
+    lanes: int | None = None
+    pack_window: int = 64
     fit: Literal["pad", "crop"] = "pad"
     num_threads: int = 16
+    num_workers: int = 0
     keep_in_memory: bool = False
     max_skipped_share: float = 0.01
 
     def __post_init__(self) -> None:
         require_positive(self, "row_length", "images_per_row", "pack_window", "num_threads")
         require(self.max_targets is None or self.max_targets >= 1, "max_targets", "must be >= 1", self.max_targets)
+        require(self.lanes is None or self.lanes >= 1, "lanes", "must be >= 1", self.lanes)
+        require(self.num_workers >= 0, "num_workers", "must be >= 0", self.num_workers)
         require(self.threads_per_sample is None or self.threads_per_sample >= 1, "threads_per_sample", "must be >= 1",
                 self.threads_per_sample)
         require(self.template in TEMPLATES, "template", f"must be one of {sorted(TEMPLATES)}", self.template)

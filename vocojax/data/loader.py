@@ -1,9 +1,13 @@
-"""From a stage's data config to a stream of batches: read, decode, lay out, pack, batch. Grain drives it."""
+"""From a stage's data config to a stream of batches: read, lay out, pack, decode, batch.
+
+The stream is a pure function of (seed, step, config): neither threads nor worker processes nor the number of hosts
+that share it change a batch. See `lanes.py` for how.
+"""
 
 import collections
-import logging
-import threading
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -11,108 +15,23 @@ import numpy as np
 
 from vocojax.config import ConfigError, ModelConfig
 from vocojax.data.config import DataConfig
-from vocojax.data.conversation import Template, template
-from vocojax.data.images import ImageError, load_image
-from vocojax.data.packing import Item, PackedRows, RowShape, row_shape
+from vocojax.data.images import ImageError
+from vocojax.data.lanes import Lane, Plan, RowReport
+from vocojax.data.packing import Row, RowShape, pack_row, row_shape
+from vocojax.data.prepared import PreparedSource, unit_shape
 from vocojax.data.sources import EasyVqaSource, LlavaSource, Source
 from vocojax.data.sources.easy_vqa import EasyVqaCaptions
+from vocojax.data.tally import SkippedTooMany, Tally
 from vocojax.data.tokenizer import Tokenizer
-from vocojax.layout import LayoutError, UnitShape, Visibility, lay_out_sample, require_targets
+from vocojax.layout import Visibility
 
-LOG = logging.getLogger(__name__)
-
-
-class SkippedTooMany(RuntimeError):
-    """More records were skipped than the data config allows."""
+__all__ = ["BatchStream", "SkippedTooMany", "StreamStateError", "merge_states", "open_source", "open_tokenizer",
+           "unit_shape"]
+BATCHES_AHEAD = 2  # that wait for the step
 
 
-class Tally:
-    """Counts records, skipped ones by reason, and dropped text tokens; threads may share it."""
-
-    SHOWN = 20  # skipped records that are logged one by one
-    TOLERANCE_FROM = 1000  # the share of skipped records is judged as if at least this many had been read
-
-    def __init__(self, max_skipped_share: float):
-        self.max_skipped_share = max_skipped_share
-        self.records = 0
-        self.dropped_tokens = 0
-        self.skipped: collections.Counter[str] = collections.Counter()
-        self._lock = threading.Lock()
-
-    def use(self, dropped_tokens: int) -> None:
-        """Counts a record that is used."""
-        with self._lock:
-            self.records += 1
-            self.dropped_tokens += dropped_tokens
-
-    def skip(self, error: LayoutError | ImageError) -> None:
-        """Counts and logs a record that can't be used; `SkippedTooMany` once their share is over the limit."""
-        with self._lock:
-            self.records += 1
-            self.skipped[error.reason] += 1
-            total = self.skipped.total()
-            if total <= self.SHOWN:
-                LOG.warning("skipped: %s%s", error, " (further ones are only counted)" if total == self.SHOWN else "")
-            if total > self.max_skipped_share * max(self.records, self.TOLERANCE_FROM):
-                counts = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.most_common())
-                raise SkippedTooMany(
-                    f"{total} of {self.records} records were skipped ({counts}), more than data.max_skipped_share "
-                    f"{self.max_skipped_share:g} allows; the last one: {error}"
-                )
-
-    def scalars(self) -> dict[str, int]:
-        """The counts, as metrics."""
-        with self._lock:
-            skipped = {f"data/skipped/{reason}": count for reason, count in self.skipped.items()}
-            return {"data/records": self.records, "data/dropped_tokens": self.dropped_tokens, **skipped}
-
-
-class PreparedSource:
-    """A source's samples as packable items: images decoded, text laid out; None for a record that can't be used."""
-
-    def __init__(self, source: Source, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer, tally: Tally):
-        self._source, self._data, self._tokenizer, self._tally = source, data, tokenizer, tally
-        self._image_size = model.vision.image_size
-        self._unit = unit_shape(model)
-        self._template: Template = template(data.template)
-        self._kept: dict[int, Item | None] = {}
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Item | None:
-        if index in self._kept:
-            return self._kept[index]
-        item: Item | None = None
-        try:
-            item = self._prepare(index)
-            self._tally.use(item.layout.dropped)
-        except (LayoutError, ImageError) as error:
-            self._tally.skip(error)
-        if self._data.keep_in_memory:
-            self._kept[index] = item
-        return item
-
-    def _prepare(self, index: int) -> Item:
-        sample = self._source[index]
-        if len(sample.images) > self._data.images_per_row:
-            raise LayoutError(sample.id, f"has {len(sample.images)} images, a row has room for "
-                              f"{self._data.images_per_row}: raise data.images_per_row", "too many images")
-        threads = [self._template.spans(thread, self._tokenizer.eos_token) for thread in sample.threads]
-        layout = require_targets(
-            lay_out_sample(sample.id, len(sample.images), threads, self._tokenizer, self._unit, self._data.row_length)
-        )
-        images = tuple(load_image(path, self._image_size, self._data.fit) for path in sample.images)
-        item = Item(layout, images)
-        if item.num_targets > self._data.target_slots:
-            raise LayoutError(sample.id, f"has {item.num_targets} targets, a row has room for "
-                              f"{self._data.target_slots}: raise data.max_targets", "too many targets")
-        return item
-
-
-def unit_shape(model: ModelConfig) -> UnitShape:
-    """Tokens and VoCo tokens of the units that a model is trained on."""
-    return UnitShape(model.unit_tokens, model.unit_vocos)
+class StreamStateError(ValueError):
+    """A saved state does not belong to this stream, or is not all of it."""
 
 
 def open_source(data: DataConfig) -> Source:
@@ -145,35 +64,207 @@ def open_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
 class BatchStream:
     """An endless stream of batches (dicts of numpy arrays with a leading row axis) that can be saved and resumed.
 
+    Batches are made ahead of time; the state is always that behind the batch that was taken last.
+
     Args:
       model, data: configs of the stage.
-      rows: rows per batch.
+      rows: rows per batch of all processes together.
       seed: of the shuffling; every epoch has another order.
       visibilities: the model's, and its teacher's if it has one.
+      process_index, process_count: this process makes rows / process_count of a batch, the index-th part of it.
+
+    Raises:
+      ConfigError: of what the configs name, or of lanes that the processes can't share evenly.
     """
 
-    def __init__(self, model: ModelConfig, data: DataConfig, rows: int, seed: int, *visibilities: Visibility):
+    def __init__(self, model: ModelConfig, data: DataConfig, rows: int, seed: int, *visibilities: Visibility,
+                 process_index: int = 0, process_count: int = 1):
+        self.lanes, self.seed = data.lanes or rows, seed
+        if rows % self.lanes:
+            raise ConfigError("data.lanes", f"must divide the {rows} rows of a batch, got {self.lanes}")
+        if self.lanes % process_count:
+            raise ConfigError("data.lanes", f"(by default the {rows} rows of a batch) must be a multiple of the "
+                              f"{process_count} processes that share them, got {self.lanes}")
+        share = self.lanes // process_count
+        self._own = range(process_index * share, (process_index + 1) * share)
         self.tokenizer = open_tokenizer(data, model)
         self.tally = Tally(data.max_skipped_share)
         self.shape: RowShape = row_shape(data, model.vision.image_size, model.unit_tokens, *visibilities)
-        prepared = PreparedSource(open_source(data), model, data, self.tokenizer, self.tally)
-        if len(prepared) == 0:
+        self._source = PreparedSource(open_source(data), model, data, self.tokenizer)
+        self._data, self._rows_per_lane = data, rows // self.lanes
+        if len(self._source) == 0:
             raise ConfigError("data", f"has no record in {data.path or data.source}")
-        items = grain.MapDataset.source(prepared).shuffle(seed).repeat().to_iter_dataset(
-            grain.ReadOptions(num_threads=data.num_threads, prefetch_buffer_size=4 * data.num_threads)
-        )
-        self._iterator = iter(PackedRows(items, self.shape, data.pack_window).batch(rows, drop_remainder=True))
+        self._states = {lane: {"position": lane, "window": []} for lane in self._own}
+        self._start()
 
     def __iter__(self) -> "BatchStream":
         return self
 
     def __next__(self) -> Mapping[str, np.ndarray]:
-        return next(self._iterator)
+        parts = [next(iterator) for iterator in self._iterators]
+        for report in (report for _, reports in parts for report in reports):
+            self._take(report)
+        batches = [batch for batch, _ in parts]
+        if len(batches) == 1:
+            return batches[0]
+        return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
 
     def get_state(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON-able values."""
-        return self._iterator.get_state()
+        """Where this process's lanes stand, and what they counted, as JSON-able values."""
+        return {
+            **self._identity(),
+            "state": {str(lane): {**state, "counts": self.tally.get_state(lane)}
+                      for lane, state in self._states.items()},
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on behind the batch at which `get_state` was called.
+
+        Args:
+          state: of all lanes that this process has; those of other lanes are passed over. It may come from any number
+            of processes, see `merge_states`.
+
+        Raises:
+          StreamStateError: another number of lanes or records, another seed, or a lane is missing.
+        """
+        here = self._identity()
+        other = [f"{key} {state.get(key)} (here {value})" for key, value in here.items() if state.get(key) != value]
+        if other:
+            raise StreamStateError(f"the saved data state is of another stream, with {', '.join(other)}: resume with "
+                                   "the data, seed and data.lanes (by default the batch_size) that it began with")
+        missing = [lane for lane in self._own if str(lane) not in state["state"]]
+        if missing:
+            raise StreamStateError(f"the saved data state lacks the lanes {missing} of {self.lanes}: merge the states "
+                                   "of all processes that made it")
+        self.close()
+        for lane in self._own:
+            saved = state["state"][str(lane)]
+            self._states[lane] = {"position": saved["position"], "window": list(saved["window"])}
+            self.tally.set_state(lane, saved["counts"])
+        self._start()
+
+    def close(self) -> None:
+        """Ends the threads and worker processes that make batches."""
+        self._close()
+
+    def _identity(self) -> dict[str, int]:
+        """What a state must agree in with the stream that takes it."""
+        return {"lanes": self.lanes, "records": len(self._source), "seed": self.seed}
+
+    def _start(self) -> None:
+        workers = min(max(self._data.num_workers, 1), len(self._own))
+        groups = [_Group(self._source, self._data, self.shape, self.lanes, self.seed, self._rows_per_lane,
+                         {lane: self._states[lane] for lane in lanes})
+                  for lanes in (part.tolist() for part in np.array_split(self._own, workers))]
+        self._iterators = [iter(_ahead(group, self._data)) for group in groups]
+        self._close = weakref.finalize(self, _close_all, self._iterators)
+
+    def _take(self, report: RowReport) -> None:
+        lane = report.lane
+        self._states[lane] = {"position": report.position, "window": list(report.window)}
+        self.tally.read(lane, report.records, report.dropped_tokens)
+        for reason, message in report.skipped:
+            self.tally.skip(lane, reason, message)
+        if report.empty:
+            raise SkippedTooMany(f"no record can be used ({self.tally.records} were read, skipped: "
+                                 f"{dict(self.tally.skipped())})")
+
+
+def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The states of all processes of a stream as one, which `BatchStream.set_state` takes on any number of processes.
+
+    Raises:
+      StreamStateError: they are of different streams, or don't make up all of one.
+    """
+    states = list(states)
+    merged: dict[str, Any] = {**states[0], "state": {}}
+    for state in states:
+        if any(state[key] != merged[key] for key in merged if key != "state"):
+            raise StreamStateError("the data states of the processes are of different streams")
+        merged["state"].update(state["state"])
+    if len(merged["state"]) != merged["lanes"]:
+        raise StreamStateError(f"the data states of {len(states)} processes hold {len(merged['state'])} of "
+                               f"{merged['lanes']} lanes")
+    return merged
+
+
+def _ahead(group: "_Group", data: DataConfig) -> grain.IterDataset:
+    """The group's batches made ahead, in a process of its own where workers are asked for, else in threads."""
+    if data.num_workers:
+        return group.mp_prefetch(grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=BATCHES_AHEAD))
+    return grain.experimental.ThreadPrefetchIterDataset(group, prefetch_buffer_size=BATCHES_AHEAD)
+
+
+def _close_all(iterators: Sequence[grain.DatasetIterator]) -> None:
+    for iterator in iterators:
+        iterator.close()
+
+
+class _Group(grain.IterDataset):
+    """The rows of some lanes: elements are (rows of a batch stacked, the rows' reports)."""
+
+    def __init__(self, source: PreparedSource, data: DataConfig, shape: RowShape, lanes: int, seed: int,
+                 rows_per_lane: int, states: Mapping[int, Mapping[str, Any]]):
+        super().__init__()
+        self.source, self.data, self.shape, self.lanes, self.seed = source, data, shape, lanes, seed
+        self.rows_per_lane, self.states = rows_per_lane, states
+
+    def __iter__(self) -> "_GroupIterator":
+        return _GroupIterator(self)
+
+
+class _GroupIterator(grain.DatasetIterator):
+    def __init__(self, group: _Group):
+        super().__init__()
+        self._group, data = group, group.data
+        self._lanes = {
+            number: Lane(number, group.lanes, group.seed, group.source, group.shape, data.pack_window,
+                              data.keep_in_memory)
+            for number in group.states
+        }
+        self._rows = len(self._lanes) * group.rows_per_lane
+        self._pool = ThreadPoolExecutor(data.num_threads, "decode")
+        self._made: collections.deque[Future[tuple[Row, RowReport]]] = collections.deque()
+        self._plans = self._plan_rows()
+
+    def __next__(self) -> tuple[Row, list[RowReport]]:
+        for plan in self._plans:
+            self._made.append(self._pool.submit(self._make, plan))
+            if len(self._made) >= self._rows + 2 * self._group.data.num_threads:
+                break
+        made = [self._made.popleft().result() for _ in range(min(self._rows, len(self._made)))]
+        rows, reports = [row for row, _ in made], [report for _, report in made]
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}, reports
+
+    def get_state(self) -> dict[str, Any]:
+        return {}  # the reports carry the state to whoever takes the batch
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on behind the batch at which `get_state` was called."""
-        self._iterator.set_state(state)
+        raise NotImplementedError("a group begins at the states it is made with")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        super().close()
+
+    def _plan_rows(self) -> Iterator[Plan]:
+        """The lanes' rows in turn, without end unless a lane finds nothing that it can use."""
+        for number, state in self._group.states.items():
+            self._lanes[number].set_state(state)
+        while True:
+            for lane in self._lanes.values():
+                for _ in range(self._group.rows_per_lane):
+                    plan = lane.next_row()
+                    yield plan
+                    if plan.report.empty:
+                        return
+
+    def _make(self, plan: Plan) -> tuple[Row, RowReport]:
+        """Decodes the images of a planned row; a record whose images can't be used leaves its place to padding."""
+        items = []
+        for position, prepared in plan.members:
+            try:
+                items.append(self._group.source.load(prepared))
+            except ImageError as error:
+                if self._lanes[plan.report.lane].counts(position):
+                    plan.report.skipped.append((error.reason, str(error)))
+        return pack_row(items, self._group.shape), plan.report

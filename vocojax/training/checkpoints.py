@@ -27,7 +27,8 @@ from vocojax.training.config import CheckpointConfig, differing_keys
 
 PACKAGES = ("vocojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 # Keys of a stage's config that may change when a run goes on.
-MUTABLE_KEYS = ("log_every", "checkpoint", "data.num_threads", "data.keep_in_memory", "attention", "remat", "mesh")
+MUTABLE_KEYS = ("log_every", "checkpoint", "data.num_threads", "data.num_workers", "data.keep_in_memory", "attention",
+                "remat", "mesh")
 
 
 class CheckpointError(RuntimeError):
