@@ -13,8 +13,8 @@ from vocojax.inference import compress as compress_module
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.cache import place
 from vocojax.inference.compress import compress, compress_keeping
-from vocojax.inference.decode import SamplingConfig
 from vocojax.inference.prompts import lay_out_prompt, text_rows, whole_rows
+from vocojax.inference.sampling import SamplingConfig
 from vocojax.layout import LayoutError
 
 GREEDY = SamplingConfig(max_new_tokens=6)

@@ -1,23 +1,31 @@
-"""Images and questions in, answers out: a trained run with its tokenizer and template."""
+"""Images and questions in, answers out: a trained model with its tokenizer and template."""
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from vocojax.data.conversation import Conversation, Template, Turn, template
 from vocojax.data.images import Fit, load_image
 from vocojax.data.loader import unit_shape
+from vocojax.data.processor import Processor
 from vocojax.data.tokenizer import Tokenizer
-from vocojax.inference.cache import VocoCache, place
+from vocojax.inference.cache import CacheError, VocoCache, place, require_model
 from vocojax.inference.compress import compress
-from vocojax.inference.decode import GREEDY, Generation, SamplingConfig, generate
-from vocojax.inference.prompts import bucket, lay_out_prompt, text_rows, whole_rows
-from vocojax.layout import SampleLayout, Visibility
+from vocojax.inference.decode import LOOK_EVERY, Generation, Prompts, stream
+from vocojax.inference.fingerprint import Fingerprint, fingerprint
+from vocojax.inference.mesh import place_rows
+from vocojax.inference.prompts import batch_bucket, bucket, lay_out_prompt, text_rows, whole_rows
+from vocojax.inference.sampling import GREEDY, SamplingConfig
+from vocojax.inference.text import AnswerText
+from vocojax.layout import SampleLayout, UnitShape, Visibility, lay_out_unit
 from vocojax.models.llama import KeyValues
 from vocojax.models.voco import Rows, VocoLlama
 from vocojax.training.checkpoints import load_model, run_config
@@ -35,6 +43,7 @@ class Assistant:
       visibility: `voco`, or `causal` to evaluate a bound or a baseline.
       fit: how images become square.
       max_length: the longest prompt, in tokens; behind a cache, an image counts the tokens that are cached of it.
+      mesh: the devices that the model's parameters lie on; None for one device.
     """
 
     model: VocoLlama
@@ -43,6 +52,7 @@ class Assistant:
     visibility: Visibility = "voco"
     fit: Fit = "pad"
     max_length: int = 2048
+    mesh: Mesh | None = None
 
     @classmethod
     def from_run(
@@ -59,13 +69,38 @@ class Assistant:
             fit=data["fit"],
         )
 
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None
+    ) -> "Assistant":
+        """Loads weights in any layout that `VocoLlama.from_pretrained` knows, runs included, to read VoCo tokens.
+
+        Args:
+          mesh: where the parameters go (`inference.mesh.local_mesh`); None for the first device.
+          dtype: of parameters and computation; None keeps the decoder's on disk.
+
+        Raises:
+          ConvertError: names the file and the remedy.
+        """
+        processor = Processor.from_pretrained(directory)
+        model = VocoLlama.from_pretrained(directory, mesh=mesh, dtype=dtype)
+        return cls(model, processor.tokenizer, processor.template, fit=processor.fit, mesh=mesh)
+
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What this model's caches are recognised by; computed once."""
+        with self._devices():
+            return fingerprint(self.model)
+
     def load_images(self, paths: Sequence[str | Path]) -> list[np.ndarray]:
         """Prepared images; `ImageError` names the first that can't be used."""
         return [load_image(path, self.model.config.vision.image_size, self.fit) for path in paths]
 
-    def compress(self, paths: Sequence[str | Path]) -> VocoCache:
-        """Compresses image files, one unit each."""
-        return compress(self.model, self.tokenizer, self.load_images(paths))
+    def compress(self, images: Sequence[str | Path | np.ndarray]) -> VocoCache:
+        """Compresses images, files or prepared ones, a unit each."""
+        prepared = [x if isinstance(x, np.ndarray) else self.load_images([x])[0] for x in images]
+        with self._devices():
+            return compress(self.model, self.tokenizer, prepared, self.fingerprint)
 
     def read(
         self,
@@ -80,10 +115,31 @@ class Assistant:
         Args:
           units: for each question the units it is about, in order; by default all of them.
           seeds: for each question the seed of its draws; by default its index.
+
+        Raises:
+          CacheError: the cache is another model's, or not of the tokens that this model's text sees.
         """
-        about = [list(range(cache.num_units))] * len(questions) if units is None else [list(u) for u in units]
-        generation = self.generate_behind(cache, [self._ask(q) for q in questions], about, sampling, seeds)
-        return self.texts(generation)
+        units, asked = self._about(cache, questions, units), [self._ask(q) for q in questions]
+        return self.texts(self.generate_behind(cache, asked, units, sampling, seeds), sampling)
+
+    def stream(
+        self,
+        cache: VocoCache,
+        questions: Sequence[str],
+        units: Sequence[Sequence[int]] | None = None,
+        sampling: SamplingConfig = GREEDY,
+        seeds: Sequence[int] | None = None,
+        every: int = 1,
+    ) -> Iterator[list[str]]:
+        """Like `read`, yielding after every few tokens what is new of each answer's text, '' for nothing; the pieces
+        of an answer put together are `read`'s."""
+        units, asked = self._about(cache, questions, units), [self._ask(q) for q in questions]
+        text, shown = self._answer_text(sampling), [""] * len(questions)
+        for generation in self._behind(cache, asked, units, sampling, seeds, every):
+            now = [text.sure(ids) for ids in generation.ids_BT.tolist()]
+            yield [new[len(old) :] for new, old in zip(now, shown, strict=True)]
+            shown = [max(new, old, key=len) for new, old in zip(now, shown, strict=True)]
+        yield [new[len(old) :] for new, old in zip(self.texts(generation, sampling), shown, strict=True)]
 
     def generate_behind(
         self,
@@ -94,22 +150,8 @@ class Assistant:
         seeds: Sequence[int] | None = None,
     ) -> Generation:
         """Reads conversations behind cached units (two stages)."""
-        about = sorted({unit for row in units for unit in row})
-        if not conversations or any(not row for row in units) or about[0] < 0 or about[-1] >= cache.num_units:
-            raise ValueError(f"questions must be about units 0 to {cache.num_units - 1}, at least one each, "
-                             f"got {units}")
-        shape = unit_shape(self.model.config)
-        if self.visibility == "causal" and (cache.tokens_per_unit < sum(shape) or max(map(len, units)) > 1):
-            raise ValueError("a causal model reads whole units, one to a prompt: keep all of a unit's tokens "
-                             "(compress_keeping), or read with visibility='voco'")
-        hidden = max(0, sum(shape) - cache.tokens_per_unit)
-        samples = self._lay_out(conversations, [len(u) for u in units], self.max_length + hidden * max(map(len, units)))
-        slots = max(map(len, units))
-        placed = place(cache, np.array([[*u, *[-1] * (slots - len(u))] for u in units]), self.model.config.decoder)
-        cached = [len(u) * cache.tokens_per_unit for u in units]
-        lengths = [len(s) - s.text_start for s in samples]
-        rows = text_rows(samples, self.visibility, cached, placed.length, bucket(max(lengths)))
-        return self._generate(rows, lengths, placed, sampling, seeds)
+        *_, last = self._behind(cache, conversations, units, sampling, seeds)
+        return last
 
     def generate_whole(
         self,
@@ -119,38 +161,100 @@ class Assistant:
         seeds: Sequence[int] | None = None,
     ) -> Generation:
         """Reads conversations together with their prepared images (single pass)."""
-        samples = self._lay_out(conversations, [len(i) for i in images], self.max_length)
+        samples = self._lay_out(conversations, [len(i) for i in images], unit_shape(self.model.config), self.max_length)
         lengths = [len(s) for s in samples]
         rows = whole_rows(samples, images, self.model.config, self.visibility, bucket(max(lengths)))
-        return self._generate(rows, lengths, None, sampling, seeds)
+        *_, last = self._answers(rows, lengths, [s.text_start for s in samples], None, sampling, seeds)
+        return last
 
-    def texts(self, generation: Generation) -> list[str]:
+    def texts(self, generation: Generation, sampling: SamplingConfig = GREEDY) -> list[str]:
         """The answers as text."""
-        answers = []
-        for ids in np.asarray(generation.ids_BT).tolist():
-            end = ids.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in ids else len(ids)
-            text = self.tokenizer.decode(ids[:end])
-            answers.append((text.split(self.template.stop)[0] if self.template.stop else text).strip())
-        return answers
+        text = self._answer_text(sampling)
+        return [text.whole(ids) for ids in np.asarray(generation.ids_BT).tolist()]
+
+    def _behind(
+        self, cache: VocoCache, conversations: Sequence[Conversation], units: Sequence[Sequence[int]],
+        sampling: SamplingConfig, seeds: Sequence[int] | None, every: int | None = None,
+    ) -> Iterator[Generation]:
+        about = sorted({unit for row in units for unit in row})
+        if not conversations or any(not row for row in units) or about[0] < 0 or about[-1] >= cache.num_units:
+            raise ValueError(f"questions must be about units 0 to {cache.num_units - 1}, at least one each, "
+                             f"got {units}")
+        unit = self._unit_behind(cache, max(map(len, units)))
+        kept = cache.tokens_per_unit
+        hidden = max(0, sum(unit) - kept)
+        samples = self._lay_out(
+            conversations, [len(u) for u in units], unit, self.max_length + hidden * max(map(len, units))
+        )
+        # Rows and slots are filled up to sizes that few programs serve; the rows added repeat the last one.
+        count = len(samples)
+        with self._devices():
+            fill = batch_bucket(count) - count
+        samples, units = [*samples, *[samples[-1]] * fill], [*units, *[units[-1]] * fill]
+        slots = 1 << (max(map(len, units)) - 1).bit_length()
+        lengths = [len(s) - s.text_start for s in samples]
+        rows = text_rows(samples, self.visibility, [len(u) * kept for u in units], slots * kept, bucket(max(lengths)))
+        with self._devices():
+            prefix = place(cache, np.array([[*u, *[-1] * (slots - len(u))] for u in units]), self.model.config.decoder)
+        seeds = range(count) if seeds is None else seeds
+        for generation in self._answers(rows, lengths, [0] * len(samples), prefix, sampling, [*seeds, *[0] * fill],
+                                        every):
+            yield Generation(generation.ids_BT[:count], generation.logits_BV[:count])
+
+    def _answers(
+        self, rows: Rows, lengths: Sequence[int], text_starts: Sequence[int], prefix: KeyValues | None,
+        sampling: SamplingConfig, seeds: Sequence[int] | None, every: int | None = None,
+    ) -> Iterator[Generation]:
+        seeds = range(len(lengths)) if seeds is None else seeds
+        vectors = (np.array(lengths, np.int32), np.array(text_starts, np.int32), np.array(seeds, np.uint32))
+        prompts = Prompts(rows, *vectors)  # type: ignore[arg-type]
+        text = self._answer_text(sampling)
+        every = every or (LOOK_EVERY if text.stops else sampling.max_new_tokens)
+        with self._devices():
+            prompts = place_rows(prompts)
+        answers = stream(self.model, prompts, prefix, self.tokenizer.eos_id, sampling, every, text.is_over)
+        while True:
+            with self._devices():  # and not around the yield: the caller's mesh is his own
+                generation = next(answers, None)
+            if generation is None:
+                return
+            yield generation
+
+    def _about(
+        self, cache: VocoCache, questions: Sequence[str], units: Sequence[Sequence[int]] | None
+    ) -> list[list[int]]:
+        return [list(range(cache.num_units))] * len(questions) if units is None else [list(u) for u in units]
 
     def _ask(self, question: str) -> Conversation:
         return (Turn("user", question),)
 
+    def _answer_text(self, sampling: SamplingConfig) -> AnswerText:
+        return AnswerText(self.tokenizer, (*sampling.stop, *([self.template.stop] if self.template.stop else [])))
+
+    def _unit_behind(self, cache: VocoCache, most_units: int) -> UnitShape:
+        """The shape of the units that a cache is of; `CacheError` if this model's text does not see what it keeps."""
+        if cache.model is not None:
+            require_model(cache, self.fingerprint, "the cache")
+        unit, kept = unit_shape(self.model.config), cache.tokens_per_unit
+        length = len(lay_out_unit("unit", self.tokenizer, unit))
+        if self.visibility == "causal":
+            if cache.position != 0 or kept != length or most_units > 1:
+                raise CacheError("a causal model reads whole units, one to a prompt: keep all of a unit's tokens "
+                                 "(compress_keeping), or read with visibility='voco'")
+            return unit
+        if cache.position != length - unit.vocos:
+            raise CacheError(f"the cache keeps tokens from position {cache.position} of a unit, text sees those from "
+                             f"{length - unit.vocos} on: compress without keeping more than VoCo tokens")
+        return UnitShape(unit.tokens, kept)
+
     def _lay_out(
-        self, conversations: Sequence[Conversation], num_units: Sequence[int], max_length: int
+        self, conversations: Sequence[Conversation], num_units: Sequence[int], unit: UnitShape, max_length: int
     ) -> list[SampleLayout]:
-        unit = unit_shape(self.model.config)
         return [
             lay_out_prompt(c[-1].text if c else "", n, c, self.template, self.tokenizer, unit, max_length)
             for c, n in zip(conversations, num_units, strict=True)
         ]
 
-    def _generate(
-        self, rows: Rows, lengths: Sequence[int], prefix: KeyValues | None, sampling: SamplingConfig,
-        seeds: Sequence[int] | None,
-    ) -> Generation:
-        seeds = range(len(lengths)) if seeds is None else seeds
-        return generate(
-            self.model, jax.tree.map(jnp.asarray, rows), jnp.array(lengths, jnp.int32), prefix,
-            jnp.array(list(seeds), jnp.uint32), end_id=self.tokenizer.eos_id, sampling=sampling,
-        )
+    def _devices(self) -> contextlib.AbstractContextManager[object]:
+        """The mesh in force while something runs."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

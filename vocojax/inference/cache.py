@@ -1,20 +1,39 @@
 """The VoCo cache: what text sees of images, computed once, placed in any order in front of any text."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vocojax.config import DecoderConfig
+from vocojax.inference.fingerprint import Fingerprint
 from vocojax.models.llama import KeyValues, rope_frequencies, rotate
 
 
-class VocoCache(NamedTuple):
-    """Keys (rotated to their single-image positions) and values of U units' kept tokens, each [L, U, N, G, D]."""
+class CacheError(ValueError):
+    """A cache that can't be used for what was asked of it."""
 
-    k_LUNGD: jax.Array
-    v_LUNGD: jax.Array
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VocoCache:
+    """Keys and values of U units' kept tokens.
+
+    Attributes:
+      k_LUNGD: keys, rotated to the positions they have where the unit stands alone.
+      v_LUNGD: values.
+      position: of the first kept token in its unit: behind everything but the VoCo tokens, or 0 for whole units.
+      model: whose keys they are; None where nobody said, and then the cache can't be saved or checked.
+      images: digest of each unit's image (`fingerprint.image_digest`), U of them.
+    """
+
+    k_LUNGD: jax.Array | np.ndarray
+    v_LUNGD: jax.Array | np.ndarray
+    position: int
+    images: tuple[str, ...]
+    model: Fingerprint | None = None
 
     @property
     def num_units(self) -> int:
@@ -31,7 +50,58 @@ class VocoCache(NamedTuple):
 
     def take(self, units: slice) -> "VocoCache":
         """The cache of some of the units."""
-        return VocoCache(self.k_LUNGD[:, units], self.v_LUNGD[:, units])
+        return self._with(lambda x: x[:, units], images=self.images[units])
+
+    def truncate(self, num_vocos: int) -> "VocoCache":
+        """Keeps every unit's first `num_vocos` VoCo tokens.
+
+        A VoCo token sees only what stands before it, so this is exactly the cache of the same weights with
+        `voco.num_vocos` set to that number; text then goes on right behind them.
+
+        Raises:
+          CacheError: there are fewer, or the cache holds whole units.
+        """
+        if not 1 <= num_vocos <= self.tokens_per_unit or self.position == 0:
+            what = f"{self.tokens_per_unit} VoCo tokens per unit" if self.position else "whole units"
+            raise CacheError(f"a cache of {what} cannot be truncated to {num_vocos}")
+        return self._with(lambda x: x[:, :, :num_vocos])
+
+    @classmethod
+    def concat(cls, caches: Sequence["VocoCache"]) -> "VocoCache":
+        """The units of several caches of one model, one behind the other; `place` puts them in any order.
+
+        Raises:
+          CacheError: nothing given, caches of several models, or of units that keep different tokens.
+        """
+        if not caches:
+            raise CacheError("no cache to concatenate")
+        first = caches[0]
+        for i, cache in enumerate(caches):
+            if first.model is not None and cache.model is not None:
+                require_model(cache, first.model, f"cache {i}")
+            if (cache.tokens_per_unit, cache.position) != (first.tokens_per_unit, first.position):
+                raise CacheError(f"cache {i} keeps {cache.tokens_per_unit} tokens from position {cache.position} of "
+                                 f"each unit, cache 0 keeps {first.tokens_per_unit} from {first.position}: truncate "
+                                 "them to one number first")
+        join = lambda arrays: jnp.concatenate([jnp.asarray(x) for x in arrays], axis=1)
+        return dataclasses.replace(
+            first,
+            k_LUNGD=join([c.k_LUNGD for c in caches]),
+            v_LUNGD=join([c.v_LUNGD for c in caches]),
+            images=tuple(image for c in caches for image in c.images),
+            model=first.model if all(c.model is not None for c in caches) else None,
+        )
+
+    def _with(self, change: Callable[[Any], Any], **others: Any) -> "VocoCache":
+        return dataclasses.replace(self, k_LUNGD=change(self.k_LUNGD), v_LUNGD=change(self.v_LUNGD), **others)
+
+
+def require_model(cache: VocoCache, model: Fingerprint, name: str) -> VocoCache:
+    """The cache itself; `CacheError` says what differs if it is another model's."""
+    if cache.model is not None and cache.model != model:
+        raise CacheError(f"{name} is of another model: {model.differences(cache.model)}; compress its images with "
+                         "this one")
+    return cache
 
 
 def place(cache: VocoCache, units_BT: np.ndarray, decoder: DecoderConfig) -> KeyValues:
@@ -50,14 +120,15 @@ def place(cache: VocoCache, units_BT: np.ndarray, decoder: DecoderConfig) -> Key
     if units_BT.size and not (units_BT.min() >= -1 and units_BT.max() < cache.num_units):
         raise ValueError(f"units must be in [-1, {cache.num_units}), got {units_BT.min()} to {units_BT.max()}")
     frequencies = rope_frequencies(decoder.head_width, decoder.rope_theta, decoder.rope_scaling)
-    return _place(cache, jnp.maximum(units_BT, 0), frequencies)
+    units = KeyValues(jnp.asarray(cache.k_LUNGD), jnp.asarray(cache.v_LUNGD))
+    return _place(units, jnp.maximum(units_BT, 0), frequencies)
 
 
 @jax.jit
-def _place(cache: VocoCache, units_BT: jax.Array, frequencies: jax.Array) -> KeyValues:
+def _place(units: KeyValues, units_BT: jax.Array, frequencies: jax.Array) -> KeyValues:
     num_rows, slots = units_BT.shape
-    layers, _, kept, heads, width = cache.k_LUNGD.shape
-    k, v = cache.k_LUNGD[:, units_BT], cache.v_LUNGD[:, units_BT]  # [L, B, T, N, G, D]
+    layers, _, kept, heads, width = units.k_LBKGD.shape
+    k, v = units.k_LBKGD[:, units_BT], units.v_LBKGD[:, units_BT]  # [L, B, T, N, G, D]
     shift_T1 = (jnp.arange(slots) * kept)[:, None]
     flat = lambda x: x.reshape(layers, num_rows, slots * kept, heads, width)
     return KeyValues(flat(rotate(k, shift_T1, frequencies)), flat(v))

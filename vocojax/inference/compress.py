@@ -10,44 +10,53 @@ import numpy as np
 from vocojax.data.loader import unit_shape
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.inference.cache import VocoCache
-from vocojax.inference.prompts import whole_rows
+from vocojax.inference.fingerprint import Fingerprint, image_digest
+from vocojax.inference.mesh import place_rows
+from vocojax.inference.prompts import batch_bucket, whole_rows
 from vocojax.layout import lay_out_unit
+from vocojax.models.llama import KeyValues
 from vocojax.models.voco import Rows, VocoLlama
 
 BATCH = 64  # units that run at once
 
 
-def compress(model: VocoLlama, tokenizer: Tokenizer, images: Sequence[np.ndarray]) -> VocoCache:
+def compress(
+    model: VocoLlama, tokenizer: Tokenizer, images: Sequence[np.ndarray], fingerprint: Fingerprint | None = None
+) -> VocoCache:
     """Runs every image's unit alone and keeps its VoCo tokens.
 
     Args:
       images: uint8 [size, size, 3] arrays as `data/images.py` prepares them, one unit each.
+      fingerprint: the model's, which the cache will carry.
 
     Raises:
       ValueError: no image, an image of another shape, or a baseline's model, which has no VoCo tokens.
     """
     if model.config.unit_vocos == 0:
         raise ValueError(f"a model with the compressor {model.config.compressor.kind!r} has no VoCo tokens to cache")
-    return compress_keeping(model, tokenizer, images, model.config.unit_vocos)
+    return compress_keeping(model, tokenizer, images, model.config.unit_vocos, fingerprint)
 
 
-def compress_keeping(model: VocoLlama, tokenizer: Tokenizer, images: Sequence[np.ndarray], keep: int) -> VocoCache:
+def compress_keeping(
+    model: VocoLlama, tokenizer: Tokenizer, images: Sequence[np.ndarray], keep: int,
+    fingerprint: Fingerprint | None = None,
+) -> VocoCache:
     """Like `compress`, but keeps each unit's last `keep` tokens; the whole unit is the usual caching of an image."""
     size = model.config.vision.image_size
     if not images or any(image.shape != (size, size, 3) or image.dtype != np.uint8 for image in images):
         found = sorted({f"{image.dtype}{list(image.shape)}" for image in images}) or "none"
         raise ValueError(f"images must be one or more uint8 [{size}, {size}, 3] arrays, got {found}")
     unit = lay_out_unit("unit", tokenizer, unit_shape(model.config))
-    batch = min(BATCH, len(images))
-    caches = []
+    batch = min(BATCH, batch_bucket(len(images)))
+    parts = []
     for first in range(0, len(images), batch):
-        chosen = [*images[first : first + batch], *images[:batch]][:batch]  # the last batch is filled up
+        chosen = [images[i % len(images)] for i in range(first, first + batch)]  # the last batch is filled up
         rows = whole_rows([unit] * batch, [[image] for image in chosen], model.config, "voco", len(unit))
-        caches.append(_run(model, rows, keep))
-    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *caches)
-    return joined.take(slice(0, len(images)))
+        parts.append(_run(model, place_rows(rows), keep))
+    k_LUNGD, v_LUNGD = (jnp.concatenate(part, axis=1)[:, : len(images)] for part in zip(*parts, strict=True))
+    return VocoCache(k_LUNGD, v_LUNGD, len(unit) - keep, tuple(map(image_digest, images)), fingerprint)
 
 
 @functools.partial(jax.jit, static_argnames="keep")
-def _run(model: VocoLlama, rows: Rows, keep: int) -> VocoCache:
-    return VocoCache(*model(rows, keep=keep)[1])
+def _run(model: VocoLlama, rows: Rows, keep: int) -> KeyValues:
+    return model(rows, keep=keep)[1]

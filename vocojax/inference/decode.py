@@ -1,33 +1,40 @@
-"""The second inference stage: text is read, behind a cache or with its images, and answered token by token."""
+"""The second inference stage: text is read, behind a cache or with its images, and answered token by token.
 
+`first_token` reads the prompts and chooses the first token; `more_tokens` is the one compiled loop over a static cache
+that chooses the others. It stops wherever the host wants to look (streaming, stop strings) and goes on from there.
+"""
+
+import collections
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from vocojax.config import require, require_positive
-from vocojax.kernels.interval_attention import IntervalMask
-from vocojax.models.llama import KeyValues
+from vocojax.inference.sampling import Knobs, Plan, SamplingConfig, choose
+from vocojax.models.llama import KeyValues, StaticCache
 from vocojax.models.voco import Rows, VocoLlama
 
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How tokens are chosen: greedily at temperature 0, else drawn from the `top_p` mass of the tempered softmax."""
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_positive(self, "max_new_tokens")
-        require(self.temperature >= 0, "temperature", "must be >= 0", self.temperature)
-        require(0 < self.top_p <= 1, "top_p", "must be in (0, 1]", self.top_p)
+# How often each program was compiled: a metric of a server, which should stand still once all lengths were met.
+COMPILATIONS: collections.Counter[str] = collections.Counter()
+LOOK_EVERY = 16  # tokens between looks at the text where strings may end an answer
 
 
-GREEDY = SamplingConfig()
+class Prompts(NamedTuple):
+    """Prompts, one to a row.
+
+    rows: the tokens, whole or text behind a prefix, padded at the end.
+    lengths_B: int32, tokens of each row that are no padding.
+    text_start_B: int32, the first token of each row that is text.
+    seeds_B: uint32, what each row's draws are seeded with.
+    """
+
+    rows: Rows
+    lengths_B: jax.Array
+    text_start_B: jax.Array
+    seeds_B: jax.Array
 
 
 class Generation(NamedTuple):
@@ -37,82 +44,131 @@ class Generation(NamedTuple):
     logits_BV: jax.Array
 
 
-class _Progress(NamedTuple):
+class Progress(NamedTuple):
+    """Answers under way.
+
+    step: int32, tokens chosen so far. ids_BT: int32 answers, the end token where none is chosen. done_B: bool.
+    held_BV: bool, tokens that the row's text holds ([B, 0] without a penalty). position_B1: int32 of the first answer
+    token. stop_BK: int32 mask of the cache's slots. seeds_B: uint32.
+    """
+
     step: jax.Array
     ids_BT: jax.Array
     done_B: jax.Array
-    cache: KeyValues
+    held_BV: jax.Array
+    position_B1: jax.Array
+    stop_BK: jax.Array
+    seeds_B: jax.Array
+    cache: StaticCache
 
 
-@functools.partial(jax.jit, static_argnames=("end_id", "sampling"))
 def generate(
-    model: VocoLlama,
-    rows: Rows,
-    lengths_B: jax.Array,
-    prefix: KeyValues | None,
-    seeds_B: jax.Array,
-    *,
-    end_id: int,
-    sampling: SamplingConfig,
+    model: VocoLlama, prompts: Prompts, prefix: KeyValues | None, end_id: int, sampling: SamplingConfig
 ) -> Generation:
-    """Answers a batch of prompts in one compiled loop with a static cache.
-
-    Every row's answer depends on that row alone: its own tokens, its own seed.
+    """Answers a batch of prompts; every row's answer depends on its own tokens and its own seed alone.
 
     Args:
-      rows: prompts, whole or text behind `prefix`, padded at the end.
-      lengths_B: int32, tokens of each row that are no padding.
       prefix: keys and values that the rows' mask counts as earlier tokens.
-      seeds_B: uint32, what each row's draws are seeded with (unused at temperature 0).
       end_id: the token that ends an answer.
     """
+    *_, last = stream(model, prompts, prefix, end_id, sampling, sampling.max_new_tokens)
+    return last
+
+
+def stream(
+    model: VocoLlama, prompts: Prompts, prefix: KeyValues | None, end_id: int, sampling: SamplingConfig, every: int,
+    is_over: Callable[[Sequence[int]], bool] = lambda ids: False,
+) -> Iterator[Generation]:
+    """Like `generate`, yielding the answers so far whenever `every` more tokens are chosen.
+
+    Args:
+      is_over: given a row's tokens so far, whether its answer needs no more; asked between looks.
+    """
+    plan, knobs = sampling.plan, sampling.knobs
+    logits_BV, progress = first_token(model, prompts, prefix, knobs, end_id=end_id, plan=plan)
+    step = 1
+    while True:
+        until = min(step + (every - 1 if step == 1 else every), plan.max_new_tokens)
+        if until > step:
+            progress = more_tokens(model, progress, knobs, np.int32(until), end_id=end_id, plan=plan)
+        step = until
+        # The next round takes the buffers over, so what is handed out is a copy.
+        ids_BT, done_B = jax.device_get((progress.ids_BT, progress.done_B))
+        yield Generation(ids_BT, logits_BV)
+        if step == plan.max_new_tokens or done_B.all():
+            return
+        over_B = done_B | np.array([is_over(ids[:step].tolist()) for ids in ids_BT])
+        if over_B.all():
+            return
+        progress = progress._replace(done_B=jax.device_put(over_B, progress.done_B.sharding))
+
+
+@functools.partial(jax.jit, static_argnames=("end_id", "plan"))
+def first_token(
+    model: VocoLlama, prompts: Prompts, prefix: KeyValues | None, knobs: Knobs, *, end_id: int, plan: Plan
+) -> tuple[jax.Array, Progress]:
+    """Reads the prompts: their next logits [B, V], and the answers' beginning."""
+    COMPILATIONS["first_token"] += 1  # this line runs when the program is traced
+    rows = prompts.rows
     num_rows, length = rows.ids_BS.shape
     first_index = 0 if prefix is None else prefix.length
     hidden_BSE, kept = model(rows, prefix=prefix, keep=length)
-    last_B = lengths_B - 1
-    pick = lambda x_BS: jnp.take_along_axis(x_BS, last_B[:, None], axis=1)
-    logits_BV = next_logits(model, jnp.take_along_axis(hidden_BSE, last_B[:, None, None], axis=1))
+    last_B1 = prompts.lengths_B[:, None] - 1
+    pick = lambda x_BS: jnp.take_along_axis(x_BS, last_B1, axis=1)
+    logits_BV = next_logits(model, jnp.take_along_axis(hidden_BSE, last_B1[..., None], axis=1))
 
-    # Cache: prefix, prompt, answer. What the prompt's last token sees, every answer token sees.
-    room = jnp.zeros((*kept.k_LBKGD.shape[:2], sampling.max_new_tokens, *kept.k_LBKGD.shape[3:]), kept.k_LBKGD.dtype)
-    before = [] if prefix is None else [jax.tree.map(lambda x: x.astype(room.dtype), prefix)]
-    join = lambda *parts: jnp.concatenate([*parts, room], axis=2)
-    cache = KeyValues(*(join(*parts) for parts in zip(*before, kept, strict=True)))
-    keys_K = jnp.arange(cache.length + 1)  # the last is the answer token that is being read
-    answers_from = first_index + length
-    prompt_K, last_index_B1 = keys_K[:answers_from], first_index + last_B[:, None]
-    sees_prompt_BK = (
-        (pick(rows.start_BS) <= prompt_K) & (prompt_K <= last_index_B1) & (last_index_B1 < rows.stop_BK)
+    # Slots: prefix, prompt, answer. What the prompt's last token sees, every answer token sees.
+    parts = [kept] if prefix is None else [prefix, kept]
+    cache = StaticCache.starting_with(parts, plan.max_new_tokens, kept.k_LBKGD.dtype)
+    prompt_K, last_index_B1 = jnp.arange(first_index + length), first_index + last_B1
+    is_seen_BK = (pick(rows.start_BS) <= prompt_K) & (prompt_K <= last_index_B1) & (last_index_B1 < rows.stop_BK)
+    is_seen_BK = jnp.pad(is_seen_BK, ((0, 0), (0, plan.max_new_tokens)), constant_values=True)
+
+    index_S = jnp.arange(length)
+    is_text_BS = (prompts.text_start_B[:, None] <= index_S) & (index_S <= last_B1)
+    row_B1 = jnp.arange(num_rows)[:, None]
+    held_BV = jnp.zeros((num_rows, logits_BV.shape[-1] if plan.penalises else 0), bool)
+    if plan.penalises:
+        held_BV = held_BV.at[row_B1, rows.ids_BS].max(is_text_BS)
+    chosen_B = choose(logits_BV, held_BV, prompts.seeds_B, jnp.int32(0), plan, knobs)
+    progress = Progress(
+        step=jnp.int32(1),
+        ids_BT=jnp.full((num_rows, plan.max_new_tokens), end_id, jnp.int32).at[:, 0].set(chosen_B),
+        done_B=chosen_B == end_id,
+        held_BV=_with_token(held_BV, chosen_B),
+        position_B1=pick(rows.positions_BS) + 1,
+        stop_BK=jnp.where(is_seen_BK, cache.length, 0).astype(jnp.int32),
+        seeds_B=prompts.seeds_B,
+        cache=cache,
     )
-    first_position_B1 = pick(rows.positions_BS) + 1
+    return logits_BV, progress
 
-    def choose(logits: jax.Array, step: jax.Array) -> jax.Array:
-        if sampling.temperature == 0:
-            return logits.argmax(-1).astype(jnp.int32)
-        keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds_B)
-        return jax.vmap(jax.random.categorical)(keys_B, _tempered(logits, sampling)).astype(jnp.int32)
 
-    def advance(progress: _Progress) -> _Progress:
-        step, ids_BT, done_B, cache = progress
-        read_B1 = jax.lax.dynamic_index_in_dim(ids_BT, step, axis=1)
-        is_answer_K = (keys_K >= answers_from) & (keys_K < answers_from + step) | (keys_K == cache.length)
-        sees_BK = jnp.pad(sees_prompt_BK, ((0, 0), (0, len(keys_K) - answers_from))) | is_answer_K
-        mask = IntervalMask(jnp.zeros((num_rows, 1), jnp.int32), jnp.where(sees_BK, len(keys_K), 0).astype(jnp.int32))
-        hidden_B1E, new = model.decoder(
-            model.decoder.embed(read_B1, model.dtype), first_position_B1 + step, mask, prefix=cache, keep=1
+@functools.partial(jax.jit, static_argnames=("end_id", "plan"), donate_argnames="progress")
+def more_tokens(
+    model: VocoLlama, progress: Progress, knobs: Knobs, until: jax.Array, *, end_id: int, plan: Plan
+) -> Progress:
+    """Goes on until `until` tokens are chosen or all rows are done. The cache is written in place."""
+    COMPILATIONS["more_tokens"] += 1
+    answers_from = progress.cache.length - plan.max_new_tokens
+
+    def advance(now: Progress) -> Progress:
+        read_B1 = jax.lax.dynamic_index_in_dim(now.ids_BT, now.step - 1, axis=1)
+        hidden_B1E, cache = model.decoder.decode(
+            model.decoder.embed(read_B1, model.dtype), now.position_B1 + now.step - 1, now.cache,
+            answers_from + now.step - 1, now.stop_BK,
         )
-        write = lambda old, fresh: jax.lax.dynamic_update_slice_in_dim(old, fresh, answers_from + step, axis=2)
-        chosen_B = jnp.where(done_B, end_id, choose(next_logits(model, hidden_B1E), step + 1))
-        return _Progress(
-            step + 1, ids_BT.at[:, step + 1].set(chosen_B), done_B | (chosen_B == end_id),
-            jax.tree.map(write, cache, new),
+        chosen_B = choose(next_logits(model, hidden_B1E), now.held_BV, now.seeds_B, now.step, plan, knobs)
+        chosen_B = jnp.where(now.done_B, end_id, chosen_B)
+        return now._replace(
+            step=now.step + 1,
+            ids_BT=now.ids_BT.at[:, now.step].set(chosen_B),
+            done_B=now.done_B | (chosen_B == end_id),
+            held_BV=_with_token(now.held_BV, chosen_B),
+            cache=cache,
         )
 
-    first_B = choose(logits_BV, jnp.int32(0))
-    ids_BT = jnp.full((num_rows, sampling.max_new_tokens), end_id, jnp.int32).at[:, 0].set(first_B)
-    start = _Progress(jnp.int32(0), ids_BT, first_B == end_id, cache)
-    goes_on = lambda p: (p.step < sampling.max_new_tokens - 1) & ~p.done_B.all()
-    return Generation(jax.lax.while_loop(goes_on, advance, start).ids_BT, logits_BV)
+    return jax.lax.while_loop(lambda now: (now.step < until) & ~now.done_B.all(), advance, progress)
 
 
 def next_logits(model: VocoLlama, hidden_B1E: jax.Array) -> jax.Array:
@@ -122,10 +178,7 @@ def next_logits(model: VocoLlama, hidden_B1E: jax.Array) -> jax.Array:
     return jnp.where(is_text_V, logits_BV, -jnp.inf)
 
 
-def _tempered(logits_BV: jax.Array, sampling: SamplingConfig) -> jax.Array:
-    """Logits over the temperature, -inf outside the smallest set of tokens that holds `top_p` of the mass."""
-    logits_BV = logits_BV / sampling.temperature
-    descending_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-    mass_before_BV = jnp.cumsum(jax.nn.softmax(descending_BV), axis=-1) - jax.nn.softmax(descending_BV)
-    kept_BV = jnp.where(mass_before_BV < sampling.top_p, descending_BV, jnp.inf)
-    return jnp.where(logits_BV >= kept_BV.min(-1, keepdims=True), logits_BV, -jnp.inf)
+def _with_token(held_BV: jax.Array, chosen_B: jax.Array) -> jax.Array:
+    if held_BV.shape[1] == 0:
+        return held_BV
+    return held_BV.at[jnp.arange(len(chosen_B)), chosen_B].set(True)

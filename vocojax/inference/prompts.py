@@ -12,6 +12,7 @@ from vocojax.config import ModelConfig
 from vocojax.data.conversation import Conversation, Template
 from vocojax.data.packing import Item, RowShape, pack_row
 from vocojax.data.tokenizer import Tokenizer
+from vocojax.inference.mesh import row_multiple
 from vocojax.layout import LayoutError, SampleLayout, UnitShape, Visibility, lay_out_sample
 from vocojax.models.voco import Rows
 
@@ -77,6 +78,14 @@ def text_rows(
     return Rows(ids, positions, start, stop, no_vision, no_images)  # type: ignore[arg-type]
 
 
-def bucket(length: int, step: int = 32) -> int:
-    """The length rounded up, so that few row lengths are ever compiled."""
+def bucket(length: int) -> int:
+    """The length rounded up, so that few row lengths are ever compiled: to a multiple of 32 up to 128 tokens, beyond
+    that to a quarter of the power of two below it. At most a fifth of a long row is padding."""
+    step = max(32, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-length // step) * step
+
+
+def batch_bucket(rows: int) -> int:
+    """The number of rows rounded up to a power of two that the devices of the mesh in force share evenly."""
+    multiple = row_multiple()
+    return multiple * (1 << max(0, (-(-rows // multiple) - 1).bit_length()))

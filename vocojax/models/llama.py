@@ -1,15 +1,17 @@
 """The LLaMA decoder: RMSNorm, rotary positions (also Llama 3's), SwiGLU, grouped-query attention."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from vocojax.config import DecoderConfig, RopeScalingConfig
-from vocojax.kernels.interval_attention import IntervalMask, interval_attention
+from vocojax.kernels.interval_attention import IntervalMask, interval_attention, one_query_attention
 from vocojax.models.layers import Linear, RMSNorm, parameter
 from vocojax.models.stack import scan, stack
 
@@ -24,6 +26,27 @@ class KeyValues(NamedTuple):
     def length(self) -> int:
         """Tokens held per row."""
         return self.k_LBKGD.shape[2]
+
+
+class StaticCache(NamedTuple):
+    """Keys and values of a decoding loop, each [L, B, G, K, D]: K slots, most of them filled while it runs."""
+
+    k_LBGKD: jax.Array
+    v_LBGKD: jax.Array
+
+    @classmethod
+    def starting_with(cls, parts: Sequence[KeyValues], room: int, dtype: DTypeLike) -> "StaticCache":
+        """The parts one after the other, then `room` empty slots."""
+        join = lambda *arrays: jnp.pad(
+            jnp.concatenate([x.astype(dtype).swapaxes(2, 3) for x in arrays], axis=3),
+            [(0, 0)] * 3 + [(0, room), (0, 0)],
+        )
+        return cls(*(join(*arrays) for arrays in zip(*parts, strict=True)))
+
+    @property
+    def length(self) -> int:
+        """Slots per row."""
+        return self.k_LBGKD.shape[3]
 
 
 def rope_frequencies(head_width: int, theta: float, scaling: RopeScalingConfig | None) -> np.ndarray:
@@ -79,22 +102,45 @@ class DecoderBlock(nnx.Module):
         attention: str | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Returns the layer's output and the keys and values of x's own tokens, each [B, S, G, D]."""
+        q_BSHD, k_BSGD, v_BSGD = self._project(x_BSE, positions_BS)
+        k_BKGD, v_BKGD = k_BSGD, v_BSGD
+        if prefix_BPGD is not None:
+            k_BKGD = jnp.concatenate([prefix_BPGD[0].astype(k_BSGD.dtype), k_BSGD], axis=1)
+            v_BKGD = jnp.concatenate([prefix_BPGD[1].astype(v_BSGD.dtype), v_BSGD], axis=1)
+        attended_BSHD = interval_attention(q_BSHD, k_BKGD, v_BKGD, mask, implementation=attention)
+        return self._finish(x_BSE, attended_BSHD), (k_BSGD, v_BSGD)
+
+    def decode(
+        self, x_B1E: jax.Array, positions_B1: jax.Array, cache: StaticCache, layer: jax.Array, index: jax.Array,
+        stop_BK: jax.Array,
+    ) -> tuple[jax.Array, StaticCache]:
+        """One token per row: writes its key and value into slot `index` of the cache's layer, then attends."""
+        q_B1HD, *fresh = self._project(x_B1E, positions_B1)
+        write = lambda old, new_B1GD: jax.lax.dynamic_update_slice(
+            old, new_B1GD.swapaxes(1, 2)[None].astype(old.dtype), (layer, 0, 0, index, 0)
+        )
+        cache = StaticCache(*map(write, cache, fresh))
+        own = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(q_B1HD.dtype)
+        k_BGKD, v_BGKD = map(own, cache)
+        start_B = jnp.zeros(len(x_B1E), jnp.int32)
+        attended_BHD = one_query_attention(q_B1HD[:, 0], k_BGKD, v_BGKD, start_B, stop_BK, index)
+        return self._finish(x_B1E, attended_BHD[:, None]), cache
+
+    def _project(self, x_BSE: jax.Array, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries and keys, and values: [B, S, H or G, D]."""
         config = self.config
         frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)
         split = lambda y: y.reshape(*y.shape[:-1], -1, config.head_width)
         normed = self.attention_norm(x_BSE)
         q_BSHD = rotate(split(self.query(normed)), positions_BS, frequencies)
         k_BSGD = rotate(split(self.key(normed)), positions_BS, frequencies)
-        v_BSGD = split(self.value(normed))
-        k_BKGD, v_BKGD = k_BSGD, v_BSGD
-        if prefix_BPGD is not None:
-            k_BKGD = jnp.concatenate([prefix_BPGD[0].astype(k_BSGD.dtype), k_BSGD], axis=1)
-            v_BKGD = jnp.concatenate([prefix_BPGD[1].astype(v_BSGD.dtype), v_BSGD], axis=1)
-        attended_BSHD = interval_attention(q_BSHD, k_BKGD, v_BKGD, mask, implementation=attention)
+        return q_BSHD, k_BSGD, split(self.value(normed))
+
+    def _finish(self, x_BSE: jax.Array, attended_BSHD: jax.Array) -> jax.Array:
+        """The residuals of the attention's output and of the MLP."""
         x_BSE = x_BSE + self.out(attended_BSHD.reshape(*x_BSE.shape[:2], -1))
         normed = self.mlp_norm(x_BSE)
-        x_BSE = x_BSE + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
-        return x_BSE, (k_BSGD, v_BSGD)
+        return x_BSE + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
 
 
 class Decoder(nnx.Module):
@@ -147,6 +193,28 @@ class Decoder(nnx.Module):
             return x, KeyValues(k_BSGD[:, first:], v_BSGD[:, first:])
 
         return scan(run, x_BSE, self.blocks, prefix, remat=remat)
+
+    def decode(
+        self, x_B1E: jax.Array, positions_B1: jax.Array, cache: StaticCache, index: jax.Array, stop_BK: jax.Array
+    ) -> tuple[jax.Array, StaticCache]:
+        """Runs the layers on one more token per row.
+
+        Args:
+          x_B1E: its embedding.
+          positions_B1: int32 rotary positions.
+          cache: the tokens before it; its own key and value are written into slot `index`, in place where the caller
+            carries the cache through a loop.
+          index: int32 scalar.
+          stop_BK: int32 interval mask of the cache's slots; slots behind `index` are never seen.
+
+        Returns:
+          Hidden states [B, 1, E] before the final norm, and the cache.
+        """
+
+        def run(carry: tuple[jax.Array, StaticCache], block: DecoderBlock, layer: jax.Array) -> tuple[Any, None]:
+            return block.decode(carry[0], positions_B1, carry[1], layer, index, stop_BK), None
+
+        return scan(run, (x_B1E, cache), self.blocks, jnp.arange(self.config.depth))[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., E] -> fp32 logits [..., V]; rows of the vocabulary that stand for no token get -1e30, so

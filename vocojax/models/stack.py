@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 Block = TypeVar("Block", bound=nnx.Module)
+Carry = TypeVar("Carry")
 
 # What the forward pass of a block keeps for the backward pass; everything else is computed again.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -35,14 +36,14 @@ def stack(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Bloc
 
 
 def scan(
-    body: Callable[[jax.Array, Block, Any], tuple[jax.Array, Any]],
-    x: jax.Array,
+    body: Callable[[Carry, Block, Any], tuple[Carry, Any]],
+    x: Carry,
     blocks: Block,
     per_layer: Any = None,
     *,
     remat: str = "none",
-) -> tuple[jax.Array, Any]:
-    """Runs `x` through the stacked blocks.
+) -> tuple[Carry, Any]:
+    """Runs `x`, an array or a pytree of them, through the stacked blocks.
 
     Args:
       body: (x, block, this layer's slice of `per_layer`) -> (x, what to stack over layers).
