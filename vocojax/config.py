@@ -6,6 +6,7 @@ Every value is checked where it is built; an error names the key as a user write
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -138,6 +139,33 @@ class VocoConfig:
     def __post_init__(self) -> None:
         require_positive(self, "num_vocos")
         require(self.token_id >= 0, "token_id", "must be >= 0", self.token_id)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adaptation (arXiv 2106.09685): a target kernel W acts as W + (alpha / rank) A B.
+
+    rank: of A and B; 0 is no LoRA. targets: regexes over parameter paths, matched whole, of kernels of linear layers.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("decoder/blocks/.*/kernel",)
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "rank", "must be >= 1, or 0 for no LoRA", self.rank)
+        require(self.alpha > 0, "alpha", "must be > 0", self.alpha)
+        require(bool(self.targets) or not self.rank, "targets", "must name the kernels that get factors", self.targets)
+        for pattern in self.targets:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError("targets", f"has the invalid regex {pattern!r}: {error}") from None
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied with."""
+        return self.alpha / self.rank if self.rank else 0.0
 
 
 @dataclass(frozen=True)

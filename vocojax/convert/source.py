@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from vocojax.config import DecoderConfig, ModelConfig, VocoConfig, build
 from vocojax.convert import huggingface, llava, orbax_files, tables
+from vocojax.convert.lora import merged
 from vocojax.convert.mapping import ConvertError, Shape, Table, check_tensors
 from vocojax.convert.tensor_files import MergedTensors, open_directory, open_file
 from vocojax.convert.weights import MappedWeights, Weights
@@ -187,7 +188,7 @@ def _open_run(
     if "model" not in values:
         raise ConvertError(f"{where}: has no entry 'model'; a run of training has one")
     config = huggingface.checked(where, lambda: build(ModelConfig, values["model"], "model"))
-    weights = orbax_files.OrbaxWeights(directory)
+    weights = merged(orbax_files.OrbaxWeights(directory), values, where)
     allowed = [re.compile(pattern) for pattern in allow_missing]
     check_tensors(parameter_shapes(config, is_decoder_only(weights)), weights.shapes, weights.where, allowed)
     home = Path(tokenizer or orbax_files.tokenizer_directory(directory, values))

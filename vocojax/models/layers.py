@@ -28,10 +28,14 @@ class Linear(nnx.Module):
     def __init__(self, in_width: int, out_width: int, axes: Axes, *, use_bias: bool, rngs: nnx.Rngs):
         self.kernel = parameter(nnx.initializers.lecun_normal(), (in_width, out_width), axes, rngs)
         self.bias = parameter(nnx.initializers.zeros, (out_width,), axes[1:], rngs) if use_bias else None
+        self.lora: Callable[[jax.Array], jax.Array] | None = None  # `lora.add_lora` sets it
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # One product over all tokens: XLA's CPU backend runs the backward pass of the batched form at half the speed.
-        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+        tokens = x.reshape(-1, x.shape[-1])
+        y = tokens @ self.kernel[...].astype(x.dtype)
+        if self.lora is not None:
+            y = y + self.lora(tokens)
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 

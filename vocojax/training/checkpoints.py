@@ -20,7 +20,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from vocojax.config import ConfigError, ModelConfig, build
+from vocojax.config import ConfigError, LoraConfig, ModelConfig, build
+from vocojax.models.lora import merge_factors, with_factors
 from vocojax.models.parameters import Parameters, abstract, variables_of, with_parameters
 from vocojax.models.voco import VocoLlama
 from vocojax.training.config import CheckpointConfig, differing_keys
@@ -134,7 +135,8 @@ def run_config(workdir: str | Path) -> dict[str, Any]:
 
 
 def load_parameters(workdir: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """Parameters of a run's newest checkpoint, in the shapes, dtypes and shardings asked for.
+    """Parameters of a run's newest checkpoint, in the shapes, dtypes and shardings asked for; those that LoRA adapted
+    come merged with their factors.
 
     Raises:
       CheckpointError: no checkpoint, or parameters that are missing or shaped otherwise (all are named).
@@ -151,12 +153,16 @@ def load_parameters(workdir: str | Path, wanted: Mapping[str, jax.ShapeDtypeStru
     problems += [f"{name} has shape {tuple(saved[name].shape)}, expected {leaf.shape}"
                  for name, leaf in wanted.items() if name in saved and tuple(saved[name].shape) != leaf.shape]
     if problems:
-        raise CheckpointError(f"{workdir}, step {step}, does not fit the model: {'; '.join(problems)}")
-    item = dict(wanted)
+        raise CheckpointError(f"{workdir}, step {step}, does not fit the model: {'; '.join(problems)} "
+                              "(init_new names what a stage does not take from it)")
+    item = with_factors(wanted, saved)
     restore = ocp.args.PyTreeRestore(
         item=item, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
     )
-    return manager.restore(step, args=ocp.args.Composite(parameters=restore)).parameters
+    parameters = manager.restore(step, args=ocp.args.Composite(parameters=restore)).parameters
+    if item.keys() == wanted.keys():
+        return parameters
+    return merge_factors(parameters, wanted, build(LoraConfig, run_config(workdir)["lora"], "lora").scale)
 
 
 def _open(workdir: str | Path, **options: Any) -> ocp.CheckpointManager:

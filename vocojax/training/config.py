@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vocojax.config import ConfigError, ModelConfig, build, require, require_positive
+from vocojax.config import ConfigError, LoraConfig, ModelConfig, build, require, require_positive
 from vocojax.data.config import DataConfig
 from vocojax.layout import Visibility
 from vocojax.models.stack import REMAT_POLICIES
@@ -88,6 +88,7 @@ class StageConfig:
     batch_size: rows per optimizer step, cut into `accumulate` parts that run one after the other.
     init_from: work directory of an earlier stage whose parameters this one starts from; '' starts from random ones.
     init_new: regexes of parameters that are new, and so not taken from `init_from`.
+    lora: factors for some kernels, which must be frozen; factors that `init_from` was trained with are merged there.
     dtype: what the model computes in; frozen_dtype: what frozen parameters are held in (trained ones are fp32).
     attention: implementation of `interval_attention`; None picks by platform.
     """
@@ -98,6 +99,7 @@ class StageConfig:
     steps: int = 0
     freeze: tuple[str, ...] = ()
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from vocojax.config import ConfigError
 from vocojax.data.packing import pack_row, row_shape
 from vocojax.layout import Visibility
+from vocojax.models.lora import add_lora, factor_names
 from vocojax.models.parameters import Parameters, abstract, variables_of
 from vocojax.models.voco import VocoLlama
 from vocojax.training.config import StageConfig
@@ -54,14 +55,15 @@ def make_program(config: StageConfig, mesh: Mesh) -> Program:
     Raises:
       ConfigError: what trains is not said for every parameter, or the batch does not divide over the mesh.
     """
-    model = abstract(lambda: VocoLlama(config.model, nnx.Rngs(0), config.dtype))
+    model = abstract(lambda: make_model(config, nnx.Rngs(0)))
     check_rules(variables_of(model), config.train, config.freeze)
+    _check_lora_rules(config, model)
     rows, ways = config.batch_size // config.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise ConfigError("batch_size", f"/ accumulate must be a multiple of data x fsdp = {ways} devices, got {rows}")
-    teacher = model if config.distill.teacher else None
+    teacher = abstract(lambda: VocoLlama(config.model, nnx.Rngs(0), config.dtype)) if config.distill.teacher else None
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = _abstract_state(config, model, optimizer, mesh)
+    state = _abstract_state(config, model, teacher, optimizer, mesh)
     batch = _abstract_batch(config, mesh)
     # The new state keeps the old one's shardings, so that nothing is compiled twice and every donated buffer is used.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, batch))
@@ -72,13 +74,33 @@ def make_program(config: StageConfig, mesh: Mesh) -> Program:
     return Program(mesh, model, optimizer, state, batch, step)
 
 
+def make_model(config: StageConfig, rngs: nnx.Rngs) -> VocoLlama:
+    """The model that the stage trains, with the factors of its LoRA."""
+    model = VocoLlama(config.model, rngs, config.dtype)
+    add_lora(model, config.lora, rngs)
+    return model
+
+
+def _check_lora_rules(config: StageConfig, model: VocoLlama) -> None:
+    """Raises `ConfigError` unless factors train and the kernels they belong to don't."""
+    names = variables_of(model)
+    for kernel in (name for name in names if factor_names(name)[0] in names):
+        if matches(kernel, config.train) or not all(matches(factor, config.train) for factor in factor_names(kernel)):
+            raise ConfigError("train, freeze", f"must freeze {kernel!r} and train its factors {factor_names(kernel)}, "
+                              "as the rules of configs/voco_lora.py do")
+
+
 def views(config: StageConfig) -> list[Visibility]:
     """The visibilities that a stage's batches carry: its own, and its teacher's if it has one."""
     return [config.visibility, "causal"] if config.distill.teacher else [config.visibility]
 
 
 def _abstract_state(
-    config: StageConfig, model: VocoLlama, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: StageConfig,
+    model: VocoLlama,
+    teacher: VocoLlama | None,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
 ) -> TrainState:
     """fp32 masters of what trains, the rest as `frozen_dtype`, moments sharded like the parameters they belong to."""
     shardings = parameter_shardings(model, mesh)
@@ -89,9 +111,10 @@ def _abstract_state(
 
     trained: Parameters = {name: leaf(name, jnp.float32) for name in shapes if matches(name, config.train)}
     frozen: Parameters = {name: leaf(name, config.frozen_dtype) for name in shapes if name not in trained}
-    teacher: Parameters = {name: leaf(name, config.frozen_dtype) for name in shapes if config.distill.teacher}
+    known = () if teacher is None else variables_of(teacher)  # its factors are merged
+    guiding: Parameters = {name: leaf(name, config.frozen_dtype) for name in known}
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    return TrainState(step, trained, frozen, _abstract_moments(optimizer, trained, mesh), teacher)
+    return TrainState(step, trained, frozen, _abstract_moments(optimizer, trained, mesh), guiding)
 
 
 def _abstract_moments(optimizer: optax.GradientTransformation, trained: Any, mesh: Mesh) -> Any:

@@ -1,6 +1,7 @@
 """A training stage from its config: model, data, optimizer, step and loop put together."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from vocojax.config import ConfigError
+from vocojax.config import ConfigError, ModelConfig, build
 from vocojax.data.loader import BatchStream
+from vocojax.models.lora import is_factor
 from vocojax.models.parameters import Parameters, parameters_of
-from vocojax.models.voco import VocoLlama
 from vocojax.training import loop
 from vocojax.training.checkpoints import Checkpoints, load_parameters, run_config, write_run_files
-from vocojax.training.config import StageConfig, config_to_dict
+from vocojax.training.config import StageConfig, config_to_dict, differing_keys
 from vocojax.training.optimizer import matches
-from vocojax.training.program import Program, make_program, views
+from vocojax.training.program import Program, make_model, make_program, views
 from vocojax.training.sharding import make_mesh, shard_batch
 from vocojax.training.step import TrainState
 
@@ -69,28 +70,32 @@ def _train(config: StageConfig, workdir: str | Path, mesh: Mesh, bar_position: i
 
 
 def _check_teacher(config: StageConfig) -> None:
-    if config.distill.teacher and run_config(config.distill.teacher).get("model") != config_to_dict(config.model):
+    if not config.distill.teacher:
+        return
+    saved = run_config(config.distill.teacher).get("model", {})
+    if build(ModelConfig, saved, "distill.teacher: model") != config.model:
         raise ConfigError("distill.teacher", f"must be a run of the same model, {config.distill.teacher} is of another")
 
 
 def _initial_state(config: StageConfig, program: Program) -> TrainState:
     """The state at step 0, every array born with its sharding."""
     wanted, abstract_state = program.abstract_parameters, program.abstract_state
-    taken = {n: w for n, w in wanted.items() if config.init_from and not matches(n, config.init_new)}
+    is_new = lambda name: not config.init_from or matches(name, config.init_new) or is_factor(name)
+    taken = {n: w for n, w in wanted.items() if not is_new(n)}
     new = {n: w for n, w in wanted.items() if n not in taken}
     for pattern in config.init_new:
         if not any(matches(name, (pattern,)) for name in wanted):
             raise ConfigError("init_new", f"has the regex {pattern!r}, which matches no parameter")
 
     def random_parameters(key: jax.Array) -> Parameters:
-        created = parameters_of(VocoLlama(config.model, nnx.Rngs(key), config.dtype))
+        created = parameters_of(make_model(config, nnx.Rngs(key)))
         return {name: created[name].astype(leaf.dtype) for name, leaf in new.items()}
 
     shardings = {name: leaf.sharding for name, leaf in new.items()}
     parameters = jax.jit(random_parameters, out_shardings=shardings)(jax.random.key(config.seed)) if new else {}
     if taken:
         parameters |= load_parameters(config.init_from, taken)
-        LOG.info("%d of %d parameters come from %s", len(taken), len(wanted), config.init_from)
+        _log_origin(config, taken, new)
     trained = {name: parameters[name] for name in abstract_state.trained}
     moments = jax.tree.map(lambda leaf: leaf.sharding, abstract_state.optimizer)
     return TrainState(
@@ -100,6 +105,16 @@ def _initial_state(config: StageConfig, program: Program) -> TrainState:
         optimizer=jax.jit(program.optimizer.init, out_shardings=moments)(trained),
         teacher=_teacher_parameters(config, program),
     )
+
+
+def _log_origin(config: StageConfig, taken: Iterable[str], new: Iterable[str]) -> None:
+    """Says of every parameter whether it is new, and warns where the two models differ in what no shape tells."""
+    LOG.info("from %s: %s", config.init_from, ", ".join(taken))
+    LOG.info("new: %s", ", ".join(new) or "nothing")
+    saved = config_to_dict(build(ModelConfig, run_config(config.init_from)["model"], "model"))
+    mine = config_to_dict(config.model)
+    for key in (k for part in ("vision", "decoder") for k in differing_keys(saved[part], mine[part], f"model.{part}.")):
+        LOG.warning("%s is not what %s, where the parameters come from, was made with", key, config.init_from)
 
 
 def _restored_state(
