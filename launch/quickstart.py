@@ -14,6 +14,7 @@ from vocojax.quickstart import Quickstart
 from vocojax.terminal import show_own_messages
 from vocojax.training.checkpoints import CheckpointError
 from vocojax.training.loop import NonFiniteLoss
+from vocojax.training.preemption import Preempted
 
 SEEDS = flags.DEFINE_list("seeds", ["0"], "One training of everything for each.")
 FULL = flags.DEFINE_bool("full", False, "Add Avg. Pool, Q-Former, VoCo-2 and VoCo-8.")
@@ -30,6 +31,9 @@ def main(argv: list[str]) -> None:
     workdir = Path(WORKDIR.value)
     try:
         result = Quickstart(get_config, workdir, [int(seed) for seed in SEEDS.value], FULL.value).run()
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        return
     except (ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, StreamStateError, ImportError) as error:
         sys.exit(f"error: {error}")
     if JSON.value:

@@ -1,5 +1,12 @@
-"""Trains one stage: python launch/train.py --config=configs/voco.py --workdir=runs/voco [--config.KEY=VALUE ...]"""
+"""Trains one stage: python launch/train.py --config=configs/voco.py --workdir=runs/voco [--config.KEY=VALUE ...]
 
+On several hosts the same command runs on each. TPU pods, SLURM and MPI say themselves who is who; elsewhere say
+--coordinator_address=HOST:PORT --num_processes=N --process_id=I (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+JAX_PROCESS_ID). SIGTERM saves and exits with 0; the same command goes on.
+"""
+
+import dataclasses
+import logging
 import sys
 
 from absl import app, flags
@@ -8,13 +15,21 @@ from ml_collections import config_flags
 from vocojax.config import ConfigError
 from vocojax.data.loader import SkippedTooMany, StreamStateError
 from vocojax.terminal import show_own_messages
+from vocojax.training import distributed
 from vocojax.training.checkpoints import CheckpointError
 from vocojax.training.config import stage_config
 from vocojax.training.loop import NonFiniteLoss
+from vocojax.training.preemption import Preempted
 from vocojax.training.stage import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage's ml_collections file.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and logs go; a run in it is resumed.")
+PROFILE = flags.DEFINE_list("profile", [], "FIRST,LAST: trace these steps to WORKDIR/profile.")
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where it is not detected.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, where not detected.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, where not detected.")
+START_SECONDS = flags.DEFINE_float("start_seconds", distributed.START_SECONDS, "How long to wait for the others.")
+HEARTBEAT_SECONDS = flags.DEFINE_integer("heartbeat_seconds", 100, "After how long a silent process counts as dead.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -24,8 +39,17 @@ def main(argv: list[str]) -> None:
     show_own_messages()
     try:
         source = config_flags.get_config_filename(flags.FLAGS["config"])
-        train(stage_config(CONFIG.value, source), WORKDIR.value)
-    except (ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, StreamStateError, ImportError) as error:
+        config = stage_config(CONFIG.value, source)
+        if PROFILE.value:
+            traced = dataclasses.replace(config.run, profile=tuple(map(int, PROFILE.value)))
+            config = dataclasses.replace(config, run=traced)
+        cluster = distributed.find_cluster(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        distributed.initialize(cluster, START_SECONDS.value, HEARTBEAT_SECONDS.value)
+        train(config, WORKDIR.value)
+    except Preempted as stopped:
+        logging.getLogger("vocojax").warning("%s", stopped)
+    except (ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, StreamStateError, ImportError, OSError,
+            distributed.ClusterError, distributed.MissingProcesses) as error:
         sys.exit(f"error: {error}")
 
 

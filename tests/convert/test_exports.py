@@ -31,6 +31,7 @@ from vocojax.models.voco import Rows, VocoLlama
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.checkpoints import load_model as load_run
 from vocojax.training.config import CheckpointConfig
+from vocojax.training.step import TrainState
 
 W = checkpoints.WORDS
 PATCHES = 16
@@ -113,9 +114,12 @@ def test_a_run_of_training_is_a_source(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(values))
     run = Checkpoints(tmp_path / "run", CheckpointConfig())
+    frozen = {path: value for path, value in parameters_of(model).items() if path.startswith("vision/")}
     for step in (1, 2):
-        parameters = {path: value * step for path, value in parameters_of(model).items()}
-        run.save(step, parameters, {"mu": {"decoder/norm/scale": jnp.ones(32)}}, {"data": {"seen": step}})
+        trained = {path: value * step for path, value in parameters_of(model).items() if path not in frozen}
+        parameters = frozen | trained
+        moments = {"mu": {"decoder/norm/scale": jnp.ones(32)}}
+        run.save(step, TrainState(jnp.int32(step), trained, frozen, moments, {}), {"data": {"seen": step}})
     run.close()
     convert(tmp_path / "run", tmp_path / "out", "llava", verify=True, report=lambda _: None)
     written = parameters_of(VocoLlama.from_pretrained(tmp_path / "out"))

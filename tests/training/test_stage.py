@@ -60,8 +60,8 @@ def test_a_run_that_never_trained_does_not_hold_its_config(stage, tmp_path):
     train(dataclasses.replace(stage, steps=1), tmp_path)
 
 
-def test_a_remote_workdir_is_refused(stage):
-    with pytest.raises(CheckpointError, match="must be a local path"):
+def test_a_bucket_needs_the_package_that_opens_it(stage):
+    with pytest.raises(CheckpointError, match=r"workdir 'gs://bucket/run' can't be reached: .*pip install gcsfs"):
         train(stage, "gs://bucket/run")
 
 

@@ -46,13 +46,19 @@ class OrbaxWeights:
                  if path.name.isdigit() and (path / "parameters" / "_METADATA").exists()]
         if not steps:
             raise ConvertError(f"{directory}/checkpoints: holds no complete checkpoint")
-        self._path = (directory / "checkpoints" / str(max(steps)) / "parameters").absolute()
-        self.where = str(self._path)
+        newest = (directory / "checkpoints" / str(max(steps)) / "parameters").absolute()
+        self.where = str(newest)
         self._checkpointer = ocp.PyTreeCheckpointer()
-        try:
-            self._tree = dict(self._checkpointer.metadata(self._path).item_metadata.tree)
-        except (ValueError, KeyError, OSError) as error:
-            raise ConvertError(f"{self._path}: not a readable Orbax checkpoint: {error}") from None
+        self._tree: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
+        # What a run does not train is written once, beside its checkpoints.
+        for path in filter(Path.exists, (newest, (directory / "frozen").absolute())):
+            try:
+                part = dict(self._checkpointer.metadata(path).item_metadata.tree)
+            except (ValueError, KeyError, OSError) as error:
+                raise ConvertError(f"{path}: not a readable Orbax checkpoint: {error}") from None
+            self._tree = part | self._tree
+            self._paths = dict.fromkeys(part, path) | self._paths
         self.shapes: dict[str, Shape] = {name: tuple(leaf.shape) for name, leaf in self._tree.items()}
         self._last: tuple[str, np.ndarray] | None = None
 
@@ -64,7 +70,7 @@ class OrbaxWeights:
         """A parameter, or the slice of it at `index`."""
         if self._last is None or self._last[0] != name:
             self._last = None  # lets go of the one before first
-            restored = self._checkpointer.restore(self._path, args=ocp.args.PyTreeRestore(
+            restored = self._checkpointer.restore(self._paths[name], args=ocp.args.PyTreeRestore(
                 item={name: np.zeros(0)}, partial_restore=True,
                 restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
             ))

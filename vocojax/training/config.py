@@ -55,13 +55,45 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps between checkpoints (the last step always gets one); keep: how many of the newest stay."""
+    """When checkpoints are written (the last step always gets one, as does a run told to stop) and which of them stay.
+
+    every: steps between checkpoints. minutes: after so long without one another is written; 0 is never.
+    keep: how many of the newest stay. keep_every: those of multiples of so many steps stay for good; 0 is none.
+    keep_best: how many stay besides for the `lowest` or `highest` mean of best_metric since the last log line.
+    """
 
     every: int = 500
+    minutes: float = 15.0
     keep: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
+    best_metric: str = "loss"
+    best_is: Literal["lowest", "highest"] = "lowest"
 
     def __post_init__(self) -> None:
         require_positive(self, "every", "keep")
+        require(self.minutes >= 0, "minutes", "must be >= 0", self.minutes)
+        require(self.keep_every >= 0, "keep_every", "must be >= 0", self.keep_every)
+        require(self.keep_best >= 0, "keep_best", "must be >= 0", self.keep_best)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What of a run has no influence on what it computes.
+
+    profile: the first and the last step of a trace written to WORKDIR/profile (launch/train.py --profile); or empty.
+    hang_seconds: so long without a step, and the stacks of all threads go to standard error.
+    wandb_project: also log to Weights & Biases; empty for not.
+    """
+
+    profile: tuple[int, ...] = ()
+    hang_seconds: float = 900.0
+    wandb_project: str = ""
+
+    def __post_init__(self) -> None:
+        is_span = len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]
+        require(not self.profile or is_span, "profile", "must be the first and the last step", self.profile)
+        require(self.hang_seconds > 0, "hang_seconds", "must be > 0", self.hang_seconds)
 
 
 @dataclass(frozen=True)
@@ -104,6 +136,7 @@ class StageConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    run: RunConfig = field(default_factory=RunConfig)
     visibility: Visibility = "voco"
     batch_size: int = 128
     accumulate: int = 1

@@ -4,10 +4,11 @@ Captions repeat (two dozen of them describe all of easy-VQA), so every image of 
 targets are spread evenly over the captions that equal its own. The text tower is a bag of words.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,11 @@ from vocojax.models.clip import ClipVision, normalise
 from vocojax.models.layers import Linear, parameter
 from vocojax.models.parameters import Parameters, abstract, parameters_of, with_parameters
 from vocojax.training import loop
-from vocojax.training.checkpoints import Checkpoints, write_run_files
+from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import CheckpointConfig, OptimizerConfig, config_to_dict
 from vocojax.training.optimizer import make_optimizer
+from vocojax.training.run_files import digest, write_run_files
+from vocojax.training.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,6 @@ class ContrastiveModel(nnx.Module):
         bag_BE = jnp.where(is_word_BS1, self.words[...][jnp.maximum(captions_BS, 0)], 0.0).sum(1)
         scale = jnp.exp(jnp.minimum(self.log_scale[...], jnp.log(100.0)))
         return scale * image_BE @ unit(self.text_projection(bag_BE)).T
-
-
-class ContrastiveState(NamedTuple):
-    """step: int32; parameters: fp32; optimizer: optax's."""
-
-    step: jax.Array
-    parameters: Parameters
-    optimizer: optax.OptState
 
 
 def contrastive_loss(logits_BB: jax.Array, captions_BS: jax.Array) -> jax.Array:
@@ -120,9 +115,10 @@ def pretrain_vision(
     optimizer = make_optimizer(config.optimizer, config.steps)
     stream = _CaptionStream(source, config, tokenizer)
 
-    def create(key: jax.Array) -> ContrastiveState:
+    @jax.jit
+    def create(key: jax.Array) -> TrainState:
         parameters = parameters_of(ContrastiveModel(config, nnx.Rngs(key)))
-        return ContrastiveState(jnp.int32(0), parameters, optimizer.init(parameters))
+        return TrainState(jnp.int32(0), parameters, {}, optimizer.init(parameters), {})
 
     def loss(parameters: Parameters, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits_BB = with_parameters(model, parameters)(batch["images"], batch["captions"])
@@ -130,26 +126,21 @@ def pretrain_vision(
         hits = (batch["captions"][best_B] == batch["captions"]).all(-1).mean()
         return contrastive_loss(logits_BB, batch["captions"]), hits
 
-    @jax.jit
-    def step(state: ContrastiveState, batch: Mapping[str, jax.Array]) -> tuple[ContrastiveState, dict[str, jax.Array]]:
-        (value, hits), grads = jax.value_and_grad(loss, has_aux=True)(state.parameters, batch)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        (value, hits), grads = jax.value_and_grad(loss, has_aux=True)(state.trained, batch)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
         metrics = {"loss": value, "accuracy": hits, "grad_norm": optax.tree.norm(grads)}
-        return ContrastiveState(state.step + 1, parameters, optimizer_state), metrics
+        trained = optax.apply_updates(state.trained, updates)
+        return state._replace(step=state.step + 1, trained=trained, optimizer=optimizer_state), metrics
 
-    checkpoints = Checkpoints(workdir, CheckpointConfig(every=config.steps, keep=1))
-    state, first_step = jax.jit(create)(jax.random.key(config.seed)), checkpoints.latest or 0
-    if first_step:
-        parameters, optimizer_state, progress = checkpoints.restore(first_step, state.parameters, state.optimizer)
-        state = ContrastiveState(jnp.int32(first_step), parameters, optimizer_state)
-        stream.set_state(progress["data"])
-
-    def save(number: int, state: ContrastiveState) -> None:
-        checkpoints.save(number, state.parameters, state.optimizer, {"data": stream.get_state()})
-
-    try:
+    at_the_end = CheckpointConfig(every=config.steps, keep=1)
+    with Checkpoints(workdir, at_the_end, digest(config_to_dict(config))) as checkpoints:
+        state, first_step, useful_seconds = create(jax.random.key(config.seed)), 0, 0.0
+        if restored := checkpoints.restore(state):
+            first_step, state, progress = restored
+            stream.set_state(progress["data"])
+            useful_seconds = progress["useful_seconds"]
         shown = loop.LoopConfig("vision", config.steps, config.log_every, bar_position)
-        loop.run(shown, workdir, state, first_step, step, stream, checkpoints, save)
-    finally:
-        checkpoints.close()
+        task = loop.Task(step, stream, jax.device_put)
+        loop.run(shown, workdir, task, state, first_step, checkpoints, useful_seconds)

@@ -1,23 +1,32 @@
-"""The loop around an optimizer step: batches in, progress bar, TensorBoard scalars, checkpoints, resume.
+"""The loop around an optimizer step: batches in, metrics out, checkpoints, and a stop when one is asked for.
 
 It knows nothing of what is trained: a state, a jitted step and a stream of batches are its arguments.
 """
 
-import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from vocojax.training import distributed
 from vocojax.training.checkpoints import Checkpoints
+from vocojax.training.config import RunConfig
+from vocojax.training.goodput import Goodput
+from vocojax.training.preemption import Preempted, StopRequest
+from vocojax.training.run_files import run_path
+from vocojax.training.run_log import RunLog
+from vocojax.training.step import Step, TrainState
+from vocojax.training.watchdog import Watchdog
 
-State = TypeVar("State")
+# How many steps may be on their way to the device: one computes while the next one waits, and no more batches pile up.
+IN_FLIGHT = 2
 
 
 class NonFiniteLoss(RuntimeError):
@@ -40,59 +49,170 @@ class LoopConfig:
     steps: int
     log_every: int
     position: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a loop runs.
+
+    step: jitted (state, batch) -> (state, metrics), which donates the state; metrics hold at least `loss`; `tokens`
+      gives tokens/s. place: puts a batch of the stream on the devices. merge: the streams' states of all processes as
+      one. scalars: (sums of metrics over the last steps and their number as `steps`, their seconds) -> values to log.
+    """
+
+    step: Step
+    stream: Stream
+    place: Callable[[Mapping[str, Any]], Any]
+    merge: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda states: states[0]
+    scalars: Callable[[Mapping[str, float], float], Mapping[str, float]] = lambda sums, seconds: {}
 
 
 def run(
     config: LoopConfig,
     workdir: str | Path,
-    state: State,
+    task: Task,
+    state: TrainState,
     first_step: int,
-    step: Callable[[State, Mapping[str, Any]], tuple[State, dict[str, jax.Array]]],
-    stream: Stream,
     checkpoints: Checkpoints,
-    save: Callable[[int, State], None],
-    scalars: Callable[[], Mapping[str, float]] = dict,
-) -> State:
+    useful_seconds: float = 0.0,
+) -> TrainState:
     """Trains from `first_step` to `config.steps`.
 
-    Metrics stay on the device and are fetched every `log_every` steps; nothing waits for the device in between.
+    The next batch is made and sent while the device computes. Metrics stay on the device and are fetched every
+    `log_every` steps, when the next step is already under way.
 
     Args:
-      step: (state, host batch) -> (state, metrics); metrics hold at least `loss`; `tokens` gives tokens/s.
-      save: writes a checkpoint of the state behind that many steps.
-      scalars: further values to log, such as the data's counts.
+      useful_seconds: of the checkpoint that the run goes on from, see `Goodput`.
 
     Raises:
       NonFiniteLoss: names the step; the last checkpoint was written before it.
+      Preempted: the run was told to stop, and is saved.
+      CheckpointError: a checkpoint could not be written.
     """
-    history = Path(workdir) / "metrics.jsonl"
-    _forget_after(history, first_step)
-    writer = SummaryWriter(str(workdir), purge_step=first_step + 1)
-    bar = tqdm(total=config.steps, initial=first_step, desc=config.name, unit="step", dynamic_ncols=True,
-               position=config.position)
-    pending: list[tuple[int, dict[str, jax.Array]]] = []
-    since = time.perf_counter()
-    try:
+    with ExitStack() as stack:
+        stop_request = stack.enter_context(StopRequest())
+        loop = _Loop(config, workdir, task, checkpoints, first_step, useful_seconds, stack)
         for number in range(first_step + 1, config.steps + 1):
-            state, metrics = step(state, next(stream))
-            pending.append((number, metrics))
-            saves = number % checkpoints.every == 0 or number == config.steps
-            if saves or number % config.log_every == 0:
-                fetched = [(n, {k: float(v) for k, v in m.items()}) for n, m in jax.device_get(pending)]
-                pending = []
-                _require_finite(fetched, workdir, checkpoints)
-                elapsed, since = time.perf_counter() - since, time.perf_counter()
-                rate = sum(m.get("tokens", 0.0) for _, m in fetched) / elapsed
-                _log(writer, history, fetched, {"tokens_per_second": rate, **scalars()})
-                bar.set_postfix_str(f"loss {fetched[-1][1]['loss']:.4f}, {rate:,.0f} tokens/s")
-                bar.update(len(fetched))
+            loop.start_profile(number)
+            state = loop.take_step(number, state)
+            stops = stop_request.reached(number)
+            saves = stops or number == config.steps or checkpoints.due(number)
+            logs = number % config.log_every == 0
+            if logs and not saves:
+                saves = checkpoints.overdue()
+            data_state = loop.data_state() if saves else None
+            if number < config.steps and not stops:
+                loop.fetch_batch()
+            loop.report_until(number if saves else loop.logged)
+            if logs:
+                loop.logged = number
             if saves:
-                save(number, state)
+                loop.save(number, state, data_state)
+            loop.stop_profile(number)
+            if stops and number < config.steps:
+                checkpoints.wait()
+                raise Preempted(f"{workdir}: stopped behind step {number} of {config.steps} and saved; "
+                                "the same command goes on")
         checkpoints.wait()
-    finally:
-        bar.close()
-        writer.close()
     return state
+
+
+class _Loop:
+    """What a loop holds between steps."""
+
+    def __init__(self, config: LoopConfig, workdir: str | Path, task: Task, checkpoints: Checkpoints, first_step: int,
+                 useful_seconds: float, stack: ExitStack):
+        self._config, self._workdir, self._task, self._checkpoints = config, workdir, task, checkpoints
+        self._goodput = Goodput(workdir, useful_seconds)
+        self._log = RunLog(workdir, first_step, config.run.wandb_project, config.name)
+        stack.callback(self._log.close)
+        self._bar = tqdm(total=config.steps, initial=first_step, desc=config.name, unit="step", dynamic_ncols=True,
+                         position=config.position, disable=not distributed.is_first())
+        stack.callback(self._bar.close)
+        self._watchdog = stack.enter_context(Watchdog(config.run.hang_seconds))
+        self.logged = 0  # the last step whose metrics are to be reported
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._last: dict[str, float] = {}  # what was last reported
+        self._batch: Any = None
+        self._first = True
+        self._since = time.perf_counter()
+        self._waited = self._lost = 0.0  # seconds since the last report: for data; for what is no step
+
+    def fetch_batch(self) -> None:
+        """Makes the next batch and starts its way to the devices."""
+        before = time.perf_counter()
+        self._batch = self._task.place(next(self._task.stream))
+        newest: Any = self._pending[-1][1]["loss"] if self._pending else None
+        if newest is None or newest.is_ready():  # the device has run out of work
+            self._waited += time.perf_counter() - before
+
+    def take_step(self, number: int, state: TrainState) -> TrainState:
+        """Puts a step on its way."""
+        if self._batch is None:
+            self.fetch_batch()
+        before = time.perf_counter()
+        with jax.transfer_guard("disallow"):
+            state, metrics = self._task.step(state, self._batch)
+        if self._first:
+            self._lost += time.perf_counter() - before  # compilation
+        self._batch, self._first = None, False
+        self._pending.append((number, metrics))
+        if len(self._pending) > IN_FLIGHT:
+            self._pending[-1 - IN_FLIGHT][1]["loss"].block_until_ready()
+        self._watchdog.beat()
+        return state
+
+    def data_state(self) -> dict[str, Any]:
+        """Where the data of all processes stand, on process 0."""
+        states = distributed.to_first("data state", self._task.stream.get_state())
+        return {} if states is None else self._task.merge(states)
+
+    def report_until(self, number: int) -> None:
+        """Fetches and logs the metrics of steps up to `number` that have not been."""
+        part = [(n, m) for n, m in self._pending if n <= number]
+        if not part:
+            return
+        self._pending = self._pending[len(part):]
+        fetched = [(n, {k: float(v) for k, v in m.items()}) for n, m in jax.device_get(part)]
+        self._checkpoints.check()
+        _require_finite(fetched, self._workdir, self._checkpoints)
+        seconds = time.perf_counter() - self._since
+        self._goodput.count(seconds - self._waited - self._lost)
+        sums: dict[str, float] = defaultdict(float, steps=len(fetched))
+        for _, metrics in fetched:
+            for key, value in metrics.items():
+                sums[key] += value
+        self._last = {key: value / len(fetched) for key, value in sums.items()}
+        rate = sums["tokens"] / seconds
+        self._log.write(fetched, {
+            "tokens_per_second": rate, "steps_per_second": len(fetched) / seconds,
+            "data_wait_share": min(self._waited / seconds, 1.0), "goodput": self._goodput.share,
+            **self._task.scalars(sums, seconds),
+        })
+        if distributed.is_first():
+            self._goodput.write(fetched[-1][0])
+        self._bar.set_postfix_str(f"loss {fetched[-1][1]['loss']:.4f}, {rate:,.0f} tokens/s")
+        self._bar.update(len(fetched))
+        self._since, self._waited, self._lost = time.perf_counter(), 0.0, 0.0
+
+    def save(self, number: int, state: TrainState, data_state: dict[str, Any] | None) -> None:
+        """Begins to write a checkpoint behind step `number`, whose metrics are reported."""
+        before = time.perf_counter()
+        progress = {"data": data_state, "useful_seconds": self._goodput.useful}
+        self._checkpoints.save(number, state, progress, self._last)
+        self._log.flush()
+        self._lost += time.perf_counter() - before
+        self._watchdog.beat()
+
+    def start_profile(self, number: int) -> None:
+        if self._config.run.profile and number == self._config.run.profile[0]:
+            jax.profiler.start_trace(str(run_path(self._workdir) / "profile"))
+
+    def stop_profile(self, number: int) -> None:
+        if self._config.run.profile and number == self._config.run.profile[1]:
+            jax.block_until_ready(self._pending)
+            jax.profiler.stop_trace()
 
 
 def _require_finite(
@@ -105,23 +225,3 @@ def _require_finite(
                 f"the last good checkpoint is step {checkpoints.latest} in {workdir}")
             raise NonFiniteLoss(f"step {number}: loss {metrics['loss']}, gradient norm {metrics.get('grad_norm')}; "
                                 f"{kept}. Lower optimizer.learning_rate or look at this step's data.")
-
-
-def _log(
-    writer: SummaryWriter, history: Path, fetched: list[tuple[int, dict[str, float]]], extra: Mapping[str, float]
-) -> None:
-    last = fetched[-1][0]
-    for number, metrics in fetched:
-        for key, value in metrics.items():
-            writer.add_scalar(f"train/{key}", value, number)
-    for key, value in extra.items():
-        writer.add_scalar(key if "/" in key else f"train/{key}", value, last)
-    with history.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"step": n, **m}) + "\n" for n, m in fetched)
-
-
-def _forget_after(history: Path, step: int) -> None:
-    """Drops the lines of steps that a resumed run will take again."""
-    if history.exists():
-        lines = [line for line in history.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        history.write_text("".join(line + "\n" for line in lines))

@@ -64,5 +64,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts a host batch on the mesh, rows over the data axes."""
-    return jax.device_put(batch, NamedSharding(mesh, BATCH))
+    """Puts a host batch on the mesh, rows over the data axes; each process brings the rows of its own devices."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -1,72 +1,84 @@
 """A training stage from its config: model, data, optimizer, step and loop put together."""
 
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from vocojax.config import ConfigError, ModelConfig, build
-from vocojax.data.loader import BatchStream
+from vocojax.data.loader import BatchStream, merge_states
 from vocojax.models.lora import is_factor
 from vocojax.models.parameters import Parameters, parameters_of
-from vocojax.training import loop
-from vocojax.training.checkpoints import Checkpoints, load_parameters, run_config, write_run_files
+from vocojax.training import distributed, loop
+from vocojax.training.checkpoints import Checkpoints, load_parameters
 from vocojax.training.config import StageConfig, config_to_dict, differing_keys
+from vocojax.training.flops import StepFlops
 from vocojax.training.optimizer import matches
 from vocojax.training.program import Program, make_model, make_program, views
-from vocojax.training.sharding import make_mesh, shard_batch
+from vocojax.training.run_files import digest, run_config, run_path, write_directory, write_run_files
+from vocojax.training.sharding import BATCH, make_mesh, shard_batch
 from vocojax.training.step import TrainState
 
 LOG = logging.getLogger(__name__)
 
 
 def train(config: StageConfig, workdir: str | Path, bar_position: int = 0) -> None:
-    """Runs a stage to its last step, resuming from the newest checkpoint in `workdir` if there is one.
+    """Runs a stage to its last step, resuming from the newest sound checkpoint in `workdir` if there is one.
+
+    All processes of a run (`distributed.initialize`) call it alike.
 
     Args:
+      workdir: a local path, or any that `etils.epath` knows; with several processes one that all see.
       bar_position: the terminal line of the progress bar, where several runs share a terminal.
 
     Raises:
-      ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany: see where they are defined.
+      ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, Preempted: see where they are defined.
     """
     write_run_files(workdir, config_to_dict(config))
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        _train(config, workdir, mesh, bar_position)
+    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint, digest(config_to_dict(config))) as checkpoints:
+        _train(config, workdir, mesh, checkpoints, bar_position)
 
 
-def _train(config: StageConfig, workdir: str | Path, mesh: Mesh, bar_position: int) -> None:
+def _train(
+    config: StageConfig, workdir: str | Path, mesh: Mesh, checkpoints: Checkpoints, bar_position: int
+) -> None:
     program = make_program(config, mesh)
     _check_teacher(config)
-    stream = BatchStream(config.model, config.data, config.batch_size, config.seed, *views(config))
-    stream.tokenizer.save(Path(workdir) / "tokenizer")
-    checkpoints = Checkpoints(workdir, config.checkpoint)
+    index, count = distributed.row_share(NamedSharding(mesh, BATCH), config.batch_size)
+    stream = BatchStream(
+        config.model, config.data, config.batch_size, config.seed, *views(config), process_index=index,
+        process_count=count,
+    )
+    with contextlib.closing(stream):
+        if distributed.is_first():
+            write_directory(run_path(workdir) / "tokenizer", stream.tokenizer.save)
+        first_step, useful_seconds = 0, 0.0
+        restored = checkpoints.restore(program.abstract_state)
+        if restored is None:
+            state = _initial_state(config, program)
+        else:
+            first_step, state, progress = restored
+            state = state._replace(teacher=_teacher_parameters(config, program))
+            stream.set_state(progress["data"])
+            useful_seconds = progress["useful_seconds"]
+            LOG.info("%s: resumes behind step %d", workdir, first_step)
+        flops, slots = StepFlops(program.abstract_state), config.batch_size * config.data.row_length
 
-    first_step = checkpoints.latest or 0
-    if first_step:
-        state, progress = _restored_state(config, program, checkpoints, first_step)
-        stream.set_state(progress["data"])
-        LOG.info("%s: resumes behind step %d", workdir, first_step)
-    else:
-        state = _initial_state(config, program)
+        def scalars(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
+            utilisation = flops.utilisation(sums["tokens"], sums["targets"], seconds)
+            steps_share = {"fill_ratio": sums["tokens"] / (slots * sums["steps"])}
+            return {**steps_share, **({} if utilisation is None else {"mfu": utilisation}), **stream.tally.scalars()}
 
-    def save(number: int, state: TrainState) -> None:
-        parameters = dict(sorted({**state.trained, **state.frozen}.items()))
-        checkpoints.save(number, parameters, state.optimizer, {"data": stream.get_state()})
-
-    try:
-        loop.run(
-            loop.LoopConfig(config.name, config.steps, config.log_every, bar_position), workdir, state, first_step,
-            lambda state, batch: program.step(state, shard_batch(batch, mesh)), stream, checkpoints, save,
-            stream.tally.scalars,
-        )
-    finally:
-        checkpoints.close()
+        task = loop.Task(program.step, stream, lambda batch: shard_batch(batch, mesh), merge_states, scalars)
+        shown = loop.LoopConfig(config.name, config.steps, config.log_every, bar_position, config.run)
+        loop.run(shown, workdir, task, state, first_step, checkpoints, useful_seconds)
 
 
 def _check_teacher(config: StageConfig) -> None:
@@ -111,26 +123,12 @@ def _log_origin(config: StageConfig, taken: Iterable[str], new: Iterable[str]) -
     """Says of every parameter whether it is new, and warns where the two models differ in what no shape tells."""
     LOG.info("from %s: %s", config.init_from, ", ".join(taken))
     LOG.info("new: %s", ", ".join(new) or "nothing")
-    saved = config_to_dict(build(ModelConfig, run_config(config.init_from)["model"], "model"))
-    mine = config_to_dict(config.model)
-    for key in (k for part in ("vision", "decoder") for k in differing_keys(saved[part], mine[part], f"model.{part}.")):
-        LOG.warning("%s is not what %s, where the parameters come from, was made with", key, config.init_from)
-
-
-def _restored_state(
-    config: StageConfig, program: Program, checkpoints: Checkpoints, step: int
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state of a checkpoint, read straight into its shardings, and what else the checkpoint says."""
-    abstract_state = program.abstract_state
-    parameters, moments, progress = checkpoints.restore(step, program.abstract_parameters, abstract_state.optimizer)
-    state = TrainState(
-        step=jax.device_put(jnp.int32(step), abstract_state.step.sharding),
-        trained={name: parameters[name] for name in abstract_state.trained},
-        frozen={name: parameters[name] for name in abstract_state.frozen},
-        optimizer=moments,
-        teacher=_teacher_parameters(config, program),
-    )
-    return state, progress
+    values = run_config(config.init_from)
+    parts = values["model"] if "model" in values else {"vision": values["vision"]}  # a vision tower's own run
+    saved, mine = config_to_dict(build(ModelConfig, parts, "model")), config_to_dict(config.model)
+    for part in ("vision", "decoder"):
+        for key in differing_keys(saved[part], mine[part], f"model.{part}.") if part in parts else ():
+            LOG.warning("%s is not what %s, where the parameters come from, was made with", key, config.init_from)
 
 
 def _teacher_parameters(config: StageConfig, program: Program) -> Parameters:

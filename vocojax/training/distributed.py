@@ -1,0 +1,279 @@
+"""Several processes as one run: who they are, a start that names those missing, and small values passed between them.
+
+What is passed here are decisions and states of a few kilobytes, over the hosts' network by JAX's key-value store: no
+device waits for it. A process on its own needs none of it, and every function then returns at once.
+"""
+
+import json
+import logging
+import os
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax._src import clusters  # what `jax.distributed.initialize` detects a cluster by; there is no public name for it
+from jax._src.distributed import global_state  # likewise the only way to JAX's key-value store
+from jax.sharding import NamedSharding
+
+LOG = logging.getLogger(__name__)
+START_SECONDS = 300.0
+EXCHANGE_SECONDS = 600.0
+
+
+class ClusterError(ValueError):
+    """What was said of the cluster can't be."""
+
+
+class MissingProcesses(RuntimeError):
+    """Processes of the run didn't arrive in time."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """coordinator: host:port of process 0. local_device_ids: the devices of this process; None is all it sees."""
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+    local_device_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ClusterError(f"coordinator_address must be HOST:PORT, got {self.coordinator!r}")
+        if not 0 <= self.process_id < self.num_processes:
+            raise ClusterError(f"process_id must be in [0, {self.num_processes}), got {self.process_id}")
+
+
+def find_cluster(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Cluster | None:
+    """The cluster that this process belongs to, or None if it is on its own.
+
+    The arguments come first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (beside the first two a
+    Kubernetes job's JOB_COMPLETION_INDEX serves as the id), then what JAX detects: TPU metadata, SLURM, MPI.
+
+    Raises:
+      ClusterError: some of the three are given and the rest can't be found.
+    """
+    number = lambda name: int(environment[name]) if environment.get(name) else None
+    coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS") or None
+    num_processes = number("JAX_NUM_PROCESSES") if num_processes is None else num_processes
+    process_id = number("JAX_PROCESS_ID") if process_id is None else process_id
+    if coordinator and num_processes is not None and process_id is None:
+        process_id = number("JOB_COMPLETION_INDEX")
+    if coordinator and num_processes is not None and process_id is not None:
+        return Cluster(coordinator, num_processes, process_id)
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    address, count, index, devices = detect(coordinator, num_processes, process_id, None, None, int(START_SECONDS))
+    if address and count is not None and index is not None:
+        return Cluster(address, count, index, None if devices is None else tuple(devices))
+    if coordinator or num_processes is not None:
+        raise ClusterError("coordinator_address, num_processes and process_id must be given together, got "
+                         f"{coordinator!r}, {num_processes} and {process_id}")
+    return None
+
+
+def initialize(cluster: Cluster | None, limit: float = START_SECONDS, heartbeat: int = 100) -> None:
+    """Joins the processes of a cluster; to be called before anything touches a device.
+
+    Args:
+      limit: seconds to wait for the others.
+      heartbeat: seconds without a sign of life after which a process counts as dead and the others stop.
+
+    Raises:
+      MissingProcesses: names those that did not arrive within the limit.
+      ClusterError: two processes have the same id, or they disagree on how many there are.
+    """
+    if cluster is None or cluster.num_processes == 1:
+        return
+    _rendezvous(cluster, limit)
+    jax.distributed.initialize(
+        cluster.coordinator, cluster.num_processes, cluster.process_id,
+        local_device_ids=cluster.local_device_ids, cluster_detection_method="deactivate",
+        initialization_timeout=int(limit), heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=60,
+    )
+    LOG.info("process %d of %d, %d of %d devices", jax.process_index(), jax.process_count(),
+             jax.local_device_count(), jax.device_count())
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+_rounds: defaultdict[str, int] = defaultdict(int)
+
+
+def from_first(topic: str, value: Any, limit: float = EXCHANGE_SECONDS) -> Any:
+    """Process 0's value (JSON-able) on all processes, which call this in the same order for a topic."""
+    if jax.process_count() == 1:
+        return value
+    key = _next_key(topic)
+    if is_first():
+        _store().key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(_get(key, limit, (0,), topic))
+
+
+def to_first(topic: str, value: Any, limit: float = EXCHANGE_SECONDS) -> list[Any] | None:
+    """Every process's value (JSON-able) in order on process 0, None on the others.
+
+    Raises:
+      MissingProcesses: on process 0, naming those whose value did not come within `limit` seconds.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    key = _next_key(topic)
+    if not is_first():
+        _store().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+        return None
+    values, missing, deadline = [value], [], time.monotonic() + limit
+    for index in range(1, jax.process_count()):
+        own = f"{key}/{index}"
+        try:
+            values.append(json.loads(_get(own, max(deadline - time.monotonic(), 0.1), (index,), topic)))
+        except MissingProcesses:
+            missing.append(index)
+        else:
+            _store().key_value_delete(own)
+    if missing:
+        raise MissingProcesses(_missing_message(missing, jax.process_count(), topic, limit))
+    return values
+
+
+def from_all(topic: str, value: Any, limit: float = EXCHANGE_SECONDS) -> list[Any]:
+    """Every process's value (JSON-able), in order, on all processes."""
+    return from_first(topic, to_first(topic, value, limit), 2 * limit)
+
+
+def row_share(sharding: NamedSharding, rows: int) -> tuple[int, int]:
+    """(index, count): which share of a batch's rows this process's devices hold, of how many shares.
+
+    Processes have the same share where a mesh axis that splits no rows runs through several of them.
+
+    Raises:
+      ClusterError: two processes' rows overlap without being the same.
+    """
+    held: dict[int, set[tuple[int, int]]] = defaultdict(set)
+    spans: Mapping[Any, Any] = sharding.devices_indices_map((rows,))
+    for device, (span, *_) in spans.items():
+        held[device.process_index].add(span.indices(rows)[:2])
+    shares = sorted({tuple(sorted(spans)) for spans in held.values()})
+    if len({span for share in shares for span in share}) != sum(map(len, shares)) or len(set(map(len, shares))) > 1:
+        raise ClusterError(f"the mesh gives processes overlapping rows: {shares}")
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
+def _store() -> Any:
+    """JAX's key-value store, which process 0 holds for all."""
+    return global_state.client
+
+
+def _next_key(topic: str) -> str:
+    _rounds[topic] += 1
+    return f"vocojax/{topic}/{_rounds[topic]}"
+
+
+def _get(key: str, limit: float, awaited: Sequence[int], topic: str) -> str:
+    try:
+        return _store().blocking_key_value_get(key, int(limit * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise MissingProcesses(_missing_message(awaited, jax.process_count(), topic, limit)) from None
+
+
+def _missing_message(missing: Sequence[int], count: int, topic: str, limit: float) -> str:
+    named = ", ".join(map(str, missing))
+    which = f"process {named}" if len(missing) == 1 else f"processes {named}"
+    return f"{topic}: {which} of {count} did not arrive within {limit:g} s; look at the log there"
+
+
+def _rendezvous(cluster: Cluster, limit: float) -> None:
+    """Waits until all processes are there.
+
+    JAX's own start ends the program when one is missing, and does not say which. Process 0 listens where JAX's service
+    will; the others tell it their id; it answers when all have, or with what is wrong.
+    """
+    deadline = time.monotonic() + limit
+    verdict = (_receive_all if cluster.process_id == 0 else _report)(cluster, deadline, limit)
+    if verdict["missing"]:
+        raise MissingProcesses(_missing_message(verdict["missing"], cluster.num_processes,
+                                                f"start at {cluster.coordinator}", limit))
+    if verdict["problem"]:
+        raise ClusterError(verdict["problem"])
+
+
+def _receive_all(cluster: Cluster, deadline: float, limit: float) -> dict[str, Any]:
+    arrived: dict[int, socket.socket] = {}
+    strays: list[socket.socket] = []
+    problem = ""
+    port = int(cluster.coordinator.rpartition(":")[2])
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.create_server(("", port), family=family, backlog=cluster.num_processes,
+                              dualstack_ipv6=family == socket.AF_INET6) as server:
+        while len(arrived) < cluster.num_processes - 1 and not problem:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                connection, address = server.accept()
+            except TimeoutError:
+                break
+            said = _read_line(connection)
+            if said is None or "process_id" not in said:
+                connection.close()  # not one of ours
+                continue
+            index = said["process_id"]
+            if said["num_processes"] != cluster.num_processes:
+                problem = (f"process {index} at {address[0]} was told of {said['num_processes']} processes, "
+                           f"process 0 of {cluster.num_processes}")
+            elif index in arrived or index == 0:
+                problem = f"two processes have the id {index}, one of them at {address[0]}"
+            if problem:
+                strays.append(connection)
+            else:
+                arrived[index] = connection
+        missing = [] if problem else sorted(set(range(1, cluster.num_processes)) - arrived.keys())
+        verdict = {"missing": missing, "problem": problem}
+        for connection in [*arrived.values(), *strays]:
+            with connection:
+                try:
+                    connection.sendall(json.dumps(verdict).encode() + b"\n")
+                except OSError:
+                    LOG.warning("a process left before all had arrived")
+    return verdict
+
+
+def _report(cluster: Cluster, deadline: float, limit: float) -> dict[str, Any]:
+    host, _, port = cluster.coordinator.rpartition(":")
+    said = {"process_id": cluster.process_id, "num_processes": cluster.num_processes}
+    # Process 0 answers by its own deadline, which may be later than ours.
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as connection:
+                connection.sendall(json.dumps(said).encode() + b"\n")
+                verdict = _read_line(connection, max(deadline - time.monotonic(), 0) + limit)
+            if verdict is not None and "missing" in verdict:
+                return verdict
+        except OSError:
+            pass
+        time.sleep(0.2)
+    return {"missing": [0], "problem": ""}
+
+
+def _read_line(connection: socket.socket, limit: float = 5.0) -> dict[str, Any] | None:
+    """A JSON object on a line of its own, or None where there is none."""
+    connection.settimeout(limit)
+    try:
+        with connection.makefile("rb") as file:
+            said = json.loads(file.readline(65536))
+    except (OSError, ValueError):
+        return None
+    return said if isinstance(said, dict) else None

@@ -1,0 +1,140 @@
+"""A run's files beside its checkpoints: the resolved config, package versions, and how they are written.
+
+Paths are local or any that `etils.epath` knows (`gs://...`).
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from vocojax.training import distributed
+from vocojax.training.config import differing_keys
+
+PACKAGES = ("vocojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+# Keys of a stage's config that may change when a run goes on.
+MUTABLE_KEYS = ("log_every", "checkpoint", "run", "data.num_threads", "data.num_workers", "data.keep_in_memory",
+                "attention", "remat", "mesh")
+
+
+class CheckpointError(RuntimeError):
+    """A run's files don't allow what was asked of them."""
+
+
+def is_remote(path: str | epath.Path) -> bool:
+    """Whether a path is in an object store: whole files only, no appending, no renaming."""
+    return "://" in str(path)
+
+
+def run_path(workdir: str | os.PathLike) -> epath.Path:
+    """A run's directory; `CheckpointError` if there is no way to reach it from here."""
+    path = epath.Path(workdir)
+    try:
+        path.exists()
+    except ImportError as error:
+        raise CheckpointError(f"workdir {str(workdir)!r} can't be reached: {error}. Install the package that opens it "
+                              "(gs://: pip install gcsfs), or mount the bucket") from error
+    return path if is_remote(path) else epath.Path(Path(workdir).absolute())
+
+
+def lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the keys that may change when a run goes on."""
+    def strip(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        return {name: strip(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+                for name, value in values.items() if prefix + name not in MUTABLE_KEYS}
+
+    return strip(config, "")
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of what of a config may not change."""
+    return hashlib.sha256(json.dumps(lasting(config), sort_keys=True).encode()).hexdigest()
+
+
+def write_run_files(workdir: str | Path, config: Mapping[str, Any]) -> None:
+    """Writes config.json and versions.json; where there are checkpoints, the config must be the one they began with.
+
+    Process 0 writes; all processes must have the same config and see the same directory.
+
+    Raises:
+      CheckpointError: the directory holds a run with another config (the keys are named), or processes differ.
+    """
+    path = run_path(workdir) / "config.json"
+    problem = ""
+    if distributed.is_first():
+        problem = _changed(path, config)
+        if not problem:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            versions = {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}}
+            write_atomically(path, json.dumps(config, indent=2) + "\n")
+            write_atomically(path.parent / "versions.json", json.dumps(versions, indent=2) + "\n")
+    if problem := distributed.from_first("run files", problem):
+        raise CheckpointError(problem)
+    try:
+        seen = json.loads(path.read_text())
+    except (OSError, ValueError):
+        seen = None
+    told = distributed.from_all("configs", [digest(config), seen is not None])
+    if blind := [index for index, (_, sees) in enumerate(told) if not sees]:
+        raise CheckpointError(f"workdir {workdir} of process 0 is not seen by processes {blind}: it must be a "
+                              "directory that all share, or a bucket")
+    if other := [index for index, (own, _) in enumerate(told) if own != told[0][0]]:
+        raise CheckpointError(f"processes {other} were started with another config than process 0")
+
+
+def _changed(path: epath.Path, config: Mapping[str, Any]) -> str:
+    checkpoints = path.parent / "checkpoints"
+    if not path.exists() or not checkpoints.is_dir() or not any(e.name.isdecimal() for e in checkpoints.iterdir()):
+        return ""
+    changed = differing_keys(lasting(json.loads(path.read_text())), lasting(config))
+    if not changed:
+        return ""
+    return (f"{path.parent} holds a run with another config (differing: {', '.join(changed)}): "
+            "use the config it began with, or another --workdir")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def write_atomically(path: str | os.PathLike, text: str) -> None:
+    """Replaces a file so that readers see the old text or the new one, never a part."""
+    if is_remote(epath.Path(path)):
+        epath.Path(path).write_text(text)  # object stores show whole files only
+        return
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, target)
+
+
+def write_directory(path: epath.Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a directory that may be remote."""
+    if not is_remote(path):
+        write(Path(path))
+        return
+    with tempfile.TemporaryDirectory() as local:
+        write(Path(local))
+        for file in Path(local).rglob("*"):
+            if file.is_file():
+                target = path / file.relative_to(local).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+
+
+def run_config(workdir: str | Path) -> dict[str, Any]:
+    """The resolved config of a run; `CheckpointError` if the directory holds none."""
+    path = run_path(workdir) / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{workdir} holds no run: {path.name} is missing")
+    return json.loads(path.read_text())

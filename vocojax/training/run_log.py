@@ -1,0 +1,106 @@
+"""Where a run's metrics go: metrics.jsonl, TensorBoard, and Weights & Biases if asked for. Process 0 writes."""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from vocojax.config import ConfigError
+from vocojax.training import distributed
+from vocojax.training.run_files import is_remote, run_path, write_atomically
+
+LOG = logging.getLogger(__name__)
+Steps = Sequence[tuple[int, Mapping[str, float]]]
+
+
+class RunLog:
+    """The metrics of a run, on from a step.
+
+    Object stores can't append, so the files of a remote run are written here and copied there whole by `flush`.
+
+    Args:
+      workdir: the run's directory.
+      first_step: lines of later steps are dropped; the run takes those again.
+      wandb_project: also log there, under the same id after a restart; empty for not.
+      name: of the run in that project.
+    """
+
+    def __init__(self, workdir: str | Path, first_step: int, wandb_project: str = "", name: str = ""):
+        self._writes = distributed.is_first()
+        if not self._writes:
+            return
+        self._target = run_path(workdir)
+        self._temporary = tempfile.TemporaryDirectory() if is_remote(self._target) else None
+        self._local = Path(self._temporary.name if self._temporary else self._target)
+        self._history = self._local / "metrics.jsonl"
+        if self._temporary and (self._target / "metrics.jsonl").exists():
+            self._history.write_text((self._target / "metrics.jsonl").read_text())
+        _forget_after(self._history, first_step)
+        self._tensorboard = SummaryWriter(str(self._local), purge_step=first_step + 1)
+        self._wandb = _open_wandb(wandb_project, name, str(self._target)) if wandb_project else None
+
+    def write(self, steps: Steps, extra: Mapping[str, float]) -> None:
+        """Appends the metrics of some steps, and `extra` once, behind the last of them."""
+        if not self._writes or not steps:
+            return
+        last = steps[-1][0]
+        named = {key if "/" in key else f"train/{key}": value for key, value in extra.items()}
+        for number, metrics in steps:
+            values = {f"train/{key}": value for key, value in metrics.items()} | (named if number == last else {})
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, number)
+            if self._wandb:
+                self._wandb.log(values, step=number)
+        with self._history.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": n, **m}) + "\n" for n, m in steps)
+
+    def flush(self) -> None:
+        """Everything written so far is where it belongs."""
+        if not self._writes:
+            return
+        self._tensorboard.flush()
+        if self._temporary:
+            for file in self._local.iterdir():
+                (self._target / file.name).write_bytes(file.read_bytes())
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        if not self._writes:
+            return
+        self._tensorboard.close()
+        self.flush()
+        if self._wandb:
+            self._wandb.finish()
+        if self._temporary:
+            self._temporary.cleanup()
+
+
+def _open_wandb(project: str, name: str, workdir: str) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("run.wandb_project", "needs Weights & Biases: pip install 'vocojax[wandb]'") from None
+    identity = hashlib.sha256(workdir.encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=name, id=identity, resume="allow")
+
+
+def _forget_after(history: Path, step: int) -> None:
+    """Drops the lines of steps that a resumed run will take again, and one that was cut off."""
+    if not history.exists():
+        return
+    kept = []
+    for line in history.read_text(encoding="utf-8").splitlines():
+        try:
+            number = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if number <= step:
+            kept.append(line + "\n")
+    write_atomically(history, "".join(kept))
+
+
