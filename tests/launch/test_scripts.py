@@ -1,0 +1,275 @@
+"""The shell for pods, SLURM, Kubernetes and this machine: sound, and doing what it says as far as that shows here."""
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+LAUNCH, GOLDEN = ROOT / "launch", ROOT / "tests" / "golden"
+SHELL = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+POD = {"POD": "voco", "TPU_TYPE": "v5litepod-16", "ZONE": "us-west4-a"}
+
+
+def bash(*arguments, environment=None, **options):
+    return subprocess.run(["bash", *map(str, arguments)], capture_output=True, text=True, timeout=60, cwd=ROOT,
+                          env={"PATH": os.environ["PATH"], **(environment or {})}, **options)
+
+
+def shellcheck(text):
+    command = [SHELLCHECK, "--external-sources", "--source-path", str(ROOT), "-"]
+    return subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True).stdout
+
+
+@pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
+def test_scripts_are_sound(script):
+    assert bash("-n", script).returncode == 0
+    assert shellcheck(script.read_text()) == ""
+
+
+def test_jobset():
+    """The fields that Kubernetes and GKE act upon, and the shell within."""
+    manifest = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert manifest["metadata"]["name"] == "vocojax"
+    assert manifest["spec"]["network"] == {"enableDNSHostnames": True}
+    assert manifest["spec"]["failurePolicy"] == {"maxRestarts": 100}
+    (jobs,) = manifest["spec"]["replicatedJobs"]
+    job = jobs["template"]["spec"]
+    assert (jobs["name"], jobs["replicas"]) == ("slice", 1)
+    assert (job["parallelism"], job["completions"], job["completionMode"], job["backoffLimit"]) == (4, 4, "Indexed", 0)
+    pod = job["template"]["spec"]
+    assert (pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("Never", 300)
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+                                   "cloud.google.com/gke-tpu-topology": "4x4"}
+    (container,) = pod["containers"]
+    assert {entry["name"]: entry["value"] for entry in container["env"]} == {
+        "JAX_COORDINATOR_ADDRESS": "vocojax-slice-0-0.vocojax:8476", "JAX_NUM_PROCESSES": "4", "PYTHONUNBUFFERED": "1"}
+    assert container["resources"] == {"requests": {"google.com/tpu": 4}, "limits": {"google.com/tpu": 4}}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert container["command"] == ["bash", "-c"]
+    script = "#!/usr/bin/env bash\n" + container["args"][0]
+    assert shellcheck(script) == ""
+
+
+@pytest.mark.parametrize(("signalled", "status"), [(False, 7), (True, 143)])
+def test_a_pod_that_was_told_to_stop_is_no_finished_job(tmp_path, signalled, status):
+    manifest = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    arguments = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    run = "trap 'exit 0' TERM; touch started; while :; do sleep 0.1; done" if signalled else "exit 7"
+    executable(tmp_path / "bin" / "python", f'#!/usr/bin/env bash\necho "$@" > arguments\n{run}\n')
+    (tmp_path / "launch").mkdir()
+    shutil.copy(LAUNCH / "xla_flags.sh", tmp_path / "launch")
+    pod = subprocess.Popen(["bash", "-c", *arguments], cwd=tmp_path,
+                           env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    if signalled:
+        wait_for(lambda: (tmp_path / "started").exists())
+        pod.send_signal(signal.SIGTERM)
+    assert pod.wait(timeout=30) == status
+    assert (tmp_path / "arguments").read_text().startswith("launch/train.py --config=configs/voco.py --workdir=gs://")
+
+
+def test_pod_commands_are_those_of_the_golden_file():
+    lines = []
+    run = ["run", "--config=configs/voco.py", "--workdir=gs://b/voco", "--config.name=two words"]
+    resume = ["resume", "--config=c", "--workdir=w"]
+    for arguments in (["create"], ["install"], run, ["tail"], ["stop"], resume, ["delete"]):
+        done = bash("launch/tpu_pod.sh", "--dry-run", *arguments, environment={**POD, "PROJECT": "p", "SPOT": "1"})
+        assert done.returncode == 0, done.stderr
+        lines.append(f"# {' '.join(arguments)}\n{done.stdout}")
+    assert "\n".join(lines) == (GOLDEN / "tpu_pod_dry_run.txt").read_text()
+
+
+@pytest.mark.parametrize(("arguments", "changes", "message"), [
+    (["create"], {"ZONE": ""}, "ZONE: is where it is"),
+    (["create"], {"TPU_TYPE": "v3-8"}, "TPU_TYPE must begin with v4-, v5litepod-, v5p- or v6e-, got v3-8"),
+    (["run"], {}, "run needs launch/train.py's arguments"),
+    (["begin"], {}, "bash launch/tpu_pod.sh create"),
+    ([], {}, "bash launch/tpu_pod.sh create"),
+])
+def test_pod_mistakes(arguments, changes, message):
+    done = bash("launch/tpu_pod.sh", *arguments, environment=POD | changes)
+    assert done.returncode != 0 and message in done.stderr and done.stdout == ""
+
+
+# What runs where gcloud would: copies to and commands on a machine whose home is $HOME.
+GCLOUD = r"""#!/usr/bin/env bash
+echo "$*" >> "$HOME/calls"
+case "$4" in
+    scp) cp "$5" "$HOME/${6#*:}" ;;
+    list) cat "$HOME/state" 2>/dev/null || true ;;
+    create) echo READY > "$HOME/state" ;;
+    delete) rm -r "$HOME/state" "$HOME/vocojax" ;;
+    ssh) cd "$HOME"; for word in "$@"; do case $word in --command=*) exec bash -c "${word#--command=}" ;; esac; done ;;
+esac
+"""
+GIT = r"""#!/usr/bin/env bash
+exec tar -czf "${3#--output=}" launch
+"""
+# The worker's Python: pip and uv do nothing but make .venv, training writes down what it got and waits to be stopped.
+PYTHON = r"""#!/usr/bin/env bash
+case "$*" in
+    "-m uv venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+    "-m "*) ;;
+    *) trap 'echo saved; exit 0' TERM; printf '<%s>' "$@"; echo " $LIBTPU_INIT_ARGS"; while :; do sleep 0.1; done ;;
+esac
+"""
+
+
+def test_a_pod_from_nothing_to_a_resumed_run(tmp_path):
+    """The remote commands themselves, run where they would run but for gcloud and Python."""
+    executable(tmp_path / "bin" / "gcloud", GCLOUD)
+    executable(tmp_path / "bin" / "git", GIT)
+    executable(tmp_path / "bin" / "python3", PYTHON)
+    environment = {**POD, "HOME": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    pod = lambda *arguments: bash(LAUNCH / "tpu_pod.sh", *arguments, environment=environment)
+    log, pid = tmp_path / "vocojax" / "run.log", tmp_path / "vocojax" / "run.pid"
+    assert pod("resume", "--config=c.py", "--workdir=gs://b", "--config.name=it's two").returncode == 0
+    verbs = [line.split()[3] for line in (tmp_path / "calls").read_text().splitlines()]
+    assert verbs == ["list", "create", "scp", "ssh", "ssh"]
+    try:
+        wait_for(lambda: log.exists() and log.read_text())
+        assert log.read_text().startswith("<launch/train.py><--config=c.py><--workdir=gs://b>"
+                                          "<--config.name=it's two> --xla_enable_async_all_gather=true")
+        assert "--xla_jf_spmd_threshold_for_windowed_einsum_mib=100000" in log.read_text()
+        again = pod("run", "--config=c.py", "--workdir=gs://b")
+        assert again.returncode == 1 and "a run is on already" in again.stderr
+        assert pod("stop").returncode == 0
+        wait_for(lambda: "saved" in log.read_text())
+        (tmp_path / "state").write_text("PREEMPTED\n")
+        assert pod("resume", "--config=c.py", "--workdir=gs://b").returncode == 0
+        verbs = [line.split()[3] for line in (tmp_path / "calls").read_text().splitlines()][-6:]
+        assert verbs == ["list", "delete", "create", "scp", "ssh", "ssh"]
+        wait_for(lambda: log.exists() and log.read_text().startswith("<launch/train.py><--config=c.py><--workdir=gs://b> "))
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGTERM)
+    wait_for(lambda: "saved" in log.read_text())
+
+
+def local(number, script, **environment):
+    return bash(LAUNCH / "local_multiprocess.sh", number, "bash", "-c", script, environment=environment)
+
+
+def test_local_processes_know_who_they_are():
+    done = local(3, 'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS"')
+    assert done.returncode == 0, done.stderr
+    lines = sorted(done.stdout.splitlines())
+    port = lines[0].rpartition(":")[2]
+    assert 1024 < int(port) < 65536
+    assert lines == [f"{who} of 3 at 127.0.0.1:{port}" for who in ("0", "[1] 1", "[2] 2")]
+
+
+def test_one_local_failure_ends_all_with_its_status():
+    began = time.monotonic()
+    done = local(3, """if [ $JAX_PROCESS_ID = 1 ]; then sleep 1; exit 5; fi
+                       trap "echo told; exit 0" TERM; while :; do sleep 0.1; done""")
+    assert done.returncode == 5 and time.monotonic() - began < 20
+    assert sorted(done.stdout.splitlines()) == ["[2] told", "told"]
+    assert "process 1 of 3 ended with status 5" in done.stderr
+
+
+def test_a_local_process_that_does_not_stop_is_killed():
+    began = time.monotonic()
+    done = local(2, """if [ $JAX_PROCESS_ID = 1 ]; then sleep 0.5; exit 5; fi
+                       trap "" TERM; for i in {1..90}; do sleep 0.5; done""", GRACE_SECONDS="1")
+    assert done.returncode == 5 and time.monotonic() - began < 20
+
+
+def test_signals_reach_local_processes(tmp_path):
+    script = f'trap "echo saved; exit 0" TERM; touch {tmp_path}/$JAX_PROCESS_ID; while :; do sleep 0.1; done'
+    run = subprocess.Popen(["bash", str(LAUNCH / "local_multiprocess.sh"), "2", "bash", "-c", script],
+                           stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    run.send_signal(signal.SIGTERM)
+    assert sorted(run.communicate(timeout=30)[0].splitlines()) == ["[1] saved", "saved"]
+    assert run.returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["2"], ["0", "true"], ["two", "true"]])
+def test_local_usage(arguments):
+    done = bash(LAUNCH / "local_multiprocess.sh", *arguments)
+    assert done.returncode == 2 and done.stderr.startswith("usage: bash launch/local_multiprocess.sh NUMBER COMMAND")
+
+
+HELLO = """
+import os, jax, jax.numpy as jnp
+from jax.experimental import multihost_utils
+jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]),
+                           int(os.environ["JAX_PROCESS_ID"]))
+print("sum", int(multihost_utils.process_allgather(jnp.array(jax.process_index() + 1)).sum()))
+"""
+
+
+@pytest.mark.slow
+def test_two_jax_processes_meet():
+    done = bash(LAUNCH / "local_multiprocess.sh", 2, sys.executable, "-c", HELLO, environment={"JAX_PLATFORMS": "cpu"})
+    assert [line for line in sorted(done.stdout.splitlines()) if "sum" in line] == ["[1] sum 3", "sum 3"], done.stderr
+
+
+def flags(generation, variable, **environment):
+    done = bash("-c", f'. launch/xla_flags.sh {generation} && echo "${variable}"', environment=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_own_flags_come_last():
+    assert flags("v5p", "LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS="--mine=1")[-1] == "--mine=1"
+    assert flags("v5p", "XLA_FLAGS", XLA_FLAGS="--mine=1") == ["--mine=1"]
+    assert flags("h100", "XLA_FLAGS", XLA_FLAGS="--mine=1")[-1] == "--mine=1"
+    refused = bash("-c", ". launch/xla_flags.sh v3; echo on")
+    assert "the generation must be v4, v5e, v5p, v6e or h100, got 'v3'" in refused.stderr
+
+
+def jax_with(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu", **environment})
+
+
+def test_the_gpu_flags_are_jaxlibs():
+    ours = " ".join(flags("h100", "XLA_FLAGS"))
+    assert jax_with("import jax; jax.devices()", XLA_FLAGS=ours).returncode == 0
+    wrong = jax_with("import jax; jax.devices()", XLA_FLAGS=ours + " --xla_gpu_no_such_flag=1")
+    assert wrong.returncode != 0 and "no_such_flag" in wrong.stderr
+
+
+COMPILE = """
+import sys, jax, jax.numpy as jnp
+from jax.experimental import topologies
+device = jax.sharding.SingleDeviceSharding(topologies.get_topology_desc(sys.argv[1], "tpu").devices[0])
+jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=device)).compile()
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("generation", "topology"),
+                         [("v4", "v4:2x2x1"), ("v5e", "v5e:2x2"), ("v5p", "v5p:2x2x1"), ("v6e", "v6e:2x2")])
+def test_the_tpu_flags_are_libtpus(generation, topology):
+    pytest.importorskip("libtpu")
+    ours = " ".join(flags(generation, "LIBTPU_INIT_ARGS"))
+    code = COMPILE.replace("sys.argv[1]", repr(topology))
+    tpu = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = jax_with(code, LIBTPU_INIT_ARGS=ours, **tpu)
+    assert done.stdout == "compiled\n", done.stderr
+    assert jax_with(code, LIBTPU_INIT_ARGS=ours + " --xla_tpu_no_such_flag=1", **tpu).stdout != "compiled\n"
+
+
+def executable(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def wait_for(condition, seconds=30):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
