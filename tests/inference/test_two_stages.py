@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vocojax.data.conversation import Turn, template
+from vocojax.data.conversation import Turn
 from vocojax.data.loader import unit_shape
 from vocojax.inference import compress as compress_module
 from vocojax.inference.assistant import Assistant
@@ -19,21 +19,6 @@ from vocojax.layout import LayoutError
 
 GREEDY = SamplingConfig(max_new_tokens=6)
 QUESTIONS = ("what color is the shape?", "is the shape red?", "a picture of", "what?")
-
-
-@pytest.fixture(scope="module")
-def assistant(tiny_model, words) -> Assistant:
-    return Assistant(tiny_model, words, template("short"))
-
-
-@pytest.fixture(scope="module")
-def images():
-    return list(np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8))
-
-
-@pytest.fixture(scope="module")
-def cache(assistant, images):
-    return compress(assistant.model, assistant.tokenizer, images)
 
 
 def ask(text):

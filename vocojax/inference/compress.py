@@ -52,11 +52,12 @@ def compress_keeping(
     for first in range(0, len(images), batch):
         chosen = [images[i % len(images)] for i in range(first, first + batch)]  # the last batch is filled up
         rows = whole_rows([unit] * batch, [[image] for image in chosen], model.config, "voco", len(unit))
-        parts.append(_run(model, place_rows(rows), keep))
+        parts.append(run_units(model, place_rows(rows), keep))
     k_LUNGD, v_LUNGD = (jnp.concatenate(part, axis=1)[:, : len(images)] for part in zip(*parts, strict=True))
     return VocoCache(k_LUNGD, v_LUNGD, len(unit) - keep, tuple(map(image_digest, images)), fingerprint)
 
 
-@functools.partial(jax.jit, static_argnames="keep")
-def _run(model: VocoLlama, rows: Rows, keep: int) -> KeyValues:
-    return model(rows, keep=keep)[1]
+@functools.partial(jax.jit, static_argnames=("keep", "attention"))
+def run_units(model: VocoLlama, rows: Rows, keep: int, attention: str | None = None) -> KeyValues:
+    """Rows of one unit each -> keys and values [L, U, keep, G, D] of their last tokens."""
+    return model(rows, keep=keep, attention=attention)[1]

@@ -103,16 +103,17 @@ def stream(
         progress = progress._replace(done_B=jax.device_put(over_B, progress.done_B.sharding))
 
 
-@functools.partial(jax.jit, static_argnames=("end_id", "plan"))
+@functools.partial(jax.jit, static_argnames=("end_id", "plan", "attention"))
 def first_token(
-    model: VocoLlama, prompts: Prompts, prefix: KeyValues | None, knobs: Knobs, *, end_id: int, plan: Plan
+    model: VocoLlama, prompts: Prompts, prefix: KeyValues | None, knobs: Knobs, *, end_id: int, plan: Plan,
+    attention: str | None = None,
 ) -> tuple[jax.Array, Progress]:
     """Reads the prompts: their next logits [B, V], and the answers' beginning."""
     COMPILATIONS["first_token"] += 1  # this line runs when the program is traced
     rows = prompts.rows
     num_rows, length = rows.ids_BS.shape
     first_index = 0 if prefix is None else prefix.length
-    hidden_BSE, kept = model(rows, prefix=prefix, keep=length)
+    hidden_BSE, kept = model(rows, prefix=prefix, keep=length, attention=attention)
     last_B1 = prompts.lengths_B[:, None] - 1
     pick = lambda x_BS: jnp.take_along_axis(x_BS, last_B1, axis=1)
     logits_BV = next_logits(model, jnp.take_along_axis(hidden_BSE, last_B1[..., None], axis=1))

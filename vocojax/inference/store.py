@@ -6,6 +6,7 @@ An entry is named by what it holds, so two writers of one entry write the same t
 """
 
 import contextlib
+import glob
 import os
 import time
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ class Store:
       storage: `exact`, or `int8` for half of bfloat16's bytes and a small loss. Both kinds live side by side.
       max_bytes: entries that nobody used for the longest time are removed beyond this size. Every writer looks after
         writing a twentieth of it, so that is how far each of several may overshoot. On an object store, whose times
-        can't be set, an entry's last use is its writing or this process's own reading.
+        can't be set, an entry's last use is its writing, or this process's own reading.
     """
 
     def __init__(self, root: epath.PathLike, storage: Storage = "exact", max_bytes: int | None = None):
@@ -94,7 +95,10 @@ class Store:
             one = cache.take(slice(unit, unit + 1))
             content = to_bytes(one, self.storage)
             assert one.model is not None  # to_bytes has refused it otherwise
-            write_atomically(self.path(one.images[0], one.model, one.tokens_per_unit), content)
+            path = self.path(one.images[0], one.model, one.tokens_per_unit)
+            write_atomically(path, content)
+            if is_remote(path):
+                self._touch(path)
             self._room -= len(content)
         if self.max_bytes is not None and self._room < 0:
             self._evict(self.max_bytes)
@@ -113,13 +117,13 @@ class Store:
             size -= entry.size
         self._room = max(0, min(max_bytes // 20, max_bytes - size))
         if not is_remote(self.root):
-            for partial in self.root.glob("*/*/*/.*.partial"):
+            for partial in self._files(".*.partial"):
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - os.stat(partial).st_mtime > _ABANDONED:
                         partial.unlink(missing_ok=True)
 
     def _entries(self) -> Iterator[_Entry]:
-        for path in self.root.glob("*/*/*/*.safetensors"):
+        for path in self._files("*.safetensors"):
             try:
                 if is_remote(path):
                     stat = path.stat()
@@ -129,6 +133,9 @@ class Store:
                     yield _Entry(local.st_mtime_ns / 1e9, local.st_size, path)
             except FileNotFoundError:  # removed since it was listed
                 continue
+
+    def _files(self, pattern: str) -> Iterator[epath.Path]:
+        return epath.Path(glob.escape(str(self.root))).glob(f"*/*/*/{pattern}")
 
     def _touch(self, path: epath.Path) -> None:
         if is_remote(path):

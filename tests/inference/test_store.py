@@ -1,0 +1,193 @@
+"""The store: what is put is what is got, whoever else writes, and whatever happens to the disk."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from tests.inference.hammer import IMAGES, MODEL, entry, hammer
+from vocojax.inference import store as store_module
+from vocojax.inference.cache import CacheError, VocoCache
+from vocojax.inference.cache_files import DamagedCache
+from vocojax.inference.fingerprint import Fingerprint, image_digest
+from vocojax.inference.store import MissingCache, Store
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Bucket(MemoryFileSystem):
+    """An object store in memory, in the place of Google's."""
+
+    protocol = ("gs", "gcs")
+    store: dict = {}  # noqa: RUF012 (the class of fsspec is made so)
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("gs://"))
+
+
+@pytest.fixture(params=["local", "gs"])
+def root(request, tmp_path, monkeypatch):
+    """An empty store's place."""
+    if request.param == "local":
+        return tmp_path / "store [of *tests*]"
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+    monkeypatch.setenv("EPATH_USE_TF", "false")
+    Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
+    return "gs://bucket/store"
+
+
+def test_what_is_put_is_got(root):
+    store = Store(root)
+    both = VocoCache.concat([entry(IMAGES[0]), entry(IMAGES[1])])
+    store.put(both)
+    for image in IMAGES[:2]:
+        assert store.has(image, MODEL, 2) and not store.has(image, MODEL, 1)
+        found = store.get(image, MODEL, 2)
+        assert np.array_equal(found.k_LUNGD, entry(image).k_LUNGD) and found.images == (image,)
+    assert np.array_equal(store.get(IMAGES[0], MODEL, 1).k_LUNGD, entry(IMAGES[0]).k_LUNGD[:, :, :1])
+    assert 2 * 65536 <= store.size() < 2 * 65536 + 4096
+    assert Store(root, "int8").has(IMAGES[0], MODEL, 2) is False
+
+
+def test_what_is_missing_is_said(root):
+    store, other = Store(root), Fingerprint("{}", "other")
+    with pytest.raises(MissingCache, match="it is empty"):
+        store.get(IMAGES[0], MODEL, 2)
+    store.put(entry(IMAGES[0]))
+    with pytest.raises(MissingCache, match=f"image {IMAGES[1]} with 2 .* of this model it has entries with 2 VoCo"):
+        store.get(IMAGES[1], MODEL, 2)
+    with pytest.raises(MissingCache, match=f"by model {other.digest}; it has entries of the models {MODEL.digest}"):
+        store.get(IMAGES[0], other, 2)
+    with pytest.raises(MissingCache):
+        store.get(IMAGES[0], MODEL, 3)
+
+
+def test_damage_is_refused_and_mended_by_compressing_again(root):
+    store = Store(root)
+    store.put(entry(IMAGES[0]))
+    path = store.path(IMAGES[0], MODEL, 2)
+    whole = path.read_bytes()
+    for content in (b"", whole[:-1], whole[:1000] + b"\0" + whole[1001:]):
+        path.write_bytes(content)
+        with pytest.raises(DamagedCache, match=re.escape(str(path))):
+            store.get(IMAGES[0], MODEL, 2)
+        assert not store.has(IMAGES[0], MODEL, 2)
+        store.put(entry(IMAGES[0]))
+        assert np.array_equal(store.get(IMAGES[0], MODEL, 2).v_LUNGD, entry(IMAGES[0]).v_LUNGD)
+    wrong = store.path(IMAGES[1], MODEL, 2)
+    wrong.parent.mkdir(parents=True, exist_ok=True)
+    wrong.write_bytes(whole)
+    with pytest.raises(DamagedCache, match="another image's or model's cache than its name says"):
+        store.get(IMAGES[1], MODEL, 2)
+
+
+def test_the_least_recently_used_goes_first(root):
+    size = len(store_module.to_bytes(entry(IMAGES[0])))
+    store = Store(root, max_bytes=3 * size + size // 2)
+    for image in IMAGES[:3]:
+        store.put(entry(image))
+        time.sleep(0.02)
+    store.get(IMAGES[0], MODEL, 2)
+    time.sleep(0.02)
+    store.put(entry(IMAGES[3]))
+    assert [store.has(image, MODEL, 2) for image in IMAGES] == [True, False, True, True]
+    tiny = Store(root, max_bytes=1)
+    tiny.put(entry(IMAGES[1]))
+    assert [tiny.has(image, MODEL, 2) for image in IMAGES] == [False, True, False, False]
+
+
+def test_half_written_files_of_killed_writers_are_swept_up(tmp_path):
+    store = Store(tmp_path, max_bytes=10**9)
+    path = Path(store.path(IMAGES[0], MODEL, 2))
+    path.parent.mkdir(parents=True)
+    old, young = path.parent / ".a.partial", path.parent / ".b.partial"
+    for partial in (old, young):
+        partial.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    store.put(entry(IMAGES[0]))
+    store._room = -1
+    store.put(entry(IMAGES[1]))
+    assert not old.exists() and young.exists()
+
+
+def test_threads_that_write_read_and_evict_the_same_entries(tmp_path):
+    size = len(store_module.to_bytes(entry(IMAGES[0])))
+    with ThreadPoolExecutor(8) as pool:
+        counts = list(pool.map(lambda seed: hammer(str(tmp_path), seed, 1.0, 2 * size), range(8)))
+    assert sum(c["put"] for c in counts) > 8 and sum(c["get"] for c in counts) > 8
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_entries", [0, 2])
+def test_eight_processes_of_which_some_are_killed(tmp_path, max_entries):
+    """No reader ever sees a wrong entry, and every entry that is left is whole."""
+    size = len(store_module.to_bytes(entry(IMAGES[0]))) * max_entries
+    start = lambda seed: subprocess.Popen(
+        [sys.executable, "-m", "tests.inference.hammer", str(tmp_path), str(seed), "12", str(size)], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    workers = [start(seed) for seed in range(8)]
+    while not list(tmp_path.rglob("*.safetensors")):
+        time.sleep(0.1)
+    time.sleep(4)  # all are at it
+    for worker in workers[:3]:
+        worker.kill()
+    for worker in workers[3:]:
+        out, error = worker.communicate(timeout=200)
+        assert worker.returncode == 0, error
+        assert int(re.search(r"'put': (\d+)", out)[1]) > 0
+    for worker in workers[:3]:
+        worker.communicate()
+    store = Store(tmp_path)
+    left = [image for image in IMAGES if store.has(image, MODEL, 2)]
+    assert left and (max_entries or len(left) == 4)
+    for image in left:
+        assert np.array_equal(store.get(image, MODEL, 2).k_LUNGD, entry(image).k_LUNGD)
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path, monkeypatch):
+    """A limit on the size of files stops the write in the middle, as a full disk does."""
+    store = Store(tmp_path)
+    store.put(entry(IMAGES[0]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        for image in IMAGES[:2]:
+            with pytest.raises(CacheError, match=r"safetensors: can't be written: File too large"):
+                store.put(entry(image))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert np.array_equal(store.get(IMAGES[0], MODEL, 2).k_LUNGD, entry(IMAGES[0]).k_LUNGD)
+    assert not store.has(IMAGES[1], MODEL, 2) and not list(tmp_path.rglob("*.partial"))
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CacheError, match="No space left on device: free space, or limit the store's size"):
+        store.put(entry(IMAGES[1]))
+    assert not store.has(IMAGES[1], MODEL, 2) and not list(tmp_path.rglob("*.partial"))
+
+
+def test_whole_units_and_nameless_caches_do_not_go_into_a_store(tmp_path):
+    cache = entry(image_digest(np.zeros((4, 4, 3), np.uint8)))
+    with pytest.raises(CacheError, match="a store holds VoCo tokens"):
+        Store(tmp_path).put(VocoCache(cache.k_LUNGD, cache.v_LUNGD, 0, cache.images, MODEL))
+    with pytest.raises(CacheError, match="doesn't say whose it is"):
+        Store(tmp_path).put(VocoCache(cache.k_LUNGD, cache.v_LUNGD, 6, cache.images))
+    assert not list(tmp_path.iterdir())
