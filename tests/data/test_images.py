@@ -1,11 +1,26 @@
 import io
+import os
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, LlavaNextImageProcessor
 
-from vocojax.data.images import MEAN_COLOUR, ImageError, decode, load_image, prepare
+from vocojax.data import images
+from vocojax.data.images import (
+    GRIDS,
+    MEAN_COLOUR,
+    ImageError,
+    choose_grid,
+    count_units,
+    decode,
+    load_image,
+    prepare,
+    prepare_units,
+)
+from vocojax.data.resampling import resize
 
 
 def photo(width, height, seed=0):
@@ -60,3 +75,91 @@ def test_missing_image_is_named(tmp_path):
     with pytest.raises(ImageError, match=r"none\.png': cannot be read: No such file") as error:
         load_image(tmp_path / "none.png", 32)
     assert error.value.reason == "missing image"
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (300, 900), (900, 300), (336, 336), (50, 90), (337, 500)])
+@pytest.mark.parametrize("kind", ["photo", "noise"])
+def test_fits_are_those_of_pillow_to_the_bit(size, kind):
+    image = photo(*size)
+    if kind == "noise":
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 2, (size[1], size[0], 3), np.uint8) * 255)
+    side = max(size)
+    for fit, colour in (("pad", MEAN_COLOUR), ("pad_white", (255, 255, 255))):
+        square = Image.new("RGB", (side, side), colour)
+        square.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+        assert np.array_equal(prepare(image, 224, fit), square.resize((224, 224), Image.Resampling.BICUBIC)), fit
+    assert np.array_equal(prepare(image, 224, "square"), image.resize((224, 224), Image.Resampling.BICUBIC))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(*[st.integers(1, 120)] * 4), st.integers(0, 9))
+def test_every_resize_is_pillow_s(sizes, seed):
+    width, height, new_width, new_height = sizes
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    expected = np.asarray(image.resize((new_width, new_height), Image.Resampling.BICUBIC))
+    assert np.array_equal(resize(image, new_width, new_height), expected)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (300, 900), (900, 300), (336, 336), (200, 90)])
+def test_anyres_is_the_llava_next_processor_of_transformers(size):
+    grids = [[rows * 224, columns * 224] for rows, columns in GRIDS]
+    processor = LlavaNextImageProcessor(
+        size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}, image_grid_pinpoints=grids,
+        do_normalize=False, do_rescale=False,
+    )
+    expected = np.asarray(processor(photo(*size), return_tensors="np")["pixel_values"][0]).transpose(0, 2, 3, 1)
+    units = prepare_units(photo(*size), 224, "anyres")
+    assert len(units) == len(expected) == count_units(*size, 224, "anyres")
+    assert np.abs(np.stack(units).astype(int) - np.rint(expected).astype(int)).max() <= 1
+
+
+def test_grids_literally():
+    assert choose_grid(1000, 1000, 336) == (2, 2)
+    assert choose_grid(2000, 500, 336) == (1, 3)
+    assert choose_grid(600, 300, 336) == (1, 2)
+    assert choose_grid(300, 1000, 336) == (3, 1)
+    with pytest.raises(ValueError, match="use prepare_units"):
+        prepare(photo(8, 8), 8, "anyres")
+
+
+def test_colours_survive_every_mode():
+    """Pure red through each mode that files come in."""
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    palette = red.quantize(4)
+    palette.info["transparency"] = bytes([255, 0, 255, 255])
+    for image, format in ((red.convert("CMYK"), "JPEG"), (palette, "PNG"), (red.convert("RGBA"), "WEBP"), (red, "BMP"),
+                          (red, "TIFF"), (red.quantize(4), "GIF")):
+        pixel = np.asarray(decode(encoded(image, format), "x"))[4, 4].astype(int)
+        assert np.abs(pixel - (255, 0, 0)).max() <= 3, (image.mode, format)
+
+
+def test_sixteen_bit_greyscale_keeps_its_upper_bits():
+    deep = Image.fromarray(np.array([[0, 255, 256, 32768, 65535]], np.uint16))
+    assert np.asarray(decode(encoded(deep, "PNG"), "x"))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_exif_orientation_is_left_alone():
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    photo(40, 20).save(buffer, "JPEG", exif=exif)
+    assert decode(buffer.getvalue(), "x").size == (40, 20)
+
+
+def test_bombs_are_found_before_they_are_decoded(monkeypatch):
+    content = encoded(photo(64, 64), "PNG")
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 64 - 1)
+    with pytest.raises(ImageError, match="has 64 x 64 pixels, more than 4095") as error:
+        decode(content, "x")
+    assert error.value.reason == "too many pixels"
+
+
+def test_only_regular_files_of_limited_size_are_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(bytes(11))
+    monkeypatch.setattr(images, "MAX_BYTES", 10)
+    for name, reason in (("pipe", "missing image"), ("", "missing image"), ("large", "too many bytes"),
+                         ("a\0b", "missing image"), ("n" * 300, "missing image")):
+        with pytest.raises(ImageError) as error:
+            load_image(f"{tmp_path}/{name}", 8)
+        assert error.value.reason == reason

@@ -5,6 +5,8 @@ from typing import Literal
 
 from vocojax.config import require, require_positive
 from vocojax.data.conversation import TEMPLATES
+from vocojax.data.images import Fit
+from vocojax.data.videos import Sampling
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,10 @@ class DataConfig:
     lanes: packers that the records are dealt to; None for one per row of a batch. A batch's rows must be a multiple of
       it, and it of the number of processes. What a batch holds depends on it, so a run keeps it.
     pack_window: samples among which a lane seeks those that fill a row.
-    fit: `pad` squares an image with CLIP's mean colour, `crop` cuts its centre.
+    fit: how an image becomes square, see `images.prepare`; with `anyres` every tile is a unit.
+    frames: units of a video (at most so many, where `frame_sampling` is `fps`), each counted by `images_per_row`.
+    frame_sampling: which frames, see `videos.choose_frames`.
+    video_seconds: a video that takes longer to read is skipped.
     num_threads: threads that read and decode, in every worker process if there are any.
     num_workers: processes that make batches; 0 for threads of this one. They need absl's flags to be parsed.
     keep_in_memory: keep every prepared sample, for small data sets.
@@ -39,19 +44,23 @@ class DataConfig:
     max_targets: int | None = None
     lanes: int | None = None
     pack_window: int = 64
-    fit: Literal["pad", "crop"] = "pad"
+    fit: Fit = "pad"
+    frames: int = 8
+    frame_sampling: Sampling = "uniform"
+    video_seconds: float = 20.0
     num_threads: int = 16
     num_workers: int = 0
     keep_in_memory: bool = False
     max_skipped_share: float = 0.01
 
     def __post_init__(self) -> None:
-        require_positive(self, "row_length", "images_per_row", "pack_window", "num_threads")
+        require_positive(self, "row_length", "images_per_row", "pack_window", "num_threads", "frames")
         require(self.max_targets is None or self.max_targets >= 1, "max_targets", "must be >= 1", self.max_targets)
         require(self.lanes is None or self.lanes >= 1, "lanes", "must be >= 1", self.lanes)
         require(self.num_workers >= 0, "num_workers", "must be >= 0", self.num_workers)
         require(self.threads_per_sample is None or self.threads_per_sample >= 1, "threads_per_sample", "must be >= 1",
                 self.threads_per_sample)
+        require(self.video_seconds > 0, "video_seconds", "must be > 0", self.video_seconds)
         require(self.template in TEMPLATES, "template", f"must be one of {sorted(TEMPLATES)}", self.template)
         require(0 <= self.max_skipped_share <= 1, "max_skipped_share", "must be in [0, 1]", self.max_skipped_share)
 

@@ -39,6 +39,8 @@ def conversation_from_llava(record: str, turns: Sequence[Mapping[str, Any]]) -> 
             raise LayoutError(record, f"turn {index} has the unknown role {role!r}; known: human, gpt", "unknown role")
         if not isinstance(text, str):
             raise LayoutError(record, f"turn {index} has no text", "no text")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise LayoutError(record, f"turn {index} is not UTF-8", "not UTF-8")
         if _ROLES[role] != ("user", "assistant")[index % 2]:
             raise LayoutError(record, f"turn {index} is {role}'s, out of turn", "roles out of turn")
         if role == "gpt" and not text.strip():

@@ -1,16 +1,30 @@
-"""Images from files to the square uint8 pixels that the vision tower takes; normalisation happens on the device."""
+"""Images from files to the square uint8 pixels that the vision tower takes; normalisation happens on the device.
+
+Pixels are those of CLIP's processor in transformers on Pillow. JPEG's reduced decoding ("draft") would be faster for
+large files and is not used, since it gives other pixels.
+"""
 
 import io
+import math
+import os
+import stat
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
+from vocojax.data.resampling import reduce_columns, reduce_rows, resize
 from vocojax.models.clip import CLIP_MEAN
 
-Fit = Literal["pad", "crop"]
+Fit = Literal["pad", "pad_white", "crop", "square", "anyres"]
 MEAN_COLOUR = tuple(int(mean * 255) for mean in CLIP_MEAN)
+WHITE = (255, 255, 255)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that runs another program
+MAX_PIXELS = 2**26
+MAX_BYTES = 2**28
+# LLaVA-1.6's grids of tiles, (rows, columns), in the order in which ties are decided.
+GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
 class ImageError(ValueError):
@@ -21,44 +35,142 @@ class ImageError(ValueError):
         super().__init__(f"image {name!r}: {problem}")
 
 
-def load_image(path: str | Path, size: int, fit: Fit = "pad") -> np.ndarray:
-    """Reads an image file and prepares it; see `prepare`.
+def load_image(image: str | Path | bytes, size: int, fit: Fit = "pad") -> np.ndarray:
+    """Reads an image file, or takes its content, and prepares it; see `prepare`.
 
     Raises:
-      ImageError: the file is missing, empty, truncated or no image.
+      ImageError: the file is missing, empty, truncated, too large or no image.
     """
+    content, name = (image, "of a record") if isinstance(image, bytes) else (read(image), str(image))
+    return prepare(decode(content, name), size, fit)
+
+
+def read(path: str | Path) -> bytes:
+    """The content of an image file; `ImageError` if it is no readable regular file or has over `MAX_BYTES`."""
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise ImageError(str(path), f"cannot be read: {error.strerror}", "missing image") from error
-    return prepare(decode(content, str(path)), size, fit)
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(str(path), "is no file", "missing image")
+        if status.st_size > MAX_BYTES:
+            raise ImageError(str(path), f"has {status.st_size} bytes, more than {MAX_BYTES}", "too many bytes")
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path that no system call takes
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(str(path), f"cannot be read: {getattr(error, 'strerror', None) or error}",
+                         "missing image") from error
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """Encoded bytes -> an RGB image. `name` is used in errors."""
+    """Encoded bytes -> an RGB image, pixels in the order of the file: EXIF's orientation is not applied, as in the code
+    that LLaVA and VoCo-LLaMA were trained with. 16-bit greyscale keeps its upper 8 bits; transparency is dropped.
+
+    Args:
+      name: used in errors.
+
+    Raises:
+      ImageError: empty, truncated, no image, or more than `MAX_PIXELS`, which is found out before they are decoded.
+    """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
+        with _open(content, name) as image:
+            if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
+                return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+            return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:  # the decoders raise whatever a damaged file leads them to
+        raise ImageError(name, f"cannot be decoded: {error}", "undecodable image") from error
+
+
+def pixel_size(content: bytes, name: str) -> tuple[int, int]:
+    """Width and height as the file's header says."""
+    with _open(content, name) as image:
+        return image.size
+
+
+def _open(content: bytes, name: str) -> ImageFile.ImageFile:
+    if not content:
+        raise ImageError(name, "cannot be decoded: it is empty", "undecodable image")
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError(name, f"has too many pixels: {error}", "too many pixels") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as error:
+    except UnidentifiedImageError as error:
+        raise ImageError(name, "cannot be decoded: no image of a known format", "undecodable image") from error
+    except Exception as error:
         raise ImageError(name, f"cannot be decoded: {error}", "undecodable image") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(name, f"has {image.width} x {image.height} pixels, more than {MAX_PIXELS}", "too many pixels")
+    return image
 
 
 def prepare(image: Image.Image, size: int, fit: Fit = "pad") -> np.ndarray:
     """An RGB image -> uint8 [size, size, 3], as CLIP's processor and LLaVA's padding do it.
 
-    `pad` centres the image on a square of CLIP's mean colour and keeps all of it (LLaVA-1.5); `crop` keeps the centre
-    square (CLIP). The shortest side is resized to `size` by bicubic interpolation.
+    `pad` centres the image on a square of CLIP's mean colour and keeps all of it (LLaVA-1.5), `pad_white` on a white
+    one (Shikra); `crop` keeps the centre square (CLIP); `square` squashes it. The shortest side is resized to `size`
+    by bicubic interpolation. `anyres` gives several: see `prepare_units`.
     """
-    if fit == "pad" and image.width != image.height:
-        side = max(image.size)
-        square = Image.new("RGB", (side, side), MEAN_COLOUR)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
+    if fit == "anyres":
+        raise ValueError("'anyres' makes several units of an image: use prepare_units")
+    if fit == "square":
+        return resize(image, size, size)
+    if fit != "crop" and image.width != image.height:
+        return _pad_and_resize(image, size, WHITE if fit == "pad_white" else MEAN_COLOUR)
     shortest = min(image.size)
-    if shortest != size:
-        width, height = (max(size, int(size * edge / shortest)) for edge in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
+    width, height = (max(size, int(size * edge / shortest)) for edge in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return resize(image, width, height)[top : top + size, left : left + size]
+
+
+def prepare_units(image: Image.Image, size: int, fit: Fit = "pad") -> tuple[np.ndarray, ...]:
+    """All units of an image, uint8 [size, size, 3] each: one, or with `anyres` (LLaVA-1.6) the squashed image and then
+    the tiles, row by row, of the image on a black ground of the grid that suits it best."""
+    if fit != "anyres":
+        return (prepare(image, size, fit),)
+    rows, columns = choose_grid(image.width, image.height, size)
+    scale_x, scale_y = columns * size / image.width, rows * size / image.height
+    if scale_x < scale_y:
+        width, height = columns * size, min(math.ceil(image.height * scale_x), rows * size)
+    else:
+        width, height = min(math.ceil(image.width * scale_y), columns * size), rows * size
+    ground = np.zeros((rows * size, columns * size, 3), np.uint8)
+    top, left = (rows * size - height) // 2, (columns * size - width) // 2
+    ground[top : top + height, left : left + width] = resize(image, width, height)
+    tiles = ground.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+    return (resize(image, size, size), *tiles)
+
+
+def count_units(width: int, height: int, size: int, fit: Fit) -> int:
+    """How many units `prepare_units` makes of an image of so many pixels."""
+    if fit != "anyres":
+        return 1
+    rows, columns = choose_grid(width, height, size)
+    return 1 + rows * columns
+
+
+def choose_grid(width: int, height: int, size: int) -> tuple[int, int]:
+    """LLaVA-1.6's choice of a grid: most of the image's pixels kept, and then the fewest wasted."""
+
+    def merit(grid: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = grid
+        scale = min(columns * size / width, rows * size / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - rows * columns * size * size
+
+    return max(GRIDS, key=merit)
+
+
+def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, ...]) -> np.ndarray:
+    """`image` in the middle of a square of one colour, resized to `size`."""
+    side = max(image.size)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    if side < size or not top:
+        square = Image.new("RGB", (side, side), colour)
+        square.paste(image, (left, top))
+        return resize(square, size, size)
+    # The horizontal pass leaves rows of one colour as they are: only the image's own rows go through it.
+    across = np.empty((side, size, 3), np.uint8)
+    across[:] = colour
+    across[top : top + image.height] = reduce_columns(image, size)
+    return reduce_rows(across, size)

@@ -12,6 +12,7 @@ from typing import Any
 
 import grain
 
+from vocojax.data.images import ImageError
 from vocojax.data.packing import RowShape, Size, best_fit
 from vocojax.data.prepared import Prepared, PreparedSource
 from vocojax.layout import LayoutError
@@ -97,7 +98,7 @@ class Lane:
             report.records += counts
             try:
                 prepared = self._source.lay_out(self._order[position])
-            except LayoutError as error:
+            except (LayoutError, ImageError) as error:
                 failed += 1
                 if counts:
                     report.skipped.append((error.reason, str(error)))

@@ -3,23 +3,27 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from vocojax.config import ModelConfig
 from vocojax.data.config import DataConfig
 from vocojax.data.conversation import Template, template
-from vocojax.data.images import load_image
+from vocojax.data.images import ImageError, count_units, decode, pixel_size, prepare_units, read
 from vocojax.data.packing import Item, Size
-from vocojax.data.sources import Source
+from vocojax.data.sources.base import Sample, Source
 from vocojax.data.tokenizer import Tokenizer
+from vocojax.data.videos import choose_frames, probe, read_frames
 from vocojax.layout import LayoutError, SampleLayout, UnitShape, lay_out_sample, require_targets
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A record laid out; its images are still on disk."""
+    """A record laid out; its images and frames are not decoded."""
 
     record: int
     layout: SampleLayout
-    images: tuple[Path, ...]
+    images: tuple[Path | bytes, ...]
+    videos: tuple[Path, ...]
     size: Size
 
 
@@ -45,39 +49,70 @@ class PreparedSource:
 
         Raises:
           LayoutError: it can't be used.
+          ImageError: the units of its images or videos can't be counted.
         """
         if record in self._laid_out:
             return self._laid_out[record]
         sample = self._source[record]
-        if len(sample.images) > self._data.images_per_row:
-            raise LayoutError(sample.id, f"has {len(sample.images)} images, a row has room for "
+        units = self._count_units(sample)
+        if units > self._data.images_per_row:
+            raise LayoutError(sample.id, f"has {units} images, frames or tiles, a row has room for "
                               f"{self._data.images_per_row}: raise data.images_per_row", "too many images")
         threads = [self._template.spans(thread, self._tokenizer.eos_token) for thread in sample.threads]
         layout = require_targets(
-            lay_out_sample(sample.id, len(sample.images), threads, self._tokenizer, self._unit, self._data.row_length)
+            lay_out_sample(sample.id, units, threads, self._tokenizer, self._unit, self._data.row_length)
         )
-        size = Size(len(layout), len(sample.images), layout.num_targets)
+        size = Size(len(layout), units, layout.num_targets)
         if size.targets > self._data.target_slots:
             raise LayoutError(sample.id, f"has {size.targets} targets, a row has room for "
                               f"{self._data.target_slots}: raise data.max_targets", "too many targets")
-        prepared = Prepared(record, layout, sample.images, size)
+        prepared = Prepared(record, layout, sample.images, sample.videos, size)
         if self._data.keep_in_memory:
             self._laid_out[record] = prepared
         return prepared
 
     def load(self, prepared: Prepared) -> Item:
-        """Reads and decodes the record's images.
+        """Reads and decodes the record's images and videos.
 
         Raises:
           ImageError: one of them can't be used.
         """
         if prepared.record in self._loaded:
             return self._loaded[prepared.record]
-        images = tuple(load_image(path, self._image_size, self._data.fit) for path in prepared.images)
-        item = Item(prepared.layout, images)
+        data, size, name = self._data, self._image_size, prepared.layout.record
+        units: list[np.ndarray] = []
+        for image in prepared.images:
+            units += prepare_units(decode(*_content(image, name)), size, data.fit)
+        for path in prepared.videos:
+            for frame in read_frames(path, data.frame_sampling, data.frames, data.video_seconds):
+                units += prepare_units(frame, size, data.fit)
+        if len(units) != prepared.layout.num_units:
+            raise ImageError(name, f"has {len(units)} units, it was laid out with {prepared.layout.num_units}",
+                             "changed file")
+        item = Item(prepared.layout, tuple(units))
         if self._data.keep_in_memory:
             self._loaded[prepared.record] = item
         return item
+
+    def _count_units(self, sample: Sample) -> int:
+        """Units of a sample; of files as little is read as tells."""
+        data, count = self._data, 0
+        if data.fit == "anyres":
+            for image in sample.images:
+                count += count_units(*pixel_size(*_content(image, sample.id)), self._image_size, data.fit)
+        else:
+            count += len(sample.images)
+        for path in sample.videos:
+            if data.frame_sampling == "fps":
+                count += len(choose_frames(probe(path, data.video_seconds), "fps", data.frames))
+            else:
+                count += data.frames
+        return count
+
+
+def _content(image: Path | bytes, record: str) -> tuple[bytes, str]:
+    """An image's encoded content and its name for errors."""
+    return (image, record) if isinstance(image, bytes) else (read(image), str(image))
 
 
 def unit_shape(model: ModelConfig) -> UnitShape:

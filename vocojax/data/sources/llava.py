@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from vocojax.data.conversation import conversation_from_llava
-from vocojax.data.sources.base import Sample
+from vocojax.data.sources.base import Root, Sample
 from vocojax.layout import LayoutError
 
 
@@ -26,7 +26,7 @@ class LlavaSource:
             raise ValueError(f"{path}: not a JSON file in UTF-8: {error}") from error
         if not isinstance(records, list):
             raise ValueError(f"{path}: must hold a list of records, holds a {type(records).__name__}")
-        self._records, self._root = records, Path(image_root).resolve()
+        self._records, self._root = records, Root(image_root)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -41,14 +41,8 @@ class LlavaSource:
         images = [images] if isinstance(images, str) else images
         if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
             raise LayoutError(name, f"image must be a path or a list of paths, got {images!r}", "malformed record")
-        paths = tuple(self._inside_root(name, image) for image in images)
+        paths = tuple(self._root.file(name, image) for image in images)
         markers = sum(turn.text.count("<image>") for turn in conversation if turn.role == "user")
         if markers > len(paths):
             raise LayoutError(name, f"has {markers} <image> but {len(paths)} images", "more <image> than images")
         return Sample(name, paths, (conversation,))
-
-    def _inside_root(self, name: str, image: str) -> Path:
-        path = (self._root / image).resolve()
-        if not path.is_relative_to(self._root):
-            raise LayoutError(name, f"image {image!r} leaves the image root {self._root}", "image outside root")
-        return path

@@ -1,0 +1,68 @@
+"""Pillow's bicubic reduction of 8-bit RGB images, bit for bit, several times as fast and without the interpreter lock.
+
+Pillow's own loops are scalar. Here both passes run over whole rows of memory (the horizontal one on the transposed
+image), which a compiler turns into vector instructions; the arithmetic is Pillow's: weights of 22 bits, sums in int32,
+8 bits between the passes.
+"""
+
+import functools
+
+import numba
+import numpy as np
+from PIL import Image
+
+PRECISION_BITS = 22
+_A = -0.5  # of the cubic convolution
+
+
+def resize(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """An RGB image -> uint8 [height, width, 3], as `image.resize((width, height), BICUBIC)` gives it."""
+    reduced_x, reduced_y = image.width - width, image.height - height
+    # Pillow goes horizontally first, as we do, but where rows are reduced most; and enlargements are cheap anyway.
+    if min(reduced_x, reduced_y) < 0 or reduced_y >= 2 * reduced_x:
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.uint8)
+    return reduce_rows(reduce_columns(image, width), height)
+
+
+def reduce_columns(image: Image.Image, width: int) -> np.ndarray:
+    """The horizontal pass alone -> uint8 [image.height, width, 3]."""
+    columns = np.asarray(image.transpose(Image.Transpose.TRANSPOSE))
+    transposed = Image.fromarray(reduce_rows(columns, width))
+    return np.asarray(transposed.transpose(Image.Transpose.TRANSPOSE))
+
+
+def reduce_rows(pixels: np.ndarray, height: int) -> np.ndarray:
+    """The vertical pass alone: uint8 [h, w, 3] -> [height, w, 3]."""
+    out = np.empty((height, *pixels.shape[1:]), np.uint8)
+    _weigh_rows(np.ascontiguousarray(pixels).reshape(len(pixels), -1), *_weights(len(pixels), height),
+                out.reshape(height, -1))
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _weights(size: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every target row: the first row it depends on, how many, and their fixed-point weights."""
+    scale = size / target
+    stretch = max(scale, 1.0)
+    centre, support = (np.arange(target) + 0.5) * scale, 2 * stretch
+    first = np.maximum((centre - support + 0.5).astype(int), 0)
+    count = np.minimum((centre + support + 0.5).astype(int), size) - first
+    tap = np.arange(count.max())
+    x = np.abs((tap + first[:, None] - centre[:, None] + 0.5) / stretch)
+    near, far = ((_A + 2) * x - (_A + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * _A
+    weights = np.where(tap < count[:, None], np.where(x < 1, near, np.where(x < 2, far, 0.0)), 0.0)
+    weights = weights / weights.sum(1, keepdims=True) * 2**PRECISION_BITS
+    return first, count, np.trunc(weights + np.copysign(0.5, weights)).astype(np.int32)
+
+
+@numba.njit(nogil=True, cache=True)
+def _weigh_rows(rows, first, count, weights, out):  # type: ignore[no-untyped-def]
+    total = np.empty(rows.shape[1], np.int32)
+    for i in range(len(out)):
+        total[:] = 1 << (PRECISION_BITS - 1)
+        for tap in range(count[i]):
+            row, weight = rows[first[i] + tap], weights[i, tap]
+            for x in range(len(total)):
+                total[x] += np.int32(row[x]) * weight
+        for x in range(len(total)):
+            out[i, x] = min(max(total[x] >> PRECISION_BITS, 0), 255)

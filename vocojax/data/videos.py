@@ -1,0 +1,171 @@
+"""Videos to frames, by PyAV. A file gets a limited time, and whatever is wrong with it is one kind of error."""
+
+import os
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import av
+import numpy as np
+from PIL import Image
+
+from vocojax.data.images import MAX_PIXELS, ImageError
+
+Sampling = Literal["uniform", "segments", "fps"]
+SEEK_FROM = 2.0  # seconds between two frames from which on a seek is tried
+
+
+class VideoError(ImageError):
+    """A video that can't be used; `reason` is a short key to count it under."""
+
+    def __init__(self, name: str, problem: str, reason: str):
+        super().__init__(name, problem, reason)
+        self.args = (f"video {name!r}: {problem}",)
+
+
+class VideoInfo(NamedTuple):
+    """frames: how many the file says it has (or its duration implies); rate: of them per second."""
+
+    frames: int
+    rate: float
+
+
+def probe(path: str | Path, seconds: float = 20.0) -> VideoInfo:
+    """Reads the header of a video file.
+
+    Raises:
+      VideoError: as `read_frames`.
+    """
+    with _Opened(path, seconds) as video:
+        return video.info
+
+
+def choose_frames(info: VideoInfo, sampling: Sampling, count: int) -> list[int]:
+    """Indices of the frames to read, increasing.
+
+    `uniform`: `count` from the first to the last one at equal distances. `segments`: the middle of each of `count`
+    equal segments (Video-ChatGPT). `fps`: one per second (LLaMA-VID: every round(rate)-th), `count` of them at equal
+    distances if there are more.
+    """
+    if sampling == "fps":
+        every_second = np.arange(0, info.frames, max(round(info.rate), 1))
+        return every_second[_spread(len(every_second), min(count, len(every_second)))].tolist()
+    if sampling == "uniform":
+        return _spread(info.frames, count).tolist()
+    edges = np.round(np.arange(count + 1) * (info.frames - 1) / count).astype(int)
+    return ((edges[:-1] + edges[1:]) // 2).tolist()
+
+
+def read_frames(
+    path: str | Path, sampling: Sampling, count: int, seconds: float = 20.0, seek: bool = True
+) -> list[Image.Image]:
+    """The frames of a video that `choose_frames` chooses, as RGB images.
+
+    Args:
+      seconds: that the file may take; checked between packets, which are of limited size.
+      seek: jump to the keyframe before a frame where that saves decoding; without it everything is decoded.
+
+    Raises:
+      VideoError: missing, no video, damaged, shorter than `count` frames (with `fps`: without one), or too slow.
+    """
+    with _Opened(path, seconds) as video:
+        needed = 1 if sampling == "fps" else count
+        if video.info.frames < needed:
+            raise VideoError(str(path), f"has {video.info.frames} frames, {needed} are needed", "short video")
+        return video.frames(choose_frames(video.info, sampling, count), seek)
+
+
+def _spread(length: int, count: int) -> np.ndarray:
+    """`count` indices from 0 to length - 1 at equal distances."""
+    return np.round(np.linspace(0, max(length - 1, 0), count)).astype(int)
+
+
+def _stamp(frame: av.VideoFrame) -> int:
+    """A frame's time stamp, in ticks; frames without one are never kept."""
+    assert frame.pts is not None
+    return frame.pts
+
+
+class _Opened:
+    """An open video file with a deadline; whatever goes wrong inside becomes a `VideoError`."""
+
+    def __init__(self, path: str | Path, seconds: float):
+        self._name, self._seconds, self._deadline = str(path), seconds, time.monotonic() + seconds
+
+    def __enter__(self) -> "_Opened":
+        try:
+            if not stat.S_ISREG(os.stat(self._name).st_mode):
+                raise VideoError(self._name, "is no file", "missing video")
+            self._container = av.open(self._name, timeout=self._seconds, metadata_errors="replace")
+        except Exception as error:
+            raise self._named(error) from error
+        try:
+            self._stream = self._container.streams.video[0]
+            self.info = self._read_info()
+        except Exception as error:
+            self._container.close()
+            raise self._named(error) from error
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._container.close()
+        if isinstance(error, Exception):
+            raise self._named(error) from error
+
+    def frames(self, indices: Sequence[int], seek: bool) -> list[Image.Image]:
+        """The frames at increasing indices (an index may repeat)."""
+        start, step = self._stream.start_time or 0, 1 / self.info.rate / self._tick
+        found: list[Image.Image] = []
+        decoded, frame = self._decode(), None
+        for index in indices:
+            stamp = start + (index - 0.5) * step  # half a frame early, since time stamps are rounded
+            position = start if frame is None else _stamp(frame)
+            if seek and stamp - position > SEEK_FROM / self._tick:
+                self._container.seek(int(stamp), stream=self._stream, backward=True)
+                decoded = self._decode()
+                frame = next(decoded, None)
+                seek = frame is not None and _stamp(frame) > position + step  # else keyframes are too far apart
+            if frame is None:
+                frame = next(decoded, None)
+            while frame is not None and _stamp(frame) < stamp:
+                frame = next(decoded, None)
+            if frame is None:
+                raise VideoError(self._name, f"ends or breaks off after {len(found)} of {len(indices)} frames",
+                                 "undecodable video")
+            found.append(frame.to_image())
+        return found
+
+    def _decode(self) -> Iterator[av.VideoFrame]:
+        for packet in self._container.demux(self._stream):
+            if time.monotonic() > self._deadline:
+                raise VideoError(self._name, f"takes more than {self._seconds:g} s", "slow video")
+            yield from (frame for frame in packet.decode() if frame.pts is not None)
+
+    def _read_info(self) -> VideoInfo:
+        stream = self._stream
+        if stream.width * stream.height > MAX_PIXELS:
+            raise VideoError(self._name, f"has {stream.width} x {stream.height} pixels", "too many pixels")
+        if stream.time_base is None:
+            raise VideoError(self._name, "has no time base", "undecodable video")
+        self._tick = float(stream.time_base)  # seconds
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        if rate <= 0:
+            raise VideoError(self._name, "has no frame rate", "undecodable video")
+        if stream.frames:
+            return VideoInfo(stream.frames, rate)
+        if stream.duration is not None:
+            return VideoInfo(int(stream.duration * self._tick * rate), rate)
+        return VideoInfo(int((self._container.duration or 0) / av.time_base * rate), rate)
+
+    def _named(self, error: Exception) -> VideoError:
+        if isinstance(error, VideoError):
+            return error
+        if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
+            return VideoError(self._name, f"cannot be read: {error}", "missing video")
+        if isinstance(error, (av.error.ExitError, TimeoutError)):
+            return VideoError(self._name, f"takes more than {self._seconds:g} s", "slow video")
+        if isinstance(error, IndexError):
+            return VideoError(self._name, "has no video stream", "undecodable video")
+        return VideoError(self._name, f"cannot be decoded: {error}", "undecodable video")
