@@ -202,7 +202,7 @@ def test_bad_records_name_their_reason(llava_data, tmp_path, edit, reason):
 
 
 def test_a_file_that_is_no_list_is_named(tmp_path):
-    for content, message in ((b"{}", "must hold a list"), (b"[", "not a JSON file"), (b"\xff", "not a JSON file")):
+    for content, message in ((b"{}", "must hold a list"), (b"[", "not a JSON list"), (b"\xff", "not a JSON list")):
         (tmp_path / "x.json").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             LlavaSource(tmp_path / "x.json", tmp_path)

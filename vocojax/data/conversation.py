@@ -35,7 +35,7 @@ def conversation_from_llava(record: str, turns: Sequence[Mapping[str, Any]]) -> 
     conversation = []
     for index, turn in enumerate(turns):
         role, text = turn.get("from"), turn.get("value")
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise LayoutError(record, f"turn {index} has the unknown role {role!r}; known: human, gpt", "unknown role")
         if not isinstance(text, str):
             raise LayoutError(record, f"turn {index} has no text", "no text")

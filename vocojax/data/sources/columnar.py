@@ -1,0 +1,212 @@
+"""A JSON list of records as an Arrow file that is memory-mapped: random access without a Python object per record.
+
+The file is made on first use, in `.vocojax` beside the JSON or, where that can't be written, in the user's cache
+directory. Its name holds the JSON's size, time stamp and digest, so that an edited JSON gets a new one, and it appears
+only when it is complete.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from vocojax.layout import LayoutError
+
+VERSION = 1
+CHUNK = 2**24  # bytes read at a time
+BATCH = 4096  # records to an Arrow batch
+SPACE = b" \t\r\n"
+_SCHEMA = pa.schema([("record", pa.large_binary()), ("problem", pa.string())])
+
+
+class ColumnarRecords:
+    """The records of a JSON file.
+
+    Args:
+      path: a JSON list of records, or (`.jsonl`) one record to a line.
+
+    Raises:
+      ValueError: the file is no such JSON; names the byte where it ends to be one.
+    """
+
+    def __init__(self, path: str | Path):
+        self._file = _columnar_file(Path(path))
+        self._open()
+
+    def _open(self) -> None:
+        self._table = pa.ipc.open_file(pa.memory_map(str(self._file))).read_all()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_file": self._file}  # a worker process maps the file itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A record; `LayoutError` if it is no mapping, not UTF-8, or an earlier one over again."""
+        problem = self._table["problem"][index].as_py()
+        if problem:
+            raise LayoutError(f"#{index}", f"is {problem}", problem)
+        return json.loads(self._table["record"][index].as_py())
+
+
+def parse(path: Path) -> Iterator[tuple[bytes, str]]:
+    """The records of a JSON file as (their text, what is wrong with them or '').
+
+    Raises:
+      ValueError: the file's own structure is damaged.
+    """
+    seen: set[bytes] = set()
+    with path.open("rb") as file:
+        texts = _lines(file) if path.suffix == ".jsonl" else _elements(file, path)
+        for text in texts:
+            problem = ""
+            try:
+                record = json.loads(text)
+                if not isinstance(record, dict):
+                    problem = "malformed record"
+            except UnicodeDecodeError:
+                problem = "not UTF-8"
+            except (ValueError, RecursionError):
+                problem = "malformed record"
+            digest = hashlib.blake2b(text, digest_size=8).digest()
+            if not problem and digest in seen:
+                problem = "duplicate record"
+            seen.add(digest)
+            yield text, problem
+
+
+def _lines(file: Any) -> Iterator[bytes]:
+    return (line.strip() for line in file if line.strip())
+
+
+def _elements(file: Any, path: Path) -> Iterator[bytes]:
+    """The elements of a list, found by the standard library's scanner; one that is not UTF-8 keeps its bytes."""
+    decoder, text, offset, ended = json.JSONDecoder(), "", 0, False
+
+    def bad(what: str) -> ValueError:
+        return ValueError(f"{path}: not a JSON list in UTF-8: {what} at byte {offset}")
+
+    def more() -> bool:
+        nonlocal text, ended
+        # latin-1 keeps every byte one character: ends of records and offsets are right whatever a record holds.
+        chunk = file.read(CHUNK).decode("latin-1")
+        text, ended = text + chunk, not chunk
+        return bool(chunk)
+
+    def drop(count: int) -> None:
+        nonlocal text, offset
+        text, offset = text[count:], offset + count
+
+    def skip_space() -> None:
+        while True:
+            left = text.lstrip(" \t\r\n")
+            drop(len(text) - len(left))
+            if text or not more():
+                return
+
+    if file.read(3) != b"\xef\xbb\xbf":
+        file.seek(0)
+    skip_space()
+    if not text.startswith("["):
+        raise bad("no '['") if not text.startswith("{") else ValueError(
+            f"{path}: must hold a list of records, holds a mapping")
+    drop(1)
+    skip_space()
+    if text.startswith("]"):
+        return
+    while True:
+        place = 0
+        while True:  # the elements that lie whole in the text at hand
+            try:
+                _, end = decoder.raw_decode(text, place)
+            except RecursionError:
+                raise bad("an element nested too deeply") from None
+            except ValueError as error:
+                drop(place)
+                if not more():
+                    raise bad(f"{error}") from None
+                break
+            following = end
+            while following < len(text) and text[following] in " \t\r\n":
+                following += 1
+            if following == len(text):
+                drop(place)
+                if not more():
+                    raise bad("the list does not end")
+                break
+            yield text[place:end].encode("latin-1")
+            if text[following] == "]":
+                return
+            if text[following] != ",":
+                drop(following)
+                raise bad("no ','")
+            place = following + 1
+            while place < len(text) and text[place] in " \t\r\n":
+                place += 1
+            if place == len(text):
+                drop(place)
+                skip_space()
+                break
+
+
+def _columnar_file(path: Path) -> Path:
+    """The Arrow file of a JSON file, made if it is not there."""
+    status = path.stat()
+    folders = [path.parent / ".vocojax", Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vocojax"]
+    name = f"{path.name}.{status.st_size}.{status.st_mtime_ns}.{_digest(path)}.{VERSION}.arrow"
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
+        except OSError:
+            continue
+        try:
+            with os.fdopen(handle, "wb") as target:
+                _write(path, target)
+            os.replace(partial, folder / name)
+        except BaseException:
+            os.unlink(partial)
+            raise
+        return folder / name
+    raise OSError(f"{path}: no place for its columnar file: neither {folders[0]} nor {folders[1]} can be written")
+
+
+def _digest(path: Path) -> str:
+    """Of the file's beginning, middle and end: with size and time stamp enough to tell an edited file."""
+    digest, size = hashlib.blake2b(digest_size=8), path.stat().st_size
+    with path.open("rb") as file:
+        for start in (0, size // 2, max(size - 2**20, 0)):
+            file.seek(start)
+            digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
+def _write(path: Path, target: Any) -> None:
+    with pa.ipc.new_file(target, _SCHEMA) as writer:
+        texts: list[bytes] = []
+        problems: list[str] = []
+
+        def flush() -> None:
+            writer.write_batch(pa.record_batch([pa.array(texts, pa.large_binary()), pa.array(problems)], _SCHEMA))
+            texts.clear()
+            problems.clear()
+
+        for text, problem in parse(path):
+            texts.append(text)
+            problems.append(problem)
+            if len(texts) == BATCH:
+                flush()
+        flush()
