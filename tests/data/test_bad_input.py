@@ -26,7 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 def damaged_records(random):
     """Records with one or more values of any depth replaced, removed or repeated."""
-    for _ in range(900):
+    for _ in range(330):
         turns = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "red"}]
         record = {"id": str(random.integers(20)), "image": "good.png", "conversations": turns}
         for _ in range(random.integers(1, 4)):
@@ -82,7 +82,9 @@ def damaged(tmp_path_factory, llava_data):
     (root / "images").mkdir()
     Image.new("RGB", (30, 20), (255, 0, 0)).save(root / "images" / "good.png")
     random = np.random.default_rng(0)
-    records = [*damaged_records(random), *damaged_images(random, root / "images")]
+    records = [record_of("../x"), record_of(""), record_of("good.png"), record_of("good.png")]
+    records[1]["conversations"][1]["value"] = " "
+    records += [*damaged_records(random), *damaged_images(random, root / "images")]
     (root / "records.json").write_text(json.dumps(records))
     return DataConfig(
         path=str(root / "records.json"), image_root=str(root / "images"), tokenizer=str(llava_data / "tokenizer"),
