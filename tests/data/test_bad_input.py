@@ -82,8 +82,12 @@ def damaged(tmp_path_factory, llava_data):
     (root / "images").mkdir()
     Image.new("RGB", (30, 20), (255, 0, 0)).save(root / "images" / "good.png")
     random = np.random.default_rng(0)
-    records = [record_of("../x"), record_of(""), record_of("good.png"), record_of("good.png")]
-    records[1]["conversations"][1]["value"] = " "
+    records = [record_of("../x"), record_of("none.png"), record_of(5), record_of("good.png"), record_of("good.png")]
+    for turn, key, value in ((1, "value", " "), (1, "value", "\ud800"), (0, "from", "system"),
+                             (0, "value", "<image><image>")):
+        records.append(record_of("good.png"))
+        records[-1]["conversations"][turn][key] = value
+    records.append({**record_of("good.png"), "conversations": []})
     records += [*damaged_records(random), *damaged_images(random, root / "images")]
     (root / "records.json").write_text(json.dumps(records))
     return DataConfig(
