@@ -114,9 +114,11 @@ class DecoderConfig:
     rope_scaling: RopeScalingConfig | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    max_positions: int = 4096  # what it was trained for; nothing here depends on it, exports say it
 
     def __post_init__(self) -> None:
-        require_positive(self, "vocab_size", "width", "depth", "num_heads", "num_kv_heads", "head_width", "mlp_width")
+        require_positive(self, "vocab_size", "width", "depth", "num_heads", "num_kv_heads", "head_width", "mlp_width",
+                         "max_positions")
         require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"must divide num_heads {self.num_heads}",
                 self.num_kv_heads)
         require(0 <= self.vocab_padding < self.vocab_size, "vocab_padding",

@@ -1,6 +1,9 @@
 """Config files as they were published, read; what can't be computed is in test_errors."""
 
+import copy
 import dataclasses
+import functools
+import json
 
 import pytest
 
@@ -14,6 +17,8 @@ from vocojax.config import (
     preset,
 )
 from vocojax.convert import huggingface, llava, tables
+from vocojax.convert.conversion import convert
+from vocojax.convert.mapping import ConvertError
 from vocojax.convert.source import open_source, parameter_shapes
 
 # The keys that say something of the model, as in the files of llava-hf/llava-1.5-7b-hf, liuhaotian/llava-v1.5-7b,
@@ -43,8 +48,9 @@ LLAVA = VICUNA | {
     "mm_vision_tower": "openai/clip-vit-large-patch14-336", "model_type": "llava", "use_mm_proj": True,
 }
 LLAMA_3 = {
-    "hidden_size": 4096, "intermediate_size": 14336, "model_type": "llama", "num_attention_heads": 32,
-    "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_scaling": {
+    "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 131072, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+    "rope_scaling": {
         "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
         "rope_type": "llama3"},
     "rope_theta": 500000.0, "tie_word_embeddings": False, "vocab_size": 128256,
@@ -92,7 +98,7 @@ def test_decoders_and_towers_as_published():
     assert stretched.rope_scaling == RopeScalingConfig("linear", 4.0)
     assert huggingface.read_decoder(LLAMA_3, "config.json") == DecoderConfig(
         vocab_size=128256, num_kv_heads=8, mlp_width=14336, rope_theta=500000.0,
-        rope_scaling=RopeScalingConfig("llama3", 8.0, 1.0, 4.0, 8192))
+        rope_scaling=RopeScalingConfig("llama3", 8.0, 1.0, 4.0, 8192), max_positions=131072)
     assert huggingface.read_vision(CLIP, "config.json") == VisionConfig()
 
 
@@ -107,11 +113,82 @@ def test_configs_come_back():
     assert huggingface.read_llava(written | {"voco": huggingface.write_voco(model.voco)}, "x") == model
 
 
+@functools.cache
+def original_shapes():
+    names = tables.llava_table(SEVEN, 32000).resolve(parameter_shapes(SEVEN))
+    return {name: slot.shape for name, slot in names.items()}
+
+
+def read_original(values):
+    shapes = original_shapes()
+    vision = llava.vision_of_tensors(values, shapes, "c")
+    return llava.read_llava(values, vision, llava.read_projector(values, shapes, "c"), "c"), llava.read_fit(values, "c")
+
+
+def key_paths(values, prefix=()):
+    for key, value in values.items():
+        yield (*prefix, key)
+        if isinstance(value, dict):
+            yield from key_paths(value, (*prefix, key))
+
+
+@pytest.mark.parametrize(("values", "read"), [
+    (LLAVA_HF, lambda values: huggingface.read_llava(values, "c")),
+    (LLAVA, read_original),
+    (LLAMA_3 | {"head_dim": 128}, lambda values: huggingface.read_decoder(values, "c")),
+    (VICUNA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}},
+     lambda values: huggingface.read_decoder(values, "c")),
+    (CLIP, lambda values: huggingface.read_vision(values, "c")),
+], ids=["llava_hf", "llava", "llama_3", "vicuna", "clip"])
+def test_whatever_a_key_holds_is_read_or_refused_in_a_line(values, read):
+    also = ["rope_theta", "rope_scaling", "num_key_value_heads", "vision_feature_layer", "vision_config", "text_config",
+            "voco"]
+    for path in [*key_paths(values), *((key,) for key in also)]:
+        for odd in ("64", "x", [], {}, [1], -1, 0, None, 1.5, True, {"a": 1}):
+            changed = place = copy.deepcopy(values)
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = odd
+            try:
+                read(changed)
+            except ConvertError as error:
+                assert str(error).startswith("c: ") and "\n" not in str(error), error
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"hidden_size": "64"}, "c: hidden_size must be of type integer, got '64'"),
+    ({"rope_theta": "high"}, "c: rope_theta must be of type number, got 'high'"),
+    ({"rope_scaling": [1]}, "c: rope_scaling must be of type object, got [1]"),
+    ({"max_position_embeddings": 0}, "c: max_position_embeddings must be >= 1, got 0"),
+])
+def test_a_value_of_the_wrong_type(change, message):
+    with pytest.raises(ConvertError) as caught:
+        huggingface.read_decoder(VICUNA | change, "c")
+    assert str(caught.value) == message
+
+
+def test_positions_and_aspect_ratio_are_carried(tmp_path):
+    """Through our own run and out again."""
+    import checkpoints
+
+    checkpoints.save_original(tmp_path / "source", checkpoints.original_tensors(), image_aspect_ratio="square")
+    source = open_source(tmp_path / "source")
+    assert (source.config.decoder.max_positions, source.fit) == (256, "crop")
+    convert(tmp_path / "source", tmp_path / "run", "orbax", report=lambda _: None)
+    for layout, part in (("llava", ()), ("huggingface", ("text_config",))):
+        convert(tmp_path / "run", tmp_path / layout, layout, verify=True, report=lambda _: None)
+        written = json.loads((tmp_path / layout / "config.json").read_text())
+        assert functools.reduce(dict.__getitem__, part, written)["max_position_embeddings"] == 256
+        assert written["prompt"]["fit"] == open_source(tmp_path / layout).fit == "crop"
+    assert json.loads((tmp_path / "llava" / "config.json").read_text())["image_aspect_ratio"] == "square"
+    with pytest.raises(ConvertError, match=r"c: image_aspect_ratio must be one of pad, square, got 'anyres'"):
+        llava.read_fit(LLAVA | {"image_aspect_ratio": "anyres"}, "c")
+    assert llava.read_fit(VICUNA, "c") == "pad"
+
+
 def test_sentencepiece_tokenizer_alone(tmp_path):
     """Published LLaMA directories of the time have a tokenizer.model and no tokenizer.json."""
     sentencepiece = pytest.importorskip("sentencepiece")
-    import json
-
     import checkpoints
 
     text = "\n".join(f"the quick brown fox jumps over {i} lazy dogs USER: ASSISTANT:" for i in range(200))

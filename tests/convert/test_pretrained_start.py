@@ -34,7 +34,7 @@ def test_alignment_from_a_llama_and_a_tower(tmp_path, llava_data, caplog):
     )
     with pytest.raises(CheckpointError) as caught:
         train(dataclasses.replace(stage, init_new=("projector/.*/bias",)), tmp_path / "short_list")
-    assert str(caught.value).startswith(f"{tmp_path / 'pretrained'}, step 0, does not fit the model: "
+    assert str(caught.value).startswith(f"{tmp_path / 'pretrained'}/checkpoints/0 does not fit the model: "
                                         "projector/linear_in/kernel is missing; projector/linear_out/kernel is missing")
     with caplog.at_level(logging.INFO, "vocojax"):
         train(stage, tmp_path / "alignment")

@@ -96,7 +96,7 @@ def _write_published(source: Source, directory: Path, layout: str, dtypes: Mappi
         values = huggingface.write_decoder(config.decoder, rows, ids)
     elif layout == "llava":
         table = tables.llava_table(config, rows)
-        values = llava.write_llava(config, rows, ids)
+        values = llava.write_llava(config, rows, ids, source.fit)
     else:
         tokenizer = copy.deepcopy(tokenizer)  # the caller's stays as it is
         tokenizer.huggingface.add_tokens([IMAGE_TOKEN], special_tokens=True)

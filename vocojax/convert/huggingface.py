@@ -24,11 +24,12 @@ from vocojax.models.clip import CLIP_MEAN, CLIP_STD
 
 T = TypeVar("T")
 Json = dict[str, Any]
+_JSON_TYPES = {int: "integer", float: "number", dict: "object"}
 
 # What transformers takes a key for that a config file leaves out.
 _LLAMA_DEFAULTS: Json = {
     "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "intermediate_size": 11008, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "intermediate_size": 11008, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048,
 }
 _CLIP_DEFAULTS: Json = {
     "image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -46,9 +47,8 @@ _LLAVA_FIXED: Json = {
 _THEIR_KEYS = {
     "width": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads", "head_width": "head_dim", "mlp_width": "intermediate_size",
-    "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings", "max_positions": "max_position_embeddings",
 }
-_POSITIONS = 4096  # what Vicuna-1.5 was trained for; transformers wants a figure, the model has no use for it
 
 
 def read_json(path: str | Path) -> Json:
@@ -76,12 +76,28 @@ def checked(where: str, make: Callable[[], T]) -> T:
         raise ConvertError(f"{where}: {_THEIR_KEYS.get(error.key, error.key)} {error.problem}") from None
 
 
+def typed(values: Mapping[str, Any], key: str, kind: type[T], default: T, where: str) -> T:
+    """An entry of a config file, or the default where it is absent or null.
+
+    Raises:
+      ConvertError: the entry is no int, float (or int) or dict, whichever `kind` asks for.
+    """
+    value = values.get(key)
+    if value is None:
+        return default
+    if kind is float and type(value) is int:
+        value = float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConvertError(f"{where}: {key} must be of type {_JSON_TYPES[kind]}, got {values[key]!r}")
+    return value
+
+
 def read_decoder(values: Mapping[str, Any], where: str) -> DecoderConfig:
     """A `LlamaConfig`; `vocab_size` is that of the tensors."""
     _require_fixed(values, _LLAMA_FIXED, where)
     values = {**_LLAMA_DEFAULTS, **{key: value for key, value in values.items() if value is not None}}
-    width, heads = values["hidden_size"], values["num_attention_heads"]
-    if "head_dim" not in values and (not isinstance(heads, int) or heads < 1 or width % heads):
+    width, heads = (typed(values, key, int, 0, where) for key in ("hidden_size", "num_attention_heads"))
+    if "head_dim" not in values and (heads < 1 or width % heads):
         raise ConvertError(f"{where}: num_attention_heads {heads} must divide hidden_size {width}")
     theta, scaling = _read_rope(values, where)
     return checked(where, lambda: build(DecoderConfig, {
@@ -90,14 +106,15 @@ def read_decoder(values: Mapping[str, Any], where: str) -> DecoderConfig:
         "head_width": values["head_dim"] if "head_dim" in values else width // heads,
         "mlp_width": values["intermediate_size"], "rope_theta": theta, "rope_scaling": scaling,
         "norm_eps": values["rms_norm_eps"], "tie_embeddings": values["tie_word_embeddings"],
+        "max_positions": values["max_position_embeddings"],
     }))
 
 
 def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScalingConfig | None]:
     """Base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = typed(values, "rope_parameters", dict, {}, where) or typed(values, "rope_scaling", dict, {}, where)
+    theta = typed(rope, "rope_theta", float, typed(values, "rope_theta", float, 10000.0, where), where)
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
     if kind == "default":
         return theta, None
     keys = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
@@ -111,7 +128,7 @@ def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScalin
 
 def read_vision(values: Mapping[str, Any], where: str, select_layer: int = -2) -> VisionConfig:
     """A `CLIPVisionConfig`, the vision part of a `CLIPConfig`, or what `write_vision` makes of an EVA tower."""
-    values = values.get("vision_config", values)
+    values = typed(values, "vision_config", dict, dict(values), where)
     is_eva = values.get("model_type") == _EVA_TYPE
     _require_fixed(values, _EVA_FIXED if is_eva else _CLIP_FIXED, where)
     values = {**_CLIP_DEFAULTS, **values}
@@ -131,17 +148,18 @@ def read_llava(values: Mapping[str, Any], where: str) -> ModelConfig:
     if not isinstance(select_layer, int):
         raise ConvertError(f"{where}: vision_feature_layer must be one layer, got {select_layer!r}")
     for part, known in (("text_config", ("llama",)), ("vision_config", ("clip_vision_model", _EVA_TYPE))):
-        kind = values.get(part, {}).get("model_type", known[0])
+        kind = typed(values, part, dict, {}, where).get("model_type", known[0])
         if kind not in known:
             raise ConvertError(f"{where}: {part}.model_type {kind!r} is not supported; {' and '.join(known)} are")
-    decoder = read_decoder({"tie_word_embeddings": values.get("tie_word_embeddings"), **values["text_config"]}, where)
-    vision = read_vision(values.get("vision_config", {}), where, select_layer)
+    text = typed(values, "text_config", dict, {}, where)
+    decoder = read_decoder({"tie_word_embeddings": values.get("tie_word_embeddings"), **text}, where)
+    vision = read_vision(typed(values, "vision_config", dict, {}, where), where, select_layer)
     return checked(where, lambda: ModelConfig(vision, ProjectorConfig("mlp2x_gelu"), decoder, read_voco(values, where)))
 
 
 def read_voco(values: Mapping[str, Any], where: str) -> VocoConfig:
     """The `voco` entry that exports write; without it, the first row, which a caller that knows better replaces."""
-    return checked(where, lambda: build(VocoConfig, values.get("voco", {"token_id": 0})))
+    return checked(where, lambda: build(VocoConfig, typed(values, "voco", dict, {"token_id": 0}, where)))
 
 
 def write_decoder(config: DecoderConfig, rows: int, ids: Mapping[str, int | None]) -> Json:
@@ -152,14 +170,12 @@ def write_decoder(config: DecoderConfig, rows: int, ids: Mapping[str, int | None
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_width, "hidden_act": "silu", "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta, "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": _POSITIONS, **ids,
+        "max_position_embeddings": config.max_positions, **ids,
     }
     scaling = config.rope_scaling
     if scaling is not None:
         values["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
-        values["max_position_embeddings"] = int(_POSITIONS * scaling.factor)
     if scaling is not None and scaling.kind == "llama3":
-        values["max_position_embeddings"] = int(scaling.original_max_positions * scaling.factor)
         values["rope_scaling"] |= {
             "low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_positions,

@@ -13,15 +13,18 @@ from vocojax.convert.huggingface import (
     read_decoder,
     read_vision,
     read_voco,
+    typed,
     write_decoder,
     write_vision,
 )
 from vocojax.convert.mapping import ConvertError, Shape
 from vocojax.convert.tables import TOWER
+from vocojax.data.images import Fit
 
 # Width of a head, and up to which width of the tower it holds: CLIP ViT-B and -L (ViT-H is another), EVA-CLIP-g.
 _CLIP_HEAD, _EVA_HEAD = (64, 1024), (88, 1408)
 _EVA_DEPTH = 39  # BLIP-2 and LLaMA-VID run 39 of the 40 published blocks
+_FITS: Mapping[str, Fit] = {"pad": "pad", "square": "crop"}  # by their image_aspect_ratio
 _PUBLISHED = {336: "openai/clip-vit-large-patch14-336", 224: "openai/clip-vit-large-patch14"}
 
 
@@ -55,9 +58,9 @@ def vision_of_tensors(values: Mapping[str, Any], shapes: Mapping[str, Shape], wh
       ConvertError: there are no tensors of a tower.
     """
     is_eva = f"{TOWER}cls_token" in shapes
-    select_layer = -1 if is_eva else int(values.get("mm_vision_select_layer", -2))
-    if "vision_config" in values:
-        return read_vision(values["vision_config"], where, select_layer)
+    select_layer = -1 if is_eva else typed(values, "mm_vision_select_layer", int, -2, where)
+    if own := typed(values, "vision_config", dict, {}, where):
+        return read_vision(own, where, select_layer)
     names = (("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", r"blocks\.(\d+)\..*") if is_eva else
              ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight",
               "encoder.layers.0.mlp.fc1.weight", r"encoder\.layers\.(\d+)\..*"))
@@ -81,14 +84,23 @@ def vision_of_tensors(values: Mapping[str, Any], shapes: Mapping[str, Shape], wh
     ))
 
 
-def write_llava(config: ModelConfig, rows: int, ids: Mapping[str, int | None]) -> Json:
+def read_fit(values: Mapping[str, Any], where: str) -> Fit:
+    """How images become square: as `image_aspect_ratio` says, which LLaVA-1.5's way (padding) stands in for."""
+    ratio = values.get("image_aspect_ratio") or "pad"
+    if not isinstance(ratio, str) or ratio not in _FITS:
+        raise ConvertError(f"{where}: image_aspect_ratio must be one of {', '.join(_FITS)}, got {ratio!r}")
+    return _FITS[ratio]
+
+
+def write_llava(config: ModelConfig, rows: int, ids: Mapping[str, int | None], fit: Fit) -> Json:
     """A config file of this layout; `vision_config` is an addition to it that other readers pass over."""
     vision = config.vision
+    ratio = next(theirs for theirs, ours in _FITS.items() if ours == fit)
     published = _PUBLISHED.get(vision.image_size, "") if vision.kind == "clip" and vision.width == 1024 else ""
     return {
         **write_decoder(config.decoder, rows, ids), "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama", "mm_vision_tower": published, "vision_config": write_vision(vision),
         "mm_hidden_size": vision.width, "mm_projector_type": config.projector.kind,
         "mm_vision_select_layer": vision.select_layer, "mm_vision_select_feature": "patch", "use_mm_proj": True,
-        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad",
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": ratio,
     }

@@ -129,9 +129,9 @@ def open_source(
     )
     table = make_table(config, rows, None if knows_voco and voco_id < rows else voco_id)
     shapes = parameter_shapes(config, decoder_only=make_table is _llama_table)
-    said = values.get("prompt", {})  # what an export of ours says of its prompts and images
+    said = huggingface.typed(values, "prompt", dict, {}, where)  # what an export of ours says of its prompts and images
     return Source(config, MappedWeights(table, tensors, shapes, allow_missing), own_tokenizer,
-                  said.get("template", "vicuna_v1"), said.get("fit", "pad"))
+                  said.get("template", "vicuna_v1"), said.get("fit") or llava.read_fit(values, where))
 
 
 def _llama_table(config: ModelConfig, rows: int, new_id: int | None) -> Table:
@@ -174,7 +174,7 @@ def _read_original(values: huggingface.Json, tensors: Weights, vision: str | Pat
     if vision is not None and Path(vision).is_dir():
         path = Path(vision) / "config.json"
         tower = huggingface.read_vision(huggingface.read_json(path), str(path),
-                                        int(values.get("mm_vision_select_layer", -2)))
+                                        huggingface.typed(values, "mm_vision_select_layer", int, -2, where))
     else:
         tower = llava.vision_of_tensors(values, tensors.shapes, where)
     return llava.read_llava(values, tower, llava.read_projector(values, tensors.shapes, where), where)
