@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -23,7 +26,7 @@ from vocojax.models.parameters import parameters_of, with_parameters
 from vocojax.models.voco import Rows
 from vocojax.training import checkpoints
 from vocojax.training.checkpoints import load_model
-from vocojax.training.config import MeshConfig, stage_config
+from vocojax.training.config import MeshConfig, config_to_dict, stage_config
 from vocojax.training.program import make_model, make_program
 from vocojax.training.sharding import make_mesh
 from vocojax.training.stage import train
@@ -144,6 +147,46 @@ def test_a_killed_run_goes_on_and_the_next_stage_starts_from_the_sum(lora_stage,
         cut = {"decoder/embedding": np.s_[:rows], "decoder/head/kernel": np.s_[:, :rows]}
         assert_same({name: value[cut.get(name, ...)] for name, value in written.items()}, expected)
     assert "lora" not in json.loads((tmp_path / "orbax" / "config.json").read_text())
+
+
+MESH_SCRIPT = """
+import json, sys
+import jax, numpy as np
+from flax import nnx
+from vocojax.models.parameters import abstract, variables_of
+from vocojax.models.voco import VocoLlama
+from vocojax.training.checkpoints import load_parameters
+from vocojax.training.config import stage_config
+from vocojax.training.sharding import make_mesh, parameter_shardings
+from vocojax.training.stage import train
+config = stage_config(json.load(open(sys.argv[1])))
+train(config, sys.argv[2])
+mesh = make_mesh(config.mesh)
+model = abstract(lambda: VocoLlama(config.model, nnx.Rngs(0)))
+shardings = parameter_shardings(model, mesh)
+wanted = {name: jax.ShapeDtypeStruct(variable.shape, np.float32, sharding=shardings[name])
+          for name, variable in variables_of(model).items()}
+with jax.set_mesh(mesh):
+    merged = load_parameters(sys.argv[2], wanted)
+assert all(merged[name].sharding == leaf.sharding for name, leaf in wanted.items())
+np.savez(sys.argv[3], **{name.replace("/", "."): np.asarray(value) for name, value in merged.items()})
+"""
+
+
+@pytest.mark.slow
+def test_a_mesh_trains_and_merges_the_same(lora_stage, base, tmp_path):
+    """Factors sharded over fsdp and tensor axes: the losses of one device, and the sum read onto the mesh."""
+    train(lora_stage, tmp_path / "one")
+    meshed = dataclasses.replace(lora_stage, mesh=MeshConfig(data=1, fsdp=2, tensor=2))
+    (tmp_path / "stage.json").write_text(json.dumps(config_to_dict(meshed)))
+    command = [sys.executable, "-c", MESH_SCRIPT, *(str(tmp_path / name) for name in ("stage.json", "four", "m.npz"))]
+    four_devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env=os.environ | four_devices | {"PYTHONPATH": str(Path(__file__).parents[2])})
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(loss_curve(tmp_path / "four"), loss_curve(tmp_path / "one"), rtol=1e-5)
+    values = {name.replace(".", "/"): value for name, value in np.load(tmp_path / "m.npz").items()}
+    assert_same(values, merged(saved(tmp_path / "four")))
 
 
 def test_rules_that_train_the_kernel_or_freeze_the_factors_are_refused(lora_stage, stage):
