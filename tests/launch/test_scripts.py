@@ -77,6 +77,28 @@ def test_a_pod_that_was_told_to_stop_is_no_finished_job(tmp_path, signalled, sta
     assert (tmp_path / "arguments").read_text().startswith("launch/train.py --config=configs/voco.py --workdir=gs://")
 
 
+@pytest.mark.parametrize(("told", "saves", "status", "requeued"), [
+    (False, True, 0, False), (False, False, 3, False), (True, True, 0, True), (True, False, 3, False)])
+def test_a_slurm_job_that_was_told_to_stop_goes_back_to_the_queue(tmp_path, told, saves, status, requeued):
+    """But not if the run failed to save, or was through."""
+    end = "exit 0" if saves else "exit 3"
+    run = f"trap '{end}' TERM; touch started; while :; do sleep 0.1; done" if told else end
+    executable(tmp_path / "bin" / "srun", f'#!/usr/bin/env bash\necho "$@" "$XLA_FLAGS" > arguments\n{run}\n')
+    executable(tmp_path / "bin" / "scontrol", '#!/usr/bin/env bash\necho "$@" > scontrol\n')
+    (tmp_path / "launch").mkdir()
+    shutil.copy(LAUNCH / "xla_flags.sh", tmp_path / "launch")
+    job = subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch"), "--config=c.py", "--workdir=w"], env={
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42"})
+    if told:
+        wait_for(lambda: (tmp_path / "started").exists())
+        job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=30) == status
+    assert (tmp_path / "arguments").read_text().startswith(
+        "--kill-on-bad-exit=1 .venv/bin/python launch/train.py --config=c.py --workdir=w --xla_gpu_")
+    assert (tmp_path / "scontrol").exists() == requeued
+    assert not requeued or (tmp_path / "scontrol").read_text() == "requeue 42\n"
+
+
 def test_pod_commands_are_those_of_the_golden_file():
     lines = []
     run = ["run", "--config=configs/voco.py", "--workdir=gs://b/voco", "--config.name=two words"]
