@@ -8,13 +8,33 @@ from vocojax.data.conversation import TEMPLATES
 from vocojax.data.images import Fit
 from vocojax.data.videos import Sampling
 
+SourceName = Literal["llava", "easy_vqa", "easy_vqa_captions", "webvid", "video_chatgpt", "shikra_rec", "shikra_reg",
+                     "shikra_pointqa"]
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """A source in a mixture: its fields as in `DataConfig`; weight: how often each of its records is in an epoch."""
+
+    source: SourceName = "llava"
+    split: Split = "train"
+    path: str = ""
+    image_root: str = ""
+    threads_per_sample: int | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, "weight", "must be > 0", self.weight)
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where samples come from and how they become rows.
 
-    source: `llava` reads `path` (JSON) and `image_root`; `easy_vqa` and `easy_vqa_captions` read `split` of the
-      package's data.
+    source: `easy_vqa` and `easy_vqa_captions` read `split` of the package's data; all others `path` (a JSON of LLaVA's
+      or Video-ChatGPT's form, WebVid's CSV, Shikra's jsonl) and the images or videos below `image_root`.
+    mixture: several sources with weights, in place of `source` and its fields.
     tokenizer: directory of a Hugging Face tokenizer.
     threads_per_sample: `easy_vqa`: how many questions share an image in one sample at most; None for all of its.
     template: how a conversation is written out, see `data/conversation.py`.
@@ -32,8 +52,9 @@ class DataConfig:
     max_skipped_share: a run stops when more than this share of the records can't be used.
     """
 
-    source: Literal["llava", "easy_vqa", "easy_vqa_captions"] = "llava"
-    split: Literal["train", "validation", "test"] = "train"
+    source: SourceName = "llava"
+    mixture: tuple[PartConfig, ...] = ()
+    split: Split = "train"
     path: str = ""
     image_root: str = ""
     tokenizer: str = ""

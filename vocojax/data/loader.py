@@ -19,31 +19,17 @@ from vocojax.data.images import ImageError
 from vocojax.data.lanes import Lane, Plan, RowReport
 from vocojax.data.packing import Row, RowShape, pack_row, row_shape
 from vocojax.data.prepared import PreparedSource, unit_shape
-from vocojax.data.sources import EasyVqaSource, LlavaSource, Source
-from vocojax.data.sources.easy_vqa import EasyVqaCaptions
+from vocojax.data.sources import open_source
 from vocojax.data.tally import SkippedTooMany, Tally
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.layout import Visibility
 
-__all__ = ["BatchStream", "SkippedTooMany", "StreamStateError", "merge_states", "open_source", "open_tokenizer",
-           "unit_shape"]
+__all__ = ["BatchStream", "SkippedTooMany", "StreamStateError", "merge_states", "open_tokenizer", "unit_shape"]
 BATCHES_AHEAD = 2  # that wait for the step
 
 
 class StreamStateError(ValueError):
     """A saved state does not belong to this stream, or is not all of it."""
-
-
-def open_source(data: DataConfig) -> Source:
-    """The source that a data config names."""
-    if data.source == "llava":
-        try:
-            return LlavaSource(data.path, data.image_root)
-        except (OSError, ValueError) as error:
-            raise ConfigError("data.path", f"must be a LLaVA JSON: {error}") from error
-    if data.source == "easy_vqa_captions":
-        return EasyVqaCaptions(data.split)
-    return EasyVqaSource(data.split, data.threads_per_sample)
 
 
 def open_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:

@@ -152,10 +152,11 @@ class StageConfig:
     def __post_init__(self) -> None:
         require(bool(self.name), "name", "must say what the stage is called", self.name)
         require(bool(self.data.tokenizer), "data.tokenizer", "must name a tokenizer directory", self.data.tokenizer)
-        if self.data.source == "llava":
-            require(bool(self.data.path), "data.path", "must name the JSON file of a llava source", self.data.path)
-            require(bool(self.data.image_root), "data.image_root", "must name a llava source's image directory",
-                    self.data.image_root)
+        if not self.data.mixture and not self.data.source.startswith("easy_vqa"):
+            require(bool(self.data.path), "data.path", f"must name the file of a {self.data.source} source",
+                    self.data.path)
+            require(bool(self.data.image_root), "data.image_root",
+                    f"must name the directory of a {self.data.source} source's images or videos", self.data.image_root)
         require_positive(self, "steps", "batch_size", "accumulate", "log_every")
         require(self.batch_size % self.accumulate == 0, "accumulate", f"must divide batch_size {self.batch_size}",
                 self.accumulate)

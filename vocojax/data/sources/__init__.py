@@ -1,7 +1,44 @@
-"""Sources of samples. One interface: random access and length; `open_source` picks one by name."""
+"""Sources of samples. One interface: random access and length; `open_source` opens those that a data config names."""
 
+from vocojax.config import ConfigError
+from vocojax.data.config import DataConfig, PartConfig
+from vocojax.data.images import Fit
 from vocojax.data.sources.base import Sample, Source
-from vocojax.data.sources.easy_vqa import EasyVqaSource
+from vocojax.data.sources.easy_vqa import EasyVqaCaptions, EasyVqaSource
 from vocojax.data.sources.llava import LlavaSource
+from vocojax.data.sources.mixture import MixtureSource
+from vocojax.data.sources.shikra import ShikraSource
+from vocojax.data.sources.video_chatgpt import VideoChatGptSource
+from vocojax.data.sources.webvid import WebVidSource
 
-__all__ = ["EasyVqaSource", "LlavaSource", "Sample", "Source"]
+__all__ = ["EasyVqaSource", "LlavaSource", "Sample", "Source", "open_source"]
+
+
+def open_source(data: DataConfig) -> Source:
+    """The source of a data config, or the mixture of its parts; `ConfigError` names what can't be opened."""
+    if not data.mixture:
+        return _open(data, data.fit, "data")
+    parts = [(_open(part, data.fit, f"data.mixture[{i}]"), part.weight) for i, part in enumerate(data.mixture)]
+    return MixtureSource(parts)
+
+
+def _open(part: DataConfig | PartConfig, fit: Fit, key: str) -> Source:
+    name, files = part.source, (part.path, part.image_root)
+    try:
+        if name == "easy_vqa_captions":
+            return EasyVqaCaptions(part.split)
+        if name == "easy_vqa":
+            return EasyVqaSource(part.split, part.threads_per_sample)
+        if name == "webvid":
+            return WebVidSource(*files)
+        if name == "video_chatgpt":
+            return VideoChatGptSource(*files)
+        if name == "shikra_rec":
+            return ShikraSource(*files, "rec", fit)
+        if name == "shikra_reg":
+            return ShikraSource(*files, "reg", fit)
+        if name == "shikra_pointqa":
+            return ShikraSource(*files, "pointqa", fit)
+        return LlavaSource(*files)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}.path", f"must be readable as {name!r}: {error}") from error

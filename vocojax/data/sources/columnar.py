@@ -67,17 +67,7 @@ def parse(path: Path) -> Iterator[tuple[bytes, str]]:
     """
     seen: set[bytes] = set()
     with path.open("rb") as file:
-        texts = _lines(file) if path.suffix == ".jsonl" else _elements(file, path)
-        for text in texts:
-            problem = ""
-            try:
-                record = json.loads(text)
-                if not isinstance(record, dict):
-                    problem = "malformed record"
-            except UnicodeDecodeError:
-                problem = "not UTF-8"
-            except (ValueError, RecursionError):
-                problem = "malformed record"
+        for text, problem in _lines(file) if path.suffix == ".jsonl" else _elements(file, path):
             digest = hashlib.blake2b(text, digest_size=8).digest()
             if not problem and digest in seen:
                 problem = "duplicate record"
@@ -85,11 +75,23 @@ def parse(path: Path) -> Iterator[tuple[bytes, str]]:
             yield text, problem
 
 
-def _lines(file: Any) -> Iterator[bytes]:
-    return (line.strip() for line in file if line.strip())
+def _lines(file: Any) -> Iterator[tuple[bytes, str]]:
+    for line in filter(None, map(bytes.strip, file)):
+        try:
+            yield line, _problem(line, json.loads(line.decode("latin-1")))
+        except (ValueError, RecursionError):
+            yield line, "malformed record"
 
 
-def _elements(file: Any, path: Path) -> Iterator[bytes]:
+def _problem(text: bytes, record: Any) -> str:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    return "" if isinstance(record, dict) else "malformed record"
+
+
+def _elements(file: Any, path: Path) -> Iterator[tuple[bytes, str]]:
     """The elements of a list, found by the standard library's scanner; one that is not UTF-8 keeps its bytes."""
     decoder, text, offset, ended = json.JSONDecoder(), "", 0, False
 
@@ -128,7 +130,7 @@ def _elements(file: Any, path: Path) -> Iterator[bytes]:
         place = 0
         while True:  # the elements that lie whole in the text at hand
             try:
-                _, end = decoder.raw_decode(text, place)
+                record, end = decoder.raw_decode(text, place)
             except RecursionError:
                 raise bad("an element nested too deeply") from None
             except ValueError as error:
@@ -144,7 +146,8 @@ def _elements(file: Any, path: Path) -> Iterator[bytes]:
                 if not more():
                     raise bad("the list does not end")
                 break
-            yield text[place:end].encode("latin-1")
+            element = text[place:end].encode("latin-1")
+            yield element, _problem(element, record)
             if text[following] == "]":
                 return
             if text[following] != ",":

@@ -1,0 +1,130 @@
+"""Sources other than LLaVA's JSON and easy-VQA: what their records become, and which are refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.test_videos import write_video
+from vocojax.config import ConfigError
+from vocojax.data.config import DataConfig, PartConfig
+from vocojax.data.conversation import Turn
+from vocojax.data.loader import BatchStream
+from vocojax.data.sources import open_source
+from vocojax.data.sources.mixture import MixtureSource
+from vocojax.data.sources.shikra import ShikraSource, write_place
+from vocojax.data.sources.video_chatgpt import VideoChatGptSource
+from vocojax.data.sources.webvid import WebVidSource
+from vocojax.layout import LayoutError
+
+
+def test_webvid_rows_are_captioned_videos(tmp_path):
+    (tmp_path / "x.csv").write_bytes(
+        b'videoid,contentUrl,duration,page_dir,name\n1,u,PT1S,000_050,"A dog, running"\n2,u,PT1S,a, \n'
+        b"3,u,PT1S,../..,x\n4,u,PT1S,a,\xff\n5\n")
+    source = WebVidSource(tmp_path / "x.csv", tmp_path)
+    assert source[0].videos == (tmp_path.resolve() / "000_050" / "1.mp4",) and source[0].id == "1"
+    assert source[0].threads == ((Turn("user", "<video>"), Turn("assistant", "A dog, running")),)
+    reasons = ["empty answer", "video outside root", "not UTF-8", "malformed record"]
+    for index, reason in enumerate(reasons, 1):
+        with pytest.raises(LayoutError) as error:
+            source[index]
+        assert error.value.reason == reason
+    (tmp_path / "y.csv").write_text("videoid,name\n")
+    with pytest.raises(ValueError, match="lacks the columns page_dir"):
+        WebVidSource(tmp_path / "y.csv", tmp_path)
+
+
+def test_video_chatgpt_raw_and_converted(tmp_path):
+    (tmp_path / "b.mkv").write_bytes(b"")
+    turns = [{"from": "human", "value": "<video>\nwhat?"}, {"from": "gpt", "value": "x"}]
+    records = [{"video_id": "a", "q": "what?", "a": "yes"}, {"video_id": "b", "q": "why?", "a": "so"},
+               {"id": 1, "video": "c.mp4", "conversations": turns}, {"video_id": "a", "q": "what?", "a": ""},
+               {"video_id": 5}, {"id": 1, "conversations": turns}]
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    source = VideoChatGptSource(tmp_path / "x.json", tmp_path)
+    assert [source[i].threads[0][0].text for i in range(3)] == ["what?\n<video>", "<video>\nwhy?", "<video>\nwhat?"]
+    assert [source[i].videos[0].name for i in range(3)] == ["a.mp4", "b.mkv", "c.mp4"]
+    for index, reason in ((3, "empty answer"), (4, "malformed record"), (5, "more <video> than videos")):
+        with pytest.raises(LayoutError) as error:
+            source[index]
+        assert error.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("numbers", "padded", "text"),
+    [
+        ([0, 0, 100, 50], False, "[0.000,0.000,1.000,1.000]"),
+        ([0, 0, 100, 50], True, "[0.000,0.250,1.000,0.750]"),
+        ([12.34, 25, 200, -3], False, "[0.123,0.500,1.000,0.000]"),
+        ([50, 25], True, "[0.500,0.500]"),
+    ],
+)
+def test_boxes_and_points_literally(numbers, padded, text):
+    assert write_place(numbers, 100, 50, padded) == text
+
+
+def test_shikra_s_three_tasks(tmp_path):
+    Image.new("RGB", (100, 50)).save(tmp_path / "i.png")
+    lines = [{"img_path": "i.png", "expression": "the dog", "bbox": [10, 20, 30, 40]},
+             {"file_path": "i.png", "question": "what is", "answer": "dog", "bbox": None, "point": [50, 25]},
+             {"img_path": "i.png", "expression": "", "bbox": [1, 2, 3, 4]}, {"img_path": "i.png", "expression": "x"},
+             {"img_path": "none.png", "expression": "x", "bbox": [1, 2, 3, 4]}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    make = lambda task: ShikraSource(tmp_path / "x.jsonl", tmp_path, task, "square")
+    said = lambda task, index: [turn.text for turn in make(task)[index].threads[0]]
+    assert said("rec", 0) == ["<image>\nWhere is the dog in the image? Answer with its box.",
+                              "Answer: [0.100,0.400,0.300,0.800] ."]
+    assert said("reg", 0) == ["<image>\nWhat is in the box [0.100,0.400,0.300,0.800] of the image?", "the dog"]
+    assert said("pointqa", 1) == ["<image>\nwhat is [0.500,0.500]", "The answer is dog."]
+    for index, reason in ((2, "empty answer"), (3, "malformed record"), (4, "missing image")):
+        with pytest.raises(LayoutError) as error:
+            make("rec")[index]
+        assert error.value.reason == reason
+    with pytest.raises(ValueError, match=r"data\.fit must be"):
+        ShikraSource(tmp_path / "x.jsonl", tmp_path, "rec", "crop")
+
+
+def test_mixtures_hold_each_record_weight_times():
+    class Numbers(list):
+        pass
+
+    mixture = MixtureSource([(Numbers("abcd"), 2.0), (Numbers(), 1.0), (Numbers("xyzw"), 0.5)])
+    drawn = sorted(mixture[i] for i in range(len(mixture)))
+    assert drawn[:8] == list("aabbccdd") and len(drawn) == 10
+    assert len(set(drawn[8:])) == 2 and set(drawn[8:]) <= set("wxyz")
+    with pytest.raises(ValueError, match="must be > 0"):
+        MixtureSource([(Numbers("a"), 0.0)])
+
+
+def test_videos_and_images_are_mixed_in_one_stream(tmp_path, tiny_config, llava_data):
+    write_video(tmp_path / "a.mp4", frames=20)
+    (tmp_path / "short.mp4").write_bytes(write_video(tmp_path / "b.mp4", frames=2).read_bytes())
+    records = [{"video_id": name, "q": "what color?", "a": "red"} for name in ("a", "short")]
+    (tmp_path / "v.json").write_text(json.dumps(records))
+    data = DataConfig(
+        mixture=(PartConfig("llava", path=str(llava_data / "records.json"), image_root=str(llava_data / "images")),
+                 PartConfig("video_chatgpt", path=str(tmp_path / "v.json"), image_root=str(tmp_path), weight=3.0)),
+        tokenizer=str(llava_data / "tokenizer"), template="short", row_length=64, images_per_row=4, frames=3,
+        num_threads=2, pack_window=4, max_skipped_share=1.0)
+    assert len(open_source(data)) == 12 + 6
+    stream = BatchStream(tiny_config, data, 2, 0, "voco")
+    while stream.tally.records < 60:
+        batch = next(stream)
+    assert stream.tally.scalars()["data/skipped/short video"] >= 6
+    assert np.array_equal(batch["ids"], batch["ids"].clip(0))
+    broken = dataclasses.replace(data.mixture[0], path="none.json")
+    with pytest.raises(ConfigError, match=r"data\.mixture\[0\]\.path must be readable as 'llava'.*none\.json"):
+        open_source(dataclasses.replace(data, mixture=(broken,)))
+
+
+def test_anyres_tiles_are_units_of_a_row(tiny_config, llava_data):
+    data = DataConfig(path=str(llava_data / "records.json"), image_root=str(llava_data / "images"),
+                      tokenizer=str(llava_data / "tokenizer"), template="short", row_length=80, images_per_row=5,
+                      num_threads=2, fit="anyres", pack_window=4)
+    batch = next(BatchStream(tiny_config, data, 4, 0, "voco"))
+    units = (batch["images"].reshape(4, 5, -1) != 0).any(-1).sum(1)
+    assert set(units) <= {0, 3, 4, 5} and units.max() >= 3
+    assert ((batch["vision"] >= 0).sum(1) == units * 4).all()

@@ -1,0 +1,90 @@
+"""Shikra's jsonl files: referring expressions with boxes (REC, REG) and questions about points (PointQA).
+
+Boxes and points are written relative to the image, `[0.123,0.456,0.789,0.999]`. Where the image is padded to a square
+its coordinates move with it, so the box's text depends on how images are fitted.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from vocojax.data.conversation import Turn
+from vocojax.data.images import Fit, ImageError, pixel_size, read
+from vocojax.data.sources.base import Root, Sample
+from vocojax.data.sources.columnar import ColumnarRecords
+from vocojax.layout import LayoutError
+
+Task = Literal["rec", "reg", "pointqa"]
+REC_QUESTION = "Where is {} in the image? Answer with its box."
+REG_QUESTION = "What is in the box {} of the image?"
+
+
+class ShikraSource:
+    """The records of a Shikra jsonl file.
+
+    Args:
+      path: the file; `img_path, expression, bbox` for `rec` and `reg`, `file_path, question, answer, bbox, point` for
+        `pointqa` (boxes are pixels, xyxy).
+      image_root: directory of the images.
+      task: `rec` answers with the expression's box, `reg` with the box's expression, `pointqa` with the answer.
+      fit: how images become square: with `pad` and `pad_white` boxes are relative to the padded image, with `square`
+        to the image itself. `crop` and `anyres` cut images, and no box can be given.
+
+    Raises:
+      ValueError: such a fit, or a file that can't be read.
+    """
+
+    def __init__(self, path: str | Path, image_root: str | Path, task: Task, fit: Fit):
+        if fit not in ("pad", "pad_white", "square"):
+            raise ValueError(f"data.fit must be 'pad', 'pad_white' or 'square' for boxes, got {fit!r}")
+        self._records, self._root = ColumnarRecords(path), Root(image_root)
+        self._task, self._padded = task, fit != "square"
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record, name = self._records[index], f"#{index}"
+        image = record.get("img_path", record.get("file_path"))
+        if not isinstance(image, str) or not image:
+            raise LayoutError(name, "names no image", "malformed record")
+        path = self._root.file(name, image)
+        if self._task == "pointqa":
+            place = "point" if record.get("point") else "bbox"
+            question = f"{_text(name, record, 'question')} {self._place(name, path, record.get(place))}"
+            answer = f"The answer is {_text(name, record, 'answer')}."
+        else:
+            box, expression = self._place(name, path, record.get("bbox")), _text(name, record, "expression")
+            question, answer = REC_QUESTION.format(expression), f"Answer: {box} ."
+            if self._task == "reg":
+                question, answer = REG_QUESTION.format(box), expression
+        return Sample(name, (path,), ((Turn("user", "<image>\n" + question), Turn("assistant", answer)),))
+
+    def _place(self, record: str, path: Path, numbers: Any) -> str:
+        """A box or a point in pixels as Shikra writes it."""
+        if (not isinstance(numbers, list) or len(numbers) not in (2, 4)
+                or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers)):
+            raise LayoutError(record, f"has no box or point of numbers, got {numbers!r}", "malformed record")
+        try:
+            return write_place(numbers, *pixel_size(read(path), str(path)), self._padded)
+        except ImageError as error:
+            raise LayoutError(record, str(error), error.reason) from error
+
+
+def write_place(pixels: Sequence[float], width: int, height: int, padded: bool) -> str:
+    """Coordinates x, y (, x, y) in pixels -> `[0.123,0.456]`: relative to the image, or to the square that holds it in
+    its middle; cut to 0 ... 1 and rounded to three decimals."""
+    side = max(width, height)
+    offsets = ((side - width) // 2, (side - height) // 2) if padded else (0, 0)
+    sizes = (side, side) if padded else (width, height)
+    relative = [(value + offsets[i % 2]) / sizes[i % 2] for i, value in enumerate(pixels)]
+    return "[" + ",".join(f"{min(max(value, 0.0), 1.0):.3f}" for value in relative) + "]"
+
+
+def _text(name: str, record: dict[str, Any], key: str) -> str:
+    text = record.get(key)
+    if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
+        raise LayoutError(name, f"has no text {key}", "malformed record")
+    if not text.strip():
+        raise LayoutError(name, f"has an empty {key}", "empty answer")
+    return text.strip()

@@ -1,0 +1,44 @@
+"""Video-ChatGPT's JSON: raw {video_id, q, a}, or converted to LLaVA's form with `video`."""
+
+from pathlib import Path
+
+from vocojax.data.conversation import conversation_from_llava
+from vocojax.data.sources.base import Root, Sample
+from vocojax.data.sources.columnar import ColumnarRecords
+from vocojax.data.sources.llava import sample_from_llava
+from vocojax.layout import LayoutError
+
+SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")
+
+
+class VideoChatGptSource:
+    """The records of a Video-ChatGPT JSON file.
+
+    Args:
+      path: the JSON file, raw or converted. A raw record's video is `{video_id}` with any of `SUFFIXES`; as in the
+        converted file `<video>` stands behind the question in even records and before it in odd ones.
+      video_root: directory of the videos.
+
+    Raises:
+      ValueError: the file is no JSON list.
+    """
+
+    def __init__(self, path: str | Path, video_root: str | Path):
+        self._records, self._root = ColumnarRecords(path), Root(video_root)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self._records[index]
+        if "conversations" in record:
+            return sample_from_llava(record, index, self._root)
+        video, question, answer = (record.get(key) for key in ("video_id", "q", "a"))
+        if not isinstance(video, str) or not video or not isinstance(question, str):
+            raise LayoutError(f"#{index}", "must have a video_id and a question q", "malformed record")
+        asked = f"<video>\n{question}" if index % 2 else f"{question}\n<video>"
+        conversation = conversation_from_llava(video, [{"from": "human", "value": asked},
+                                                       {"from": "gpt", "value": answer}])
+        paths = [self._root.file(video, video + suffix, "video") for suffix in SUFFIXES]
+        path = next((path for path in paths if path.exists()), paths[0])
+        return Sample(f"{video}/{index}", (), (conversation,), (path,))
