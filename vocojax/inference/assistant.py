@@ -18,12 +18,14 @@ from vocojax.data.loader import unit_shape
 from vocojax.data.processor import Processor
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.inference.cache import CacheError, VocoCache, place, require_model
+from vocojax.inference.cache_files import DamagedCache
 from vocojax.inference.compress import compress
 from vocojax.inference.decode import LOOK_EVERY, Generation, Prompts, stream
-from vocojax.inference.fingerprint import Fingerprint, fingerprint
-from vocojax.inference.mesh import place_rows
+from vocojax.inference.fingerprint import Fingerprint, fingerprint, image_digest
+from vocojax.inference.mesh import place_rows, row_multiple
 from vocojax.inference.prompts import batch_bucket, bucket, lay_out_prompt, text_rows, whole_rows
 from vocojax.inference.sampling import GREEDY, SamplingConfig
+from vocojax.inference.store import MissingCache, Store
 from vocojax.inference.text import AnswerText
 from vocojax.layout import SampleLayout, UnitShape, Visibility, lay_out_unit
 from vocojax.models.llama import KeyValues
@@ -102,6 +104,29 @@ class Assistant:
         with self._devices():
             return compress(self.model, self.tokenizer, prepared, self.fingerprint)
 
+    def recall(
+        self, store: Store, images: Sequence[str | Path | np.ndarray], num_vocos: int | None = None
+    ) -> VocoCache:
+        """The images' caches from a store, a unit each; those that are missing or damaged are compressed and put in.
+
+        Args:
+          num_vocos: how many VoCo tokens of each are read; None for all that the model makes.
+        """
+        prepared = [x if isinstance(x, np.ndarray) else self.load_images([x])[0] for x in images]
+        made, caches = self.model.config.unit_vocos, {}
+        missing: dict[str, np.ndarray] = {}
+        for digest, image in zip(map(image_digest, prepared), prepared, strict=True):
+            try:
+                caches[digest] = store.get(digest, self.fingerprint, made)
+            except (MissingCache, DamagedCache):
+                missing[digest] = image
+        if missing:
+            new = self.compress(list(missing.values()))
+            store.put(new)
+            caches |= {digest: new.take(slice(unit, unit + 1)) for unit, digest in enumerate(new.images)}
+        joined = VocoCache.concat([caches[image_digest(image)] for image in prepared])
+        return joined if num_vocos is None else joined.truncate(num_vocos)
+
     def read(
         self,
         cache: VocoCache,
@@ -161,11 +186,16 @@ class Assistant:
         seeds: Sequence[int] | None = None,
     ) -> Generation:
         """Reads conversations together with their prepared images (single pass)."""
+        count = len(conversations)
+        with self._devices():
+            fill = -count % row_multiple()
+        images, conversations = [*images, *[images[-1]] * fill], [*conversations, *[conversations[-1]] * fill]
         samples = self._lay_out(conversations, [len(i) for i in images], unit_shape(self.model.config), self.max_length)
         lengths = [len(s) for s in samples]
+        seeds = [*(range(count) if seeds is None else seeds), *[0] * fill]
         rows = whole_rows(samples, images, self.model.config, self.visibility, bucket(max(lengths)))
         *_, last = self._answers(rows, lengths, [s.text_start for s in samples], None, sampling, seeds)
-        return last
+        return Generation(last.ids_BT[:count], last.logits_BV[:count])
 
     def texts(self, generation: Generation, sampling: SamplingConfig = GREEDY) -> list[str]:
         """The answers as text."""
@@ -203,9 +233,8 @@ class Assistant:
 
     def _answers(
         self, rows: Rows, lengths: Sequence[int], text_starts: Sequence[int], prefix: KeyValues | None,
-        sampling: SamplingConfig, seeds: Sequence[int] | None, every: int | None = None,
+        sampling: SamplingConfig, seeds: Sequence[int], every: int | None = None,
     ) -> Iterator[Generation]:
-        seeds = range(len(lengths)) if seeds is None else seeds
         vectors = (np.array(lengths, np.int32), np.array(text_starts, np.int32), np.array(seeds, np.uint32))
         prompts = Prompts(rows, *vectors)  # type: ignore[arg-type]
         text = self._answer_text(sampling)

@@ -83,7 +83,11 @@ class VocoCache:
                 raise CacheError(f"cache {i} keeps {cache.tokens_per_unit} tokens from position {cache.position} of "
                                  f"each unit, cache 0 keeps {first.tokens_per_unit} from {first.position}: truncate "
                                  "them to one number first")
-        join = lambda arrays: jnp.concatenate([jnp.asarray(x) for x in arrays], axis=1)
+
+        def join(arrays: Sequence[Any]) -> Any:  # arrays from files stay on the host until they are placed
+            on_host = all(isinstance(x, np.ndarray) for x in arrays)
+            return np.concatenate(arrays, axis=1) if on_host else jnp.concatenate(arrays, axis=1)
+
         return dataclasses.replace(
             first,
             k_LUNGD=join([c.k_LUNGD for c in caches]),

@@ -86,12 +86,11 @@ def stream(
     """
     plan, knobs = sampling.plan, sampling.knobs
     logits_BV, progress = first_token(model, prompts, prefix, knobs, end_id=end_id, plan=plan)
-    step = 1
+    step = 0
     while True:
-        until = min(step + (every - 1 if step == 1 else every), plan.max_new_tokens)
-        if until > step:
-            progress = more_tokens(model, progress, knobs, np.int32(until), end_id=end_id, plan=plan)
-        step = until
+        step = min(step + every, plan.max_new_tokens)
+        if step > 1:
+            progress = more_tokens(model, progress, knobs, np.int32(step), end_id=end_id, plan=plan)
         # The next round takes the buffers over, so what is handed out is a copy.
         ids_BT, done_B = jax.device_get((progress.ids_BT, progress.done_B))
         yield Generation(ids_BT, logits_BV)

@@ -1,0 +1,71 @@
+"""Compresses image files into a store of VoCo caches, once; launch/answer.py answers questions from it.
+
+    python launch/compress.py --images='photos/**/*.jpg' --checkpoint=runs/voco --store=caches
+
+Interrupt it and run it again: what is in the store is passed over. On several hosts the same command runs on each, with
+the flags of launch/train.py where the cluster is not detected; every process takes its share of the files.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+from absl import app, flags
+
+from vocojax.config import ConfigError
+from vocojax.convert.mapping import ConvertError
+from vocojax.inference.assistant import Assistant
+from vocojax.inference.cache import CacheError
+from vocojax.inference.collection import compress_files, find_files, int8_loss
+from vocojax.inference.mesh import local_mesh
+from vocojax.inference.store import Store
+from vocojax.terminal import show_own_messages
+from vocojax.training import distributed
+
+IMAGES = flags.DEFINE_multi_string("images", None, "Glob of image files; repeatable.", required=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights in any layout, or a run of training.", required=True)
+STORE = flags.DEFINE_string("store", None, "Directory of the store, local or gs://.", required=True)
+STORAGE = flags.DEFINE_enum("storage", "exact", ["exact", "int8"], "int8 halves bfloat16's bytes; prints its loss.")
+PROBE = flags.DEFINE_string("probe", "What is in the picture?", "The question that int8's loss is measured with.")
+MAX_GIB = flags.DEFINE_float("max_gib", None, "Beyond it the least recently used entries go.", lower_bound=0)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images that run at once.", lower_bound=1)
+THREADS = flags.DEFINE_integer("threads", 8, "Threads that read images.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the model; default: as stored.")
+MESH = flags.DEFINE_list("mesh", None, "data,fsdp,tensor over this process's devices (-1 for the rest); default: one.")
+JSON = flags.DEFINE_string("json", None, "Where to write the counts and the bad files.")
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where it is not detected.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, where not detected.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, where not detected.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments (is the glob in quotes?): {' '.join(argv[1:4])} ...")
+    show_own_messages()
+    try:
+        distributed.initialize(distributed.find_cluster(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value))
+        paths = find_files(IMAGES.value, jax.process_index(), jax.process_count())
+        if not paths and jax.process_count() == 1:
+            sys.exit(f"error: --images: no file matches {' '.join(IMAGES.value)}")
+        mesh = local_mesh(*map(int, MESH.value)) if MESH.value else None
+        assistant = Assistant.from_pretrained(CHECKPOINT.value, mesh=mesh, dtype=DTYPE.value)
+        max_bytes = None if MAX_GIB.value is None else int(MAX_GIB.value * 2**30)
+        store = Store(STORE.value, STORAGE.value, max_bytes)
+        outcome = compress_files(assistant, store, paths, BATCH_SIZE.value, THREADS.value)
+        good = [path for path in paths if path not in outcome.bad][: BATCH_SIZE.value]
+        if STORAGE.value == "int8" and good:
+            print(int8_loss(assistant, assistant.compress(good), PROBE.value))
+    except (ConvertError, ConfigError, CacheError, distributed.ClusterError, distributed.MissingProcesses, OSError,
+            ValueError) as error:
+        sys.exit(f"error: {error}")
+    if JSON.value:
+        with open(JSON.value, "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(outcome), file, indent=2)
+    print(f"{STORE.value}: {outcome}")
+    if outcome.bad and len(outcome.bad) == len(paths):
+        sys.exit("error: none of the files is an image that can be used")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,145 @@
+"""Choosing tokens, ending answers, showing them as they come, and compiling nothing twice."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from vocojax.config import ConfigError
+from vocojax.data.conversation import Turn
+from vocojax.inference.decode import COMPILATIONS
+from vocojax.inference.prompts import bucket
+from vocojax.inference.sampling import SamplingConfig, choose, truncate
+from vocojax.inference.text import AnswerText
+
+QUESTIONS = ("what color is the shape?", "is the shape red?", "a picture of", "what?", "red blue " * 4)
+DRAWN = SamplingConfig(max_new_tokens=8, temperature=1.5, top_k=12, top_p=0.95, repetition_penalty=1.3)
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 0.7), (0.6, 5, 1.0), (1.7, 9, 0.5), (1, 0, 1.0)])
+def test_what_may_be_drawn_is_what_transformers_leaves(temperature, top_k, top_p):
+    logits = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 3
+    expected = TemperatureLogitsWarper(float(temperature))(None, torch.tensor(logits))
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    expected = TopPLogitsWarper(top_p)(None, expected).numpy()
+    found = truncate(jnp.asarray(logits), SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p).knobs)
+    assert (np.isfinite(found) == np.isfinite(expected)).all()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_the_penalty_is_transformers():
+    logits = np.random.default_rng(1).normal(size=(3, 20)).astype(np.float32)
+    held = np.random.default_rng(2).random((3, 20)) < 0.5
+    sampling = SamplingConfig(repetition_penalty=1.8)
+    found = choose(jnp.asarray(logits), jnp.asarray(held), jnp.zeros(3, jnp.uint32), jnp.int32(0), sampling.plan,
+                   sampling.knobs)
+    for row in range(3):
+        ids = torch.tensor(np.flatnonzero(held[row])[None])
+        expected = RepetitionPenaltyLogitsProcessor(1.8)(ids, torch.tensor(logits[row : row + 1]))
+        assert int(found[row]) == int(expected.argmax())
+
+
+def test_draws_follow_the_probabilities():
+    logits = jnp.log(jnp.array([[0.6, 0.3, 0.1]]).repeat(4000, 0))
+    sampling = SamplingConfig(temperature=1.0, top_k=2)
+    drawn = choose(logits, jnp.zeros((4000, 0), bool), jnp.arange(4000, dtype=jnp.uint32), jnp.int32(0), sampling.plan,
+                   sampling.knobs)
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 4000, [2 / 3, 1 / 3, 0], atol=0.03)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(QUESTIONS), st.lists(st.integers(0, 4), min_size=1, max_size=2),
+                          st.integers(0, 2**32 - 1)), min_size=3, max_size=4), st.booleans())
+def test_a_batch_gives_each_row_the_tokens_it_would_get_alone(assistant, cache, rows, draws):
+    sampling = DRAWN if draws else SamplingConfig(max_new_tokens=8)
+    asked, units, seeds = [(Turn("user", q),) for q, _, _ in rows], [u for _, u, _ in rows], [s for _, _, s in rows]
+    together = np.asarray(assistant.generate_behind(cache, asked, units, sampling, seeds).ids_BT)
+    for row in range(len(rows)):
+        one = slice(row, row + 1)
+        alone = assistant.generate_behind(cache, asked[one], units[one], sampling, seeds[one])
+        assert np.asarray(alone.ids_BT).tolist() == together[one].tolist()
+
+
+def test_penalised_answers_are_the_same_with_the_image_and_behind_the_cache(assistant, images, cache):
+    """Tokens of images do not count as held, wherever they stand; without that the two would differ."""
+    asked = [(Turn("user", q),) for q in QUESTIONS[:2]]
+    sampling = dataclasses.replace(DRAWN, repetition_penalty=5.0)
+    single = assistant.generate_whole([[images[1]], [images[2], images[0]]], asked, sampling)
+    cached = assistant.generate_behind(cache, asked, [[1], [2, 0]], sampling)
+    assert np.asarray(single.ids_BT).tolist() == np.asarray(cached.ids_BT).tolist()
+    plain = assistant.generate_behind(cache, asked, [[1], [2, 0]], dataclasses.replace(DRAWN, repetition_penalty=1.0))
+    assert np.asarray(plain.ids_BT).tolist() != np.asarray(cached.ids_BT).tolist()
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_pieces_put_together_are_the_answer(assistant, cache, every):
+    sampling = dataclasses.replace(DRAWN, max_new_tokens=12, stop=("green",))
+    about = [[0], [1, 2]]
+    pieces = list(assistant.stream(cache, QUESTIONS[:2], about, sampling, [3, 4], every=every))
+    whole = assistant.read(cache, QUESTIONS[:2], about, sampling, [3, 4])
+    assert ["".join(parts) for parts in zip(*pieces, strict=True)] == whole
+    assert len(pieces) >= (6 if every == 1 else 2)
+    assert any(whole)
+
+
+def test_a_stop_string_ends_an_answer_and_nothing_more_is_computed(assistant, cache):
+    free = dataclasses.replace(DRAWN, max_new_tokens=40, temperature=3.0, repetition_penalty=1.0)
+    text = assistant.read(cache, QUESTIONS[:1], [[0]], free, [5])[0]
+    word = text.split()[3]
+    stopped = dataclasses.replace(free, stop=(word, "never said"))
+    assert assistant.read(cache, QUESTIONS[:1], [[0]], stopped, [5])[0] == text[: text.index(word)].strip()
+    asked = [(Turn("user", QUESTIONS[0]),)]
+    ids = np.asarray(assistant.generate_behind(cache, asked, [[0]], stopped, [5]).ids_BT)[0]
+    assert (ids[16:] == assistant.tokenizer.eos_id).all()  # looked at after sixteen tokens
+
+
+def test_text_that_may_change_is_not_shown(llama_tokenizer):
+    text = AnswerText(llama_tokenizer, ("STOP",))
+    ids = llama_tokenizer.encode("The bus is é STOP now").ids
+    shown = [text.sure(ids[:n]) for n in range(len(ids) + 1)]
+    for earlier, later in itertools.pairwise(shown):
+        assert later.startswith(earlier)
+    assert shown[-1] == text.whole(ids) == "The bus is é"
+    assert not any("\N{REPLACEMENT CHARACTER}" in part or "S" in part[1:] for part in shown)
+
+
+def test_lengths_in_a_bucket_and_other_values_compile_nothing(assistant, cache):
+    """The count of compilations stands still over prompt lengths, numbers of units, batch sizes and temperatures."""
+    ask = lambda words, units, rows, **how: assistant.read(
+        cache, ["red " * words] * rows, [units] * rows, SamplingConfig(max_new_tokens=5, **how))
+    ask(3, [0, 1, 2], 3, temperature=0.7)
+    before = dict(COMPILATIONS)
+    assert before["first_token"] > 0 and before["more_tokens"] > 0
+    for words in range(1, 20, 3):
+        ask(words, [0, 1, 2, 3][: 3 + words % 2], 3 + words % 2, temperature=0.1 + words, top_k=words, top_p=0.5)
+    assert dict(COMPILATIONS) == before
+    ask(40, [0, 1, 2], 3, temperature=0.7)
+    assert COMPILATIONS["first_token"] == before["first_token"] + 1
+
+
+def test_buckets_waste_at_most_a_fifth_of_a_long_row():
+    assert [bucket(n) for n in (1, 32, 33, 128, 129, 257, 300, 1025)] == [32, 32, 64, 128, 160, 320, 320, 1280]
+    assert all(n <= bucket(n) and (n <= 128 or bucket(n) - n <= bucket(n) / 5) for n in range(1, 5000))
+    assert len({bucket(n) for n in range(1, 2049)}) == 20
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ({"temperature": -1}, "temperature must be >= 0, got -1"), ({"top_k": -2}, "top_k must be >= 0, got -2"),
+    ({"top_p": 0}, "top_p must be in"), ({"repetition_penalty": 0.0}, "repetition_penalty must be > 0, got 0.0"),
+    ({"stop": ("",)}, "stop must hold no empty string"), ({"max_new_tokens": 0}, "max_new_tokens must be >= 1"),
+])
+def test_values_out_of_range_are_named(how, message):
+    with pytest.raises(ConfigError, match=message):
+        SamplingConfig(**how)
