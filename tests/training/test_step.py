@@ -110,7 +110,7 @@ def test_meshes_give_the_same_losses(stage, tmp_path):
         from vocojax.training.config import MeshConfig
         from vocojax.training.stage import train
         stage = pickle.load(open(sys.argv[1], "rb"))
-        for name, mesh in {"data": MeshConfig(-1, 1, 1), "all": MeshConfig(2, 2, 2)}.items():
+        for name, mesh in {"data": MeshConfig(data=-1), "all": MeshConfig(data=2, fsdp=2, tensor=2)}.items():
             train(dataclasses.replace(stage, mesh=mesh), f"{sys.argv[2]}/{name}")
     """)
     stage = dataclasses.replace(stage, batch_size=8, steps=3)

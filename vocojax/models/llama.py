@@ -161,6 +161,7 @@ class Decoder(nnx.Module):
         """Token ids -> embeddings [B, S, E]."""
         return self.embedding[...].astype(dtype)[ids_BS]
 
+    @jax.named_scope("decoder")
     def __call__(
         self,
         x_BSE: jax.Array,

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from vocojax.models.parts import gathered
+
 Block = TypeVar("Block", bound=nnx.Module)
 Carry = TypeVar("Carry")
 
@@ -53,7 +55,7 @@ def scan(
     Returns:
       The last x, and the stacked second outputs.
     """
-    step = lambda carry, layer: body(carry, *layer)
+    step = lambda carry, layer: body(carry, gathered(layer[0], stacked=True), layer[1])
     policy = remat_policy(remat)
     if remat != "none":
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)

@@ -89,6 +89,7 @@ class VocoLlama(nnx.Module):
 
         save_model(self, directory, layout, tokenizer)
 
+    @jax.named_scope("vision")
     def encode_images(self, images_UHWC: jax.Array) -> jax.Array:
         """uint8 RGB images -> their tokens as decoder embeddings [U, config.unit_tokens, E]."""
         features_UPE = self.vision(normalise(images_UHWC, self.dtype))

@@ -98,16 +98,22 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 for one of them means all that are left."""
+    """Devices along each mesh axis; -1 for one of them means all that are left.
 
+    slice: TPU slices that are joined by the data centre's network only; parameters are whole in each.
+    data: copies of the parameters; fsdp: parts that every copy is cut into; rows are spread over all of these.
+    tensor: parts that heads, MLP and vocabulary are cut into, with all rows on each.
+    """
+
+    slice: int = 1
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
-        require(all(s >= 1 or s == -1 for s in sizes), "data", "fsdp and tensor must be >= 1 or -1", sizes)
-        require(sizes.count(-1) <= 1, "data", "at most one axis may be -1", sizes)
+        sizes = (self.slice, self.data, self.fsdp, self.tensor)
+        require(all(s >= 1 or s == -1 for s in sizes), "slice", "data, fsdp and tensor must be >= 1 or -1", sizes)
+        require(sizes.count(-1) <= 1, "slice", "at most one axis may be -1", sizes)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from vocojax.layout import IGNORE
 from vocojax.models.llama import Decoder
 
-CHUNK = 128  # target slots of every row that pass through the head at once
+CHUNK = 1024  # target slots that pass through the head at once, those of all rows together
 
 
 class TargetSums(NamedTuple):
@@ -37,6 +37,7 @@ def gather_targets(hidden_BSE: jax.Array, target_index_BT: jax.Array) -> jax.Arr
     return jnp.take_along_axis(hidden_BSE, target_index_BT[..., None], axis=1)
 
 
+@jax.named_scope("head")
 def target_sums(
     decoder: Decoder,
     hidden_BSE: jax.Array,
@@ -60,23 +61,26 @@ def target_sums(
     def chunk_sums(ids_BC: jax.Array, *states_BCE: jax.Array) -> TargetSums:
         logits_BCV = decoder.logits(states_BCE[0])
         valid_BC = ids_BC != IGNORE
-        log_probs_BCV = jax.nn.log_softmax(logits_BCV)
-        picked_BC = jnp.take_along_axis(log_probs_BCV, jnp.where(valid_BC, ids_BC, 0)[..., None], axis=-1)[..., 0]
+        # A comparison picks the target's logit: a gather's gradient would be a scatter into an array like the logits.
+        is_target_BCV = ids_BC[..., None] == jnp.arange(logits_BCV.shape[-1])
+        picked_BC = jnp.where(is_target_BCV, logits_BCV, 0.0).sum(-1)
+        cross_entropy_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - picked_BC
         kl_BC = jnp.zeros_like(picked_BC)
         if teacher is not None:
             kl_BC = _kl(teacher.decoder.logits(states_BCE[1]), logits_BCV, teacher.temperature)
         total = lambda x_BC: jnp.where(valid_BC, x_BC, 0.0).sum()
         hits_BC = logits_BCV.argmax(-1) == ids_BC
-        return TargetSums(total(-picked_BC), total(kl_BC), total(hits_BC), valid_BC.sum())
+        return TargetSums(total(cross_entropy_BC), total(kl_BC), total(hits_BC), valid_BC.sum())
 
-    slots = target_ids_BT.shape[1]
-    if slots <= CHUNK:
+    rows, slots = target_ids_BT.shape
+    chunk = max(CHUNK // rows, 1)
+    if slots <= chunk:
         return chunk_sums(target_ids_BT, *states_BTE)
 
     def chunked(x_BT: jax.Array, fill: int) -> jax.Array:
-        padding = [(0, 0), (0, -slots % CHUNK)] + [(0, 0)] * (x_BT.ndim - 2)
+        padding = [(0, 0), (0, -slots % chunk)] + [(0, 0)] * (x_BT.ndim - 2)
         padded = jnp.pad(x_BT, padding, constant_values=fill)
-        return jnp.moveaxis(padded.reshape(x_BT.shape[0], -1, CHUNK, *x_BT.shape[2:]), 1, 0)
+        return jnp.moveaxis(padded.reshape(x_BT.shape[0], -1, chunk, *x_BT.shape[2:]), 1, 0)
 
     body = jax.checkpoint(lambda carry, xs: (jax.tree.map(jnp.add, carry, chunk_sums(*xs)), None), prevent_cse=False)
     zero = TargetSums(jnp.float32(0), jnp.float32(0), jnp.float32(0), jnp.int32(0))

@@ -3,6 +3,9 @@
 Nothing here touches a device, so the same program is trained with and compiled for a machine that is not there.
 """
 
+import functools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +21,11 @@ from vocojax.data.packing import pack_row, row_shape
 from vocojax.layout import Visibility
 from vocojax.models.lora import add_lora, factor_names
 from vocojax.models.parameters import Parameters, abstract, variables_of
+from vocojax.models.parts import cut
 from vocojax.models.voco import VocoLlama
 from vocojax.training.config import StageConfig
 from vocojax.training.optimizer import check_rules, make_optimizer, matches
-from vocojax.training.sharding import BATCH, parameter_shardings, replicated
+from vocojax.training.sharding import BATCH, BATCH_AXES, on_every_device, parameter_shardings, parts_of, replicated
 from vocojax.training.step import Step, TrainState, make_step
 
 
@@ -58,19 +62,21 @@ def make_program(config: StageConfig, mesh: Mesh) -> Program:
     model = abstract(lambda: make_model(config, nnx.Rngs(0)))
     check_rules(variables_of(model), config.train, config.freeze)
     _check_lora_rules(config, model)
-    rows, ways = config.batch_size // config.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, ways = config.batch_size // config.accumulate, math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if rows % ways:
-        raise ConfigError("batch_size", f"/ accumulate must be a multiple of data x fsdp = {ways} devices, got {rows}")
+        raise ConfigError("batch_size", f"/ accumulate must be a multiple of slice x data x fsdp = {ways} devices, got "
+                          f"{rows}")
+    shardings = parameter_shardings(model, mesh)
+    in_parts = lambda model: cut(model, parts_of(shardings, mesh), config.dtype)
     teacher = abstract(lambda: VocoLlama(config.model, nnx.Rngs(0), config.dtype)) if config.distill.teacher else None
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = _abstract_state(config, model, teacher, optimizer, mesh)
+    state = _abstract_state(config, model, teacher, optimizer, mesh, shardings)
     batch = _abstract_batch(config, mesh)
     # The new state keeps the old one's shardings, so that nothing is compiled twice and every donated buffer is used.
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, batch))
-    step = jax.jit(
-        make_step(model, teacher, optimizer, config), donate_argnums=0, in_shardings=shardings,
-        out_shardings=(shardings[0], None),
-    )
+    kept = jax.tree.map(lambda leaf: leaf.sharding, (state, batch))
+    spread = functools.partial(on_every_device, mesh=mesh, shardings=shardings) if mesh.size > 1 else lambda g: g
+    step = make_step(in_parts(model), teacher and in_parts(teacher), optimizer, config, spread)
+    step = jax.jit(step, donate_argnums=0, in_shardings=kept, out_shardings=(kept[0], None))
     return Program(mesh, model, optimizer, state, batch, step)
 
 
@@ -101,9 +107,9 @@ def _abstract_state(
     teacher: VocoLlama | None,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    shardings: Mapping[str, NamedSharding],
 ) -> TrainState:
     """fp32 masters of what trains, the rest as `frozen_dtype`, moments sharded like the parameters they belong to."""
-    shardings = parameter_shardings(model, mesh)
     shapes = {name: variable.shape for name, variable in variables_of(model).items()}
 
     def leaf(name: str, dtype: DTypeLike) -> Any:

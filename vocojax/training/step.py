@@ -1,7 +1,8 @@
 """The training state and one optimizer step over a batch of packed rows."""
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 
 from vocojax.layout import IGNORE
 from vocojax.models.parameters import Parameters, with_parameters
+from vocojax.models.parts import gathered
 from vocojax.models.voco import VocoLlama, rows_from_batch
 from vocojax.training.config import StageConfig
 from vocojax.training.objectives import TargetSums, Teacher, target_sums
@@ -30,27 +32,33 @@ class TrainState(NamedTuple):
     teacher: Parameters
 
 
+Gradient = Callable[[Parameters, TrainState, Batch], tuple[Parameters, TargetSums]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_step(
-    model: VocoLlama, teacher: VocoLlama | None, optimizer: optax.GradientTransformation, config: StageConfig
+    model: VocoLlama,
+    teacher: VocoLlama | None,
+    optimizer: optax.GradientTransformation,
+    config: StageConfig,
+    spread: Callable[[Gradient], Gradient] = lambda gradient: gradient,
 ) -> Step:
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     Args:
       model, teacher: abstract models; the state holds their parameters.
+      spread: makes of a gradient function one for rows on many devices.
 
     Metrics are fp32 scalars: loss, cross_entropy, kl (mean nats per target), accuracy (greedy, per target),
     grad_norm (before clipping), targets, tokens.
     """
 
     def sums(trained: Parameters, state: TrainState, batch: Batch) -> tuple[jax.Array, TargetSums]:
-        student = with_parameters(model, {**trained, **state.frozen})
+        student = gathered(with_parameters(model, {**trained, **state.frozen}), stacked=False)
         run = lambda m, view: m(rows_from_batch(batch, view), attention=config.attention, remat=config.remat)[0]
         guide = None
         if teacher is not None:
-            guiding = with_parameters(teacher, state.teacher)
+            guiding = gathered(with_parameters(teacher, state.teacher), stacked=False)
             hidden = jax.lax.stop_gradient(run(guiding, "teacher_"))
             guide = Teacher(guiding.decoder, hidden, config.distill.temperature)
         out = target_sums(
@@ -58,12 +66,15 @@ def make_step(
         )
         return out.cross_entropy + config.distill.weight * out.kl, out
 
+    gradient = spread(functools.partial(_accumulate, jax.grad(sums, has_aux=True), config.accumulate))
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         count = jnp.maximum((batch["target_ids"] != IGNORE).sum(), 1).astype(jnp.float32)
-        grads, totals = _accumulate(jax.grad(sums, has_aux=True), state, batch, config.accumulate)
-        grads = jax.tree.map(lambda g: g / count, grads)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        grads, totals = gradient(state.trained, state, batch)
+        with jax.named_scope("optimizer"):
+            grads = jax.tree.map(lambda g: g / count, grads)
+            updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
+            trained = optax.apply_updates(state.trained, updates)
         metrics = {
             "loss": (totals.cross_entropy + config.distill.weight * totals.kl) / count,
             "cross_entropy": totals.cross_entropy / count,
@@ -79,17 +90,13 @@ def make_step(
 
 
 def _accumulate(
-    gradient: Callable[[Parameters, TrainState, Batch], tuple[Parameters, TargetSums]],
-    state: TrainState,
-    batch: Batch,
-    parts: int,
-) -> tuple[Parameters, Any]:
+    gradient: Gradient, parts: int, trained: Parameters, state: TrainState, batch: Batch
+) -> tuple[Parameters, TargetSums]:
     """Sums of gradients and objectives over the parts of a batch, which run one after the other."""
     if parts == 1:
-        return gradient(state.trained, state, batch)
-    # Rows go to the parts in turn, so that every device's rows are spread over all parts and none moves.
-    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), dict(batch))
+        return gradient(trained, state, batch)
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), dict(batch))
     first = jax.tree.map(lambda x: x[0], split)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, state.trained, state, first))
-    add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(state.trained, state, part)), None)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trained, state, first))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(trained, state, part)), None)
     return jax.lax.scan(add, zero, split)[0]

@@ -23,20 +23,33 @@ from vocojax.kernels.static_cost.bundles import GridLoop, Region
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip: its machine model, clock, peak bfloat16 TFLOP/s, HBM bytes per second and TensorCores."""
+    """A chip as its maker's documents describe it.
+
+    Attributes:
+        machine: its machine model, a key of `bundles.MACHINES`.
+        ghz: clock.
+        tflops: peak bfloat16 TFLOP/s.
+        bandwidth: HBM bytes per second.
+        cores: TensorCores.
+        memory: HBM bytes.
+        interconnect: bytes per second that a chip gets from a collective over a whole torus.
+    """
 
     machine: str
     ghz: float
     tflops: float
     bandwidth: float
     cores: int
+    memory: int
+    interconnect: float
 
 
+GIB = 1 << 30
 CHIPS = {
-    "TPU v4": Chip("v5", 1.05, 275, 1228e9, 2),
-    "TPU v5 lite": Chip("v5", 1.50, 197, 819e9, 1),
-    "TPU v5": Chip("v5", 1.75, 459, 2765e9, 2),
-    "TPU v6 lite": Chip("v6", 1.75, 918, 1640e9, 1),
+    "TPU v4": Chip("v5", 1.05, 275, 1228e9, 2, 32 * GIB, 270e9),
+    "TPU v5 lite": Chip("v5", 1.50, 197, 819e9, 1, 16 * GIB, 180e9),
+    "TPU v5": Chip("v5", 1.75, 459, 2765e9, 2, 95 * GIB, 540e9),
+    "TPU v6 lite": Chip("v6", 1.75, 918, 1640e9, 1, 32 * GIB, 360e9),
 }
 
 

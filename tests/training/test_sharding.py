@@ -1,0 +1,85 @@
+"""Where parameters lie: the whole table for 7B on 64 chips, the rules behind it, and gathers in stages."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh
+
+from vocojax.config import ConfigError, preset
+from vocojax.models.parameters import abstract
+from vocojax.models.voco import VocoLlama
+from vocojax.training.config import MeshConfig
+from vocojax.training.sharding import AXES, make_mesh, parameter_shardings
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "shardings_7b_v5p_4x4x4.txt"
+
+
+def shardings(name: str, *sizes: int) -> dict[str, tuple]:
+    """(shape, spec, shape of a part) of every parameter on a mesh of slice x data x fsdp x tensor."""
+    model = abstract(lambda: VocoLlama(preset(name), nnx.Rngs(0)))
+    shapes = {"/".join(map(str, path)): v.shape for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    placed = parameter_shardings(model, AbstractMesh(sizes, AXES))
+    return {n: (shapes[n], tuple(s.spec), s.shard_shape(shapes[n])) for n, s in placed.items()}
+
+
+def test_7b_on_64_chips_lies_as_the_golden_file_says():
+    """After a change that is meant: write the lines that the failure shows to tests/golden."""
+    lines = [f"{name} {shape} {spec} {part}" for name, (shape, spec, part) in
+             shardings("clip_l_336_vicuna_7b", 1, 1, 64, 1).items()]
+    assert "\n".join(sorted(lines)) + "\n" == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize("fsdp", [4, 8, 16, 64, 256])
+def test_parts_of_the_7b_decoder_are_whole_tiles(fsdp):
+    for name, (shape, spec, part) in shardings("clip_l_336_vicuna_7b", 1, 1, fsdp, 1).items():
+        if name.startswith("decoder/") and "fsdp" in spec:
+            at = spec.index("fsdp")
+            assert part[at] % 16 == 0 and part[at] * fsdp == shape[at], name
+
+
+def test_tensor_and_fsdp_cut_different_axes():
+    table = shardings("clip_l_336_vicuna_7b", 1, 2, 4, 2)
+    assert table["decoder/blocks/up/kernel"][1:] == ((None, "fsdp", "tensor"), (32, 1024, 5504))
+    assert table["decoder/blocks/down/kernel"][1:] == ((None, "tensor", "fsdp"), (32, 5504, 1024))
+    assert table["decoder/blocks/mlp_norm/scale"][1] == (None, None)
+
+
+def test_a_large_parameter_that_nothing_divides_is_refused():
+    with pytest.raises(ConfigError, match=r"mesh\.fsdp must divide an axis of every large parameter, but 7 divides"):
+        shardings("clip_l_336_vicuna_7b", 1, 1, 7, 1)
+
+
+def test_a_mesh_must_have_as_many_devices_as_there_are():
+    with pytest.raises(ConfigError, match="mesh slice x data x fsdp x tensor must be the 1 devices there are, got 2"):
+        make_mesh(MeshConfig(slice=2, data=1), jax.devices()[:1])
+
+
+def test_gathers_in_stages_and_their_gradients_are_those_of_one_stage():
+    """Eight virtual devices: 4 x 2 in two stages, against the array itself and the sum over devices."""
+    code = textwrap.dedent("""
+        import functools, jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import PartitionSpec as P
+        from vocojax.models.parts import Parts
+        mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+        w = jnp.arange(16 * 24, dtype=jnp.float32).reshape(16, 24)
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32)
+        for axis, spec in ((-2, P("fsdp", None)), (-1, P(None, "fsdp"))):
+            for stages in ((8,), (4, 2), (2, 4)):
+                parts = Parts("fsdp", axis, stages)
+                run = lambda w, x: jax.value_and_grad(lambda w: ((x @ parts.gather(w)) ** 2).sum())(w)
+                total = lambda w, x: (jax.lax.psum(run(w, x)[0], "fsdp"), run(w, x)[1])
+                mapped = jax.shard_map(total, mesh=mesh, in_specs=(spec, P("fsdp")), out_specs=(P(), spec),
+                                       check_vma=False)
+                loss, grad = jax.jit(mapped)(w, x)
+                wanted = jax.value_and_grad(lambda w: ((x @ w) ** 2).sum())(w)
+                np.testing.assert_allclose(loss, wanted[0], rtol=1e-5)
+                np.testing.assert_allclose(grad, wanted[1], rtol=1e-4)
+    """)
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
