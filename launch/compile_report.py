@@ -1,0 +1,58 @@
+"""Compiles a stage's real step for a machine that is not there and says what it costs on it, before it is booked.
+
+    . launch/xla_flags.sh v5p
+    python launch/compile_report.py --config=configs/voco_7b.py --topology=v5p:4x4x4 --json report.json
+    python launch/compile_report.py --config=configs/voco_7b.py --topology=v5e:16x16 --fast --compare-remat
+    python launch/compile_report.py --config=configs/voco_7b.py --topology=h100:8 --config.accumulate=8
+
+Needs the extra `tpu` (libtpu) or `cuda` (the CUDA plugin), no device. Paths of data and weights are not read.
+"""
+
+import json
+import os
+import sys
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from vocojax.config import ConfigError
+from vocojax.terminal import show_own_messages
+from vocojax.training.compile_report.compiling import Topology
+from vocojax.training.compile_report.report import compare_remat, compile_report, search
+from vocojax.training.compile_report.tables import comparison, table
+from vocojax.training.config import stage_config
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The stage's ml_collections file.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "v5p:4x4x4, v5e:16x16*2 (two slices), h100:8 ...", required=True)
+FAST = flags.DEFINE_bool("fast", False, "Stop at the scheduled program: seconds instead of minutes, times by roofline.")
+REMAT = flags.DEFINE_bool("compare-remat", False, "Report on every rematerialisation policy.")
+SEARCH = flags.DEFINE_bool("search", False, "Try rows per device x policy x mesh (fast) and rank them.")
+JSON = flags.DEFINE_string("json", None, "Where to write all figures.")
+
+
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    show_own_messages()
+    jax.config.update("jax_platforms", "cpu")  # accelerators that are there are not used
+    values = CONFIG.value
+    for key in ("tokenizer", "path", "image_root"):  # required of a run, of no use here
+        values.data[key] = values.data[key] or "-"
+    try:
+        config, topology = stage_config(values, os.path.basename(sys.argv[0])), Topology(TOPOLOGY.value)
+        if SEARCH.value or REMAT.value:
+            figures = search(config, topology) if SEARCH.value else compare_remat(config, topology, fast=FAST.value)
+            print(comparison(figures))
+        else:
+            figures = compile_report(config, topology, fast=FAST.value)
+            print(table(figures))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    if JSON.value:
+        with open(JSON.value, "w") as file:
+            json.dump(figures, file, indent=2)
+
+
+if __name__ == "__main__":
+    app.run(main)

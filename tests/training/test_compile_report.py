@@ -1,0 +1,213 @@
+"""The compile report: its parser and sums on small programs, and real steps for machines that are not there."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from vocojax.config import ConfigError
+from vocojax.data.config import DataConfig
+from vocojax.training.compile_report import attention, hlo
+from vocojax.training.compile_report.compiling import Compiled, Topology, hbm_bytes
+from vocojax.training.compile_report.costs import add_up
+from vocojax.training.compile_report.report import Device, compile_report, estimate, memory
+from vocojax.training.compile_report.tables import comparison, table
+from vocojax.training.config import MeshConfig, StageConfig, stage_config
+
+ROOT = Path(__file__).parent.parent.parent
+
+# A loop of five turns around a gather, a product in a fusion and a kernel; behind it a reduce-scatter in disguise.
+PROGRAM = """
+HloModule jit_step
+
+%fused (p0: bf16[8,16], p1: bf16[16,32]) -> bf16[8,32] {
+  %p0 = bf16[8,16]{1,0} parameter(0)
+  %p1 = bf16[16,32]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[8,32]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%start (q2: bf16[4,32]) -> bf16[16,32] {
+  %q2 = bf16[4,32]{1,0} parameter(0)
+  ROOT %all-gather.7 = bf16[16,32]{1,0} all-gather(%q2), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%async_collective_fusion.3 (q3: bf16[4,32]) -> bf16[16,32] {
+  %q3 = bf16[4,32]{1,0} parameter(0)
+  ROOT %all-gather.8 = bf16[16,32]{1,0} all-gather(%q3), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%all-reduce-scatter.1.clone (q4: bf16[16,32]) -> bf16[4,32] {
+  %q4 = bf16[16,32]{1,0} parameter(0)
+  %all-reduce.1 = bf16[16,32]{1,0} all-reduce(%q4), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice.1 = bf16[4,32]{1,0} slice(%all-reduce.1), slice={[0:4], [0:32]}
+}
+
+%body (state: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %state = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %x = bf16[8,16]{1,0} get-tuple-element(%state), index=1
+  %part = bf16[4,32]{1,0} constant({...})
+  %all-gather.1 = bf16[16,32]{1,0} all-gather(%part), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %async-collective-start.1 = bf16[16,32]{1,0} fusion(%part), kind=kCustom, calls=%start
+  %fusion.9 = bf16[16,32]{1,0} fusion(%part), kind=kCustom, calls=%async_collective_fusion.3
+  %fusion.1 = bf16[8,32]{1,0:T(8,128)(2,1)S(1)} fusion(%x, %all-gather.1), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/decoder/while/body/dot_general"}, backend_config={"window_config":{"estimated_cycles":"1000"}}
+  %interval_attention_forward.3 = bf16[8,16]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
+  ROOT %out = (s32[], bf16[8,16]{1,0}) tuple(%part, %interval_attention_forward.3)
+}
+
+%condition (state: (s32[], bf16[8,16])) -> pred[] {
+  %state = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %five = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %five), direction=LT
+}
+
+ENTRY %main (a: bf16[8,16]) -> bf16[4,32] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %init = (s32[], bf16[8,16]{1,0}) tuple(%a)
+  %while.1 = (s32[], bf16[8,16]{1,0}) while(%init), condition=%condition, body=%body
+  %all-reduce-start.2 = (f32[8]{0}, f32[8]{0}) all-reduce-start(%a), replica_groups={}, to_apply=%add
+  ROOT %fusion.2 = bf16[4,32]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1.clone, metadata={op_name="jit(step)/optimizer/mul"}, backend_config={"estimated_cycles":"70"}
+}
+"""  # noqa: E501
+
+
+def test_loops_are_multiplied_out_and_collectives_counted_once():
+    module = hlo.parse(PROGRAM)
+    assert module.runs["body"] == 5 and module.runs["fused"] == 5 and module.runs["main"] == 1
+    costs = add_up(module, devices=8)
+    assert dict(costs.cycles) == {"decoder": 5000, "optimizer": 70, "other": 0}
+    assert costs.flops == 5 * 2 * 8 * 16 * 32
+    assert dict(costs.kernels) == {"interval_attention_forward": 5}
+    gathered = 16 * 32 * 2  # of a gather, the whole array; of the one in pieces, only the first piece
+    assert dict(costs.synchronous) == {"all-gather": 5 * gathered, "reduce-scatter": gathered}
+    assert dict(costs.asynchronous) == {"all-gather": 5 * gathered, "all-reduce": 32}
+
+
+def test_traffic_leaves_out_other_memories():
+    """The product reads 8 x 16 and 16 x 32 from HBM; its result stays in VMEM."""
+    costs = add_up(hlo.parse(PROGRAM), devices=8)
+    product = [entry for entry in costs.roofline if entry[0] == "decoder"]
+    assert product == [("decoder", 8192, 2 * (8 * 16 + 16 * 32), 5)]
+
+
+def test_shapes_and_groups():
+    assert hlo.array_bytes("(bf16[2,3]{1,0}, f32[4]{0:T(128)S(1)}, pred[])") == 12 + 16 + 1
+    assert hlo.array_bytes("(bf16[2,3]{1,0}, f32[4]{0:T(128)S(1)})", hbm_only=True) == 12
+    groups = {"replica_groups={{0,1},{2,3}}": 2, "replica_groups=[4,16]<=[64]": 16, "": 64,
+              "replica_groups=mesh['a'=4,'b'=2] {'a'}": 4}
+    for text, size in groups.items():
+        assert hlo.group_size(hlo.Instruction("x", "", "all-gather", (), text, False), 64) == size
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        hlo.parse("HloModule nothing")
+
+
+def test_flops_of_a_convolution_skip_the_padding():
+    """A batch axis written as a spatial one: of 4 x 4 pairs of positions only the 4 on the diagonal meet."""
+    text = "%a, %b), window={size=4 stride=3 pad=3_3 lhs_dilate=4}, dim_labels=0bf_0io->0bf"
+    product = hlo.Instruction("c", "f32[4,8,32]", "convolution", ("a", "b"), text, True)
+    assert hlo.product_flops(product, {"a": "f32[4,8,16]", "b": "f32[4,16,32]"}) == 2 * 4 * 8 * 16 * 32
+
+
+def test_hbm_is_what_is_allocated_in_it():
+    assignment = (
+        "allocation 0: size 100, page 0, parameter 3, shape |f32[25]| at ShapeIndex {}, maybe-live-out:\n"
+        "allocation 1: size 4000, page 0, thread-local:\n value: <1 x @0> (size=4000,offset=0): f32[1000]\n"
+        "allocation 2: size 700, page 0, preallocated-temp:\n"
+        "allocation 3: size 50, page 0, color 1, preallocated-temp:\n"
+    )
+    assert hbm_bytes(assignment) == 800
+
+
+def test_an_estimate_adds_up():
+    device = Device(memory=16 << 30, flops=1e12, bandwidth=1e9, interconnect=1e6, hertz=1e6)
+    held = {"parameters": 10, "teacher": 0}
+    compiled = Compiled(devices=8, device_kind="TPU v5", held=held, peak=25, model_flops=4e9)
+    costs = add_up(hlo.parse(PROGRAM), devices=8)
+    report = estimate(costs, device, compiled, tokens=100, attention_seconds=0.01)
+    waits = (5 * 1024 + 1024) / 1e6
+    assert report["estimated_from"] == "estimated_cycles"
+    assert report["estimated_seconds"] == pytest.approx(0.00507 + 0.01 + waits)
+    assert report["mfu_bound"] == pytest.approx(4e9 / 8 / 1e12 / report["estimated_seconds"])
+    assert sum(report["scope_seconds"].values()) == pytest.approx(report["estimated_seconds"])
+    assert memory(compiled, device) == {
+        "fits": True, "hbm_bytes_per_device": {"parameters": 10, "temporaries": 15}, "peak_bytes": 25}
+    assert not memory(dataclasses.replace(compiled, peak=17 << 30), device)["fits"]
+    assert not memory(dataclasses.replace(compiled, error="RESOURCE_EXHAUSTED"), device)["fits"]
+
+
+@pytest.mark.parametrize("name", ["v5p", "h200:8", "v5p:4x", "v5e:4x4*"])
+def test_a_topology_that_is_none_is_refused(name):
+    with pytest.raises(ConfigError, match="topology must look like v5p:4x4x4"):
+        Topology(name)
+
+
+def test_typical_rows_hold_what_a_stage_packs():
+    config = load("voco_7b")
+    layout = attention.typical_rows(config)
+    causal = attention.typical_rows(dataclasses.replace(config, visibility="causal"))
+    assert layout.start.shape == (8, 2048)
+    assert attention.visible_pairs(layout) < attention.visible_pairs(causal) < 2048 * 2049 / 2
+
+
+def load(name: str, **changes) -> StageConfig:
+    """A config file of the repository, with paths that nobody reads."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    values = module.get_config()
+    values.data.update(tokenizer="-", path="-", image_root="-")
+    values.update(changes)
+    return stage_config(values, name)
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_pod_configs_have_the_released_hyper_parameters(size):
+    voco, alignment = load(f"voco_{size}"), load(f"alignment_{size}")
+    assert (voco.optimizer.learning_rate, voco.optimizer.warmup_share, voco.optimizer.weight_decay) == (2e-5, 0.03, 0.0)
+    assert (voco.batch_size, voco.data.row_length, voco.visibility) == (128, 2048, "voco")
+    assert alignment.optimizer.learning_rate == 1e-3
+    assert alignment.batch_size * alignment.data.images_per_row == 256
+    assert alignment.train == ("projector/.*",)
+
+
+needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu (extra `tpu`)")
+
+
+@needs_libtpu
+def test_a_tiny_step_is_compiled_for_a_topology(tiny_config):
+    data = DataConfig(path="-", image_root="-", tokenizer="-", row_length=128, images_per_row=1, max_targets=16)
+    stage = StageConfig(
+        name="tiny", model=tiny_config, data=data, train=("projector/.*", "decoder/.*"), freeze=("vision/.*",), steps=1,
+        mesh=MeshConfig(data=1, fsdp=-1), batch_size=4, attention="chunked",
+    )
+    report = compile_report(stage, Topology("v5e:2x2"), fast=True)
+    assert report["fits"] and not report["error"] and report["devices"] == 4
+    assert report["tokens_per_device"] == 128 and report["estimated_seconds"] > 0 and 0 < report["mfu_bound"] < 1
+    assert sum(report["hbm_bytes_per_device"].values()) == report["peak_bytes"] < 1 << 30
+    assert report["collective_bytes"]["all-gather"] > 0
+    assert "fits" in table(report) and "fsdp 4" in comparison([report])
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "changes"), [
+    ("v5e:4x4", {"accumulate": 8}),
+    ("v4:2x2x2", {"accumulate": 8}),
+    ("v5p:2x2x1", {"accumulate": 16}),
+    ("v5p:4x4x4", {}),
+    ("v5e:16x16", {"batch_size": 256}),
+])
+def test_7b_fits(topology, changes):
+    report = compile_report(load("voco_7b", **changes), Topology(topology), fast=True)
+    assert report["fits"], report["error"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_compiler_needs_little_for_7b():
+    report = compile_report(load("voco_7b"), Topology("v5p:4x4x4"))
+    assert report["fits"] and report["estimated_from"] == "estimated_cycles"
+    assert report["compiler"]["cpu_seconds"] <= 200 and report["compiler"]["memory_gib"] <= 3
+    gathered, scattered = (report["collective_bytes"][kind] for kind in ("all-gather", "reduce-scatter"))
+    assert report["collective_bytes"]["all-reduce"] < 0.01 * scattered < 0.01 * gathered

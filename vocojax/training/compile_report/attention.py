@@ -1,0 +1,63 @@
+"""Seconds of the attention kernels on rows as a stage packs them, by the static cost of the kernels' own code."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+
+import numpy as np
+
+from vocojax.kernels.static_cost import report, tpu
+from vocojax.kernels.static_cost.layouts import Layout
+from vocojax.kernels.static_cost.tpu import Job
+from vocojax.training.config import StageConfig
+
+ROWS = 8  # rows of a layout whose mean stands for all
+TEXT = (64, 400)  # tokens of a sample's text, as LLaVA's instructions have them
+MXU_SHARE = 0.4  # of the peak that attention reaches where no static cost is to be had
+
+
+def typical_rows(config: StageConfig) -> Layout:
+    """Rows of samples with one image and 64 to 400 tokens of text, as many as fit."""
+    length, model = config.data.row_length, config.model
+    unit = 2 + model.unit_tokens + model.unit_vocos
+    rng = np.random.default_rng(0)
+    starts, stops = [], []
+    for _ in range(ROWS):
+        start, stop = np.arange(length, dtype=np.int32), np.arange(length, dtype=np.int32)  # padding
+        at = images = 0
+        while at + unit + (text := int(rng.integers(*TEXT))) <= length and images < config.data.images_per_row:
+            end, middle = at + unit + text, at + unit
+            start[at:end], stop[at:end] = at, end
+            if config.visibility == "voco":
+                stop[at : middle - model.unit_vocos] = middle
+            at, images = end, images + 1
+        starts.append(start)
+        stops.append(stop)
+    return Layout("rows as packed", np.stack(starts), np.stack(stops))
+
+
+def visible_pairs(layout: Layout) -> float:
+    """Pairs of a query and a key that it sees, in the mean row."""
+    index = np.arange(layout.length)
+    seen = lambda start, stop: ((start[:, None] <= index) & (index <= index[:, None]) & (index[:, None] < stop)).sum()
+    return float(np.mean([seen(start, stop) for start, stop in zip(layout.start, layout.stop, strict=True)]))
+
+
+def kernel_seconds(config: StageConfig, topology: str, rows: int) -> dict[str, float]:
+    """Seconds of one call of the forward and of the backward kernel on `rows` rows of a TPU, by the kernel's name."""
+    decoder = config.model.decoder
+    forward, backward = _mean_row(config, topology.partition(":")[0])
+    share = rows * decoder.num_heads / config.mesh.tensor / report.HEADS
+    return {"interval_attention_forward": forward * share, "interval_attention_backward": backward * share}
+
+
+@functools.cache
+def _mean_row(config: StageConfig, kind: str) -> tuple[float, float]:
+    layout = typical_rows(config)
+    alone = f"{kind}:1x1" if kind in ("v5e", "v6e") else f"{kind}:1x1x1"
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job("ours", layout.length, layout.rows, report.HEADS, config.model.decoder.head_width)
+        kernels = tpu.compile_jobs(alone, [job], folder)[0]
+        costs = [report.ours_cost(layout, k, tpu.tile_costs(k), backward=bool(i)) for i, k in enumerate(kernels)]
+    return costs[0].seconds / layout.rows, costs[1].seconds / layout.rows

@@ -1,0 +1,211 @@
+"""Compiles a stage's step for a machine that is not there, in a child process, and keeps what XLA wrote down about it.
+
+libtpu and XLA read where to write their dumps before they load, so a child process compiles
+(`python -m vocojax.training.compile_report.compiling`). With `fast` it is stopped as soon as the scheduled program and
+its memory are on disk, which is seconds instead of the minutes that code generation takes. Compiler flags are those of
+the environment (`launch/xla_flags.sh`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vocojax.config import ConfigError
+from vocojax.kernels.static_cost.gpu_targets import TARGETS
+from vocojax.training.config import StageConfig, config_to_dict, stage_config
+
+
+@dataclass(frozen=True)
+class Topology:
+    """`v5p:4x4x4`, `v5e:16x16*2` (two slices) or `h100:8` (GPUs of one host), taken apart.
+
+    Raises:
+      ConfigError: it is none of these.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        known = re.fullmatch(r"(v\d+[a-z]*):\d+(x\d+)*(\*\d+)?", self.name) or (
+            re.fullmatch(r"(\w+):\d+", self.name) and self.kind in TARGETS)
+        if not known:
+            raise ConfigError("topology", f"must look like v5p:4x4x4, v5e:16x16*2 (two slices) or h100:8 (GPUs: "
+                              f"{', '.join(TARGETS)}), got {self.name!r}")
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kind in TARGETS
+
+    def devices(self) -> list[Any]:
+        """Its devices, to compile for. Only for a process that has no other use for XLA's TPU or GPU client."""
+        from jax.experimental import topologies
+
+        if self.is_gpu:
+            count = self.name.partition(":")[2]
+            return topologies.get_topology_desc(
+                platform="cuda", topology_name=self.name, topology=f"1x1x{count}",
+                target_config=TARGETS[self.kind].config(),
+            ).devices
+        shape, _, slices = self.name.partition("*")
+        options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
+        if self.kind == "v4":
+            options["chip_config_name"] = "megacore"  # a device is a chip, not a core
+        return topologies.get_topology_desc(shape, platform="tpu", **options).devices
+
+
+@dataclass
+class Compiled:
+    """What is known of a compiled step.
+
+    device_kind, cores: of one of the `devices`; held: bytes on each by kind, parameters and so on, without temporaries.
+    model_flops: of a step on all devices with full rows and target slots, as `flops.StepFlops` counts them.
+    hlo: the scheduled program, with `estimated_cycles` if code was generated. peak: bytes of HBM, by XLA's buffer
+    assignment; None with an `error` where the compiler gave up. cpu_seconds, memory_gib: what the compiler took.
+    """
+
+    devices: int = 0
+    device_kind: str = ""
+    cores: int = 1
+    held: dict[str, int] = field(default_factory=dict)
+    model_flops: float = 0.0
+    hlo: str = ""
+    peak: int | None = None
+    error: str = ""
+    cpu_seconds: float = 0.0
+    memory_gib: float = 0.0
+
+
+def compile_step(config: StageConfig, topology: Topology, *, fast: bool = False, limit: float = 1800) -> Compiled:
+    """Compiles the step of a stage.
+
+    Args:
+      fast: stop at the scheduled program (TPU only; GPU programs are complete in seconds).
+      limit: seconds after which the compiler is stopped.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config_to_dict(config)))
+        flags = f"--xla_dump_to={folder}/dump --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_step"
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+        }
+        command = [sys.executable, "-m", "vocojax.training.compile_report.compiling", topology.name, folder]
+        with open(f"{folder}/log", "w") as log:
+            child = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            stopped = _wait(child, Path(folder), fast and not topology.is_gpu, limit)
+        answer = Path(folder, "answer.json")
+        compiled = Compiled(**json.loads(answer.read_text())) if answer.exists() else Compiled()
+        if child.returncode and not stopped:
+            compiled.error = _errors(Path(folder, "log").read_text(errors="replace"))
+        _read_dumps(compiled, Path(folder, "dump"))
+        if not compiled.error and not compiled.hlo:
+            compiled.error = f"the compiler took more than {limit:.0f} s"
+        return compiled
+
+
+def _wait(child: subprocess.Popen[bytes], folder: Path, fast: bool, limit: float) -> bool:
+    """Waits for the child; True if it was stopped, because what is wanted is there or it took too long."""
+    began = time.monotonic()
+    while child.poll() is None:
+        reports = list(folder.glob("dump/*buffer-assignment.txt"))
+        scheduled = list(folder.glob("dump/*after_optimizations_after_buffer_assignment.txt"))
+        done = fast and reports and scheduled and time.time() - max(p.stat().st_mtime for p in scheduled + reports) > 2
+        if done or time.monotonic() - began > limit:
+            child.kill()
+            child.wait()
+            return True
+        time.sleep(0.25)
+    return False
+
+
+def _read_dumps(compiled: Compiled, dump: Path) -> None:
+    for stage in ("after_codegen", "after_optimizations_after_buffer_assignment", "gpu_after_optimizations"):
+        if found := [path for path in sorted(dump.glob(f"*{stage}.txt")) if ".cpu_" not in path.name]:
+            compiled.hlo = found[0].read_text(errors="replace")
+            break
+    for path in dump.glob("*after_optimizations-buffer-assignment.txt"):
+        if ".cpu_" not in path.name:
+            compiled.peak = compiled.peak or hbm_bytes(path.read_text(errors="replace"))
+
+
+def hbm_bytes(assignment: str) -> int:
+    """HBM that a program takes: all allocations of XLA's buffer assignment, but for those of other memories (which have
+    a color) and those inside fusions (thread-local), which name values that are never stored."""
+    allocations = re.findall(r"^allocation \d+: size (\d+),([^\n]*):$", assignment, re.M)
+    return sum(int(size) for size, kind in allocations if "thread-local" not in kind and "color" not in kind)
+
+
+def _errors(log: str) -> str:
+    lines = re.findall(r"^.*(?:Error|EXHAUSTED|xceeded|Check failed|Unknown flag).*$", log, re.M)
+    return " | ".join(line.strip() for line in lines[-3:])[:1500] or log[-600:]
+
+
+def _compile_here(topology: Topology, folder: str) -> None:
+    """The child's part of `compile_step`."""
+    import jax
+
+    from vocojax.training.flops import StepFlops
+    from vocojax.training.program import make_program
+    from vocojax.training.sharding import make_mesh
+
+    jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache leaves no dumps
+    config = stage_config(json.loads(Path(folder, "config.json").read_text()))
+    devices = topology.devices()
+    mesh = make_mesh(config.mesh, devices)
+    program = make_program(config, mesh)
+    state = program.abstract_state
+    kinds = {"parameters": state.trained, "optimizer": state.optimizer, "frozen": state.frozen,
+             "teacher": state.teacher, "batch": program.abstract_batch}
+    held = {kind: sum(_bytes_held(leaf) for leaf in jax.tree.leaves(tree)) for kind, tree in kinds.items()}
+    flops, data = StepFlops(state), config.data
+    per_row = flops.per_token * data.row_length + flops.per_target * data.target_slots
+    cores = getattr(devices[0], "num_cores", 1) or 1
+    answer = Compiled(len(devices), devices[0].device_kind, cores, held, config.batch_size * per_row)
+    _write(answer, folder)
+    with jax.set_mesh(mesh):
+        compiled = program.step.lower(state, program.abstract_batch).compile()  # type: ignore[attr-defined]
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    answer.cpu_seconds, answer.memory_gib = used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
+    if topology.is_gpu:
+        memory = compiled.memory_analysis()
+        answer.peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+                       + memory.temp_size_in_bytes)
+    _write(answer, folder)
+
+
+def _write(answer: Compiled, folder: str) -> None:
+    partial = Path(folder, "answer.partial")
+    partial.write_text(json.dumps(asdict(answer)))
+    partial.replace(Path(folder, "answer.json"))
+
+
+def _bytes_held(leaf: Any) -> int:
+    """Of one array, on one device."""
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    count = 1
+    for size in shape:
+        count *= size
+    return count * leaf.dtype.itemsize
+
+
+if __name__ == "__main__":
+    _compile_here(Topology(sys.argv[1]), sys.argv[2])

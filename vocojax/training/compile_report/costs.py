@@ -1,0 +1,182 @@
+"""Adds up a scheduled program: cycles, FLOPs, HBM traffic, kernel calls and collectives, with loops multiplied out."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from vocojax.training.compile_report.hlo import Instruction, Module, array_bytes, arrays, group_size, product_flops
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+SCOPES = ("vision", "head", "optimizer", "decoder")  # `jax.named_scope`s of the step, the innermost names first
+_NO_TRAFFIC = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done",
+    "slice-done", "after-all", "opt-barrier", "iota", "async-done", "async-update",
+}  # fmt: skip
+
+
+@dataclass
+class Costs:
+    """Of one device and one step.
+
+    cycles: XLA's estimate for everything but kernels and collectives, by scope; empty before code is generated.
+    roofline: (FLOPs, HBM bytes) of every instruction, with how often it runs, by scope.
+    kernels: calls of Pallas kernels by name.
+    synchronous, asynchronous: bytes that collectives move, by kind, alone or beside computation.
+    """
+
+    cycles: Counter[str] = field(default_factory=Counter)
+    roofline: list[tuple[str, float, float, int]] = field(default_factory=list)
+    kernels: Counter[str] = field(default_factory=Counter)
+    synchronous: Counter[str] = field(default_factory=Counter)
+    asynchronous: Counter[str] = field(default_factory=Counter)
+    waits: Counter[str] = field(default_factory=Counter)  # synchronous bytes by scope
+
+    @property
+    def flops(self) -> float:
+        return sum(flops * runs for _, flops, _, runs in self.roofline)
+
+    @property
+    def hbm_bytes(self) -> float:
+        return sum(moved * runs for _, _, moved, runs in self.roofline)
+
+    def roofline_seconds(self, flops_per_second: float, bytes_per_second: float) -> dict[str, float]:
+        """By scope, if every instruction took what its products or its traffic take, whichever is more."""
+        seconds: dict[str, float] = {}
+        for scope, flops, moved, runs in self.roofline:
+            spent = runs * max(flops / flops_per_second, moved / bytes_per_second)
+            seconds[scope] = seconds.get(scope, 0.0) + spent
+        return seconds
+
+
+def add_up(module: Module, devices: int) -> Costs:
+    """The costs of a program on one of its devices."""
+    costs = Costs()
+    shapes = {i.name: i.shape for instructions in module.computations.values() for i in instructions}
+    for name, instructions in module.computations.items():
+        runs = module.runs[name]
+        if not runs:
+            continue
+        for instruction in instructions:
+            _add_collective(costs, module, name, instruction, runs, devices)
+            if name in module.fused or instruction.op in _NO_TRAFFIC:
+                continue
+            scope = scope_of(instruction, module)
+            kernel = instruction.op == "custom-call" and "tpu_custom_call" in instruction.text
+            if kernel:
+                costs.kernels[re.sub(r"\.\d+$", "", instruction.name)] += runs
+            elif not _collective(instruction):
+                costs.cycles[scope] += runs * instruction.cycles
+                costs.roofline.append(
+                    (scope, _flops(module, instruction, shapes), _traffic(module, instruction, shapes), runs)
+                )
+    return costs
+
+
+def scope_of(instruction: Instruction, module: Module) -> str:
+    """The named scope of an instruction, or of the first instruction in it that has one."""
+    inside = [i.scope for called in instruction.called for i in module.computations.get(called, ())]
+    for path in (instruction.scope, *inside):
+        for scope in SCOPES:
+            if re.search(rf"[/(]{scope}[/)]", path):
+                return scope
+    return "other"
+
+
+def _collective(instruction: Instruction) -> str:
+    kind = instruction.op.removesuffix("-start")
+    return kind if kind in COLLECTIVES else ""
+
+
+def _add_collective(
+    costs: Costs, module: Module, computation: str, instruction: Instruction, runs: int, devices: int
+) -> None:
+    """Counts a collective once, by the bytes of the whole array that it gathers, reduces or exchanges.
+
+    Of one that XLA cut into pieces and fused with computation, every fusion on the way holds a copy: the one in
+    `async-collective-start` counts. A reduce-scatter may be written as an all-reduce inside a fusion of that name.
+    """
+    kind = _collective(instruction)
+    if not kind:
+        return
+    size = group_size(instruction, devices)
+    moved = array_bytes(instruction.shape)
+    asynchronous = instruction.op.endswith("-start")
+    if asynchronous:  # the shape holds operand and result
+        moved = moved * (size / (size + 1) if kind == "all-gather" else 0.5)
+    if kind == "reduce-scatter":
+        moved *= size
+    if computation in module.fused:
+        caller = _callers(module)[computation]
+        if "all-reduce-scatter" in computation or "all-reduce-scatter" in caller:
+            kind = "reduce-scatter"
+        elif caller.startswith("async-collective-start") or "-start" in caller:
+            asynchronous = True
+        else:
+            return
+    (costs.asynchronous if asynchronous else costs.synchronous)[kind] += int(runs * moved)
+    if not asynchronous:
+        factor = 2 if kind == "all-reduce" else 1
+        costs.waits[scope_of(instruction, module)] += int(runs * moved * factor)
+
+
+def _callers(module: Module) -> dict[str, str]:
+    """The instruction that each fused computation is the inside of."""
+    if not hasattr(module, "_callers"):
+        calls = {c: i.name for body in module.computations.values() for i in body for c in i.called}
+        module._callers = calls  # type: ignore[attr-defined]
+    return module._callers  # type: ignore[attr-defined]
+
+
+def _flops(module: Module, instruction: Instruction, shapes: dict[str, str]) -> float:
+    if instruction.op in ("dot", "convolution"):
+        return product_flops(instruction, shapes)
+    if instruction.op != "fusion":
+        return 0
+    return sum(_flops(module, i, shapes) for called in instruction.called for i in module.computations.get(called, ()))
+
+
+def _traffic(module: Module, instruction: Instruction, shapes: dict[str, str]) -> float:
+    """HBM bytes that an instruction reads and writes; slices of a large array count as slices."""
+    body = module.computations.get(instruction.called[0], []) if instruction.op == "fusion" else [instruction]
+    inner = {i.name: i for i in body}
+    root = next((i for i in body if i.root), instruction)
+    parts = root.operands if root.op == "tuple" else (root.name,)
+    moved, updated = 0.0, set()
+    for shape, name in zip(arrays(instruction.shape), parts, strict=False):
+        while (i := inner.get(name)) and i is not instruction and i.op in ("bitcast", "convert", "copy"):
+            name = i.operands[0]
+        if i and i.op == "dynamic-update-slice":  # in place: what moves is the update
+            shape = shapes.get(i.operands[1], "")
+            updated.add(i.operands[0])
+        moved += array_bytes(shape, hbm_only=True)
+    for at, operand in enumerate(instruction.operands):
+        if instruction.op in ("dynamic-slice", "slice-start", "gather"):
+            continue
+        if instruction.op != "fusion":
+            moved += array_bytes(shapes.get(operand, ""), hbm_only=True)
+            continue
+        parameter = _parameter(body, at)
+        if parameter and parameter.name not in updated:
+            moved += _read(module, body, parameter)
+    return moved
+
+
+def _parameter(body: list[Instruction], number: int) -> Instruction | None:
+    return next((i for i in body if i.op == "parameter" and i.text.startswith(f"{number})")), None)
+
+
+def _read(module: Module, body: list[Instruction], parameter: Instruction) -> float:
+    """Bytes that a fused computation reads of one of its operands."""
+    whole, read = array_bytes(parameter.shape, hbm_only=True), 0.0
+    for user in (i for i in body if parameter.name in i.operands):
+        if user.op in ("dynamic-slice", "slice", "gather"):
+            read += array_bytes(user.shape)
+        elif user.op == "fusion":
+            inner = module.computations.get(user.called[0], [])
+            inside = _parameter(inner, user.operands.index(parameter.name))
+            read += _read(module, inner, inside) if inside else whole
+        else:
+            read += whole
+    return min(read, whole)

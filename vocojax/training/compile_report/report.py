@@ -1,0 +1,184 @@
+"""Whether a stage fits a topology, how long its step takes there, and what bounds it: `launch/compile_report.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vocojax.config import ConfigError
+from vocojax.kernels.static_cost.gpu_targets import TARGETS
+from vocojax.kernels.static_cost.tpu import CHIPS
+from vocojax.models.stack import REMAT_POLICIES
+from vocojax.training.compile_report import attention, hlo
+from vocojax.training.compile_report.compiling import Compiled, Topology, compile_step
+from vocojax.training.compile_report.costs import Costs, add_up
+from vocojax.training.config import StageConfig
+
+NVLINK = 450e9  # bytes per second that an H100 sends
+ROWS_TRIED = (1, 2, 4, 8, 16, 32)  # rows per device and part of a batch, for --search
+
+
+@dataclass(frozen=True)
+class Device:
+    """What bounds a device of a topology: bytes of HBM, peak FLOP/s, bytes per second of HBM and of its links."""
+
+    memory: int
+    flops: float
+    bandwidth: float
+    interconnect: float
+    hertz: float
+
+    @classmethod
+    def of(cls, topology: Topology, compiled: Compiled) -> Device:
+        if topology.is_gpu:
+            target = TARGETS[topology.kind]
+            flops = target.tensor_flops * target.cores * target.ghz * 1e9
+            return cls(target.memory, flops, target.bandwidth, NVLINK, target.ghz * 1e9)
+        chip = CHIPS[compiled.device_kind]
+        share = compiled.cores / chip.cores
+        return cls(int(chip.memory * share), chip.tflops * 1e12 * share, chip.bandwidth * share,
+                   chip.interconnect * share, chip.ghz * 1e9)
+
+
+def compile_report(config: StageConfig, topology: Topology, *, fast: bool = False) -> dict[str, Any]:
+    """Compiles a stage's step for a topology and reports on it, as a dict that JSON can hold.
+
+    Keys: `fits`; `tokens_per_device` of a step; `estimated_seconds` of a step: computation by XLA's own cycle counts
+    (with `fast` by a roofline), attention by the static cost of its kernels, and the collectives that nothing hides;
+    `mfu_bound`: model FLOPs over what the chip could do in that time; `hbm_bytes_per_device` by kind, which add up to
+    the peak; `collective_bytes` by kind, with those that nothing hides in `synchronous_bytes`; `seconds` by resource
+    and `scope_seconds` by part of the model; `error`, where the compiler gave up.
+
+    Raises:
+      ConfigError: the config does not go with the topology.
+    """
+    implementation = "pallas_gpu" if topology.is_gpu else "pallas_tpu"
+    config = dataclasses.replace(config, attention=config.attention or implementation)
+    compiled = compile_step(config, topology, fast=fast)
+    known = {"topology": topology.name, "remat": config.remat, "accumulate": config.accumulate,
+             "mesh": dataclasses.asdict(config.mesh), "batch_size": config.batch_size}
+    if not compiled.devices:
+        raise ConfigError("compile_report", f"can't build the program for {topology.name}: {compiled.error}")
+    device = Device.of(topology, compiled)
+    ways = compiled.devices // config.mesh.tensor
+    rows = config.batch_size // config.accumulate // ways
+    tokens = config.batch_size * config.data.row_length // compiled.devices
+    report = known | {
+        "devices": compiled.devices, "device_kind": compiled.device_kind, "rows_per_device": rows,
+        "tokens_per_device": tokens, "hbm_limit": device.memory, "error": compiled.error,
+        "compiler": {"cpu_seconds": compiled.cpu_seconds, "memory_gib": compiled.memory_gib, "fast": fast},
+        **memory(compiled, device),
+    }
+    if not compiled.hlo:
+        return report | {"estimated_seconds": None, "mfu_bound": None, "collective_bytes": {}}
+    costs = add_up(hlo.parse(compiled.hlo), compiled.devices)
+    return report | estimate(costs, device, compiled, tokens, _attention(config, topology, costs, device, rows))
+
+
+def memory(compiled: Compiled, device: Device) -> dict[str, Any]:
+    """What each kind of array takes of a device; temporaries are all that XLA adds to what the step is given."""
+    held = {kind: size for kind, size in compiled.held.items() if size}
+    if compiled.peak is None:
+        return {"fits": False, "hbm_bytes_per_device": held, "peak_bytes": None}
+    kinds = held | {"temporaries": compiled.peak - sum(held.values())}
+    return {"fits": not compiled.error and compiled.peak <= device.memory, "hbm_bytes_per_device": kinds,
+            "peak_bytes": compiled.peak}
+
+
+def estimate(
+    costs: Costs, device: Device, compiled: Compiled, tokens: int, attention_seconds: float
+) -> dict[str, Any]:
+    """Seconds of a step, added up, and what follows from them."""
+    source = "estimated_cycles" if costs.cycles.total() else "roofline"
+    scopes = (
+        {scope: cycles / device.hertz for scope, cycles in costs.cycles.items()} if source == "estimated_cycles"
+        else costs.roofline_seconds(device.flops, device.bandwidth)
+    )
+    compute = sum(scopes.values())
+    waits = {scope: moved / device.interconnect for scope, moved in costs.waits.items()}
+    seconds = compute + attention_seconds + sum(waits.values())
+    scopes["decoder"] = scopes.get("decoder", 0.0) + attention_seconds
+    scopes = {scope: scopes.get(scope, 0.0) + waits.get(scope, 0.0) for scope in {*scopes, *waits}}
+    vision = scopes.get("vision", 0.0)
+    kinds = {*costs.synchronous, *costs.asynchronous}
+    return {
+        "estimated_seconds": seconds,
+        "estimated_from": source,
+        "mfu_bound": compiled.model_flops / compiled.devices / device.flops / seconds,
+        "tokens_per_second_per_device": tokens / seconds,
+        "decoder_tokens_per_second_per_device": tokens / (seconds - vision),
+        "vision_share": vision / seconds,
+        "seconds": {"compute": compute, "attention": attention_seconds, "interconnect": sum(waits.values()),
+                    "hbm_traffic": costs.hbm_bytes / device.bandwidth},
+        "scope_seconds": dict(sorted(scopes.items(), key=lambda entry: -entry[1])),
+        "collective_bytes": {kind: costs.synchronous[kind] + costs.asynchronous[kind] for kind in sorted(kinds)},
+        "synchronous_bytes": dict(sorted(costs.synchronous.items())),
+        "flops": costs.flops,
+        "hbm_traffic_bytes": costs.hbm_bytes,
+        "kernel_calls": dict(costs.kernels),
+    }
+
+
+def _attention(config: StageConfig, topology: Topology, costs: Costs, device: Device, rows: int) -> float:
+    """Seconds of all attention kernels of a step, calls that rematerialisation repeats included."""
+    if not topology.is_gpu and costs.kernels:
+        each = attention.kernel_seconds(config, topology.name, rows)
+        return sum(calls * each.get(name, 0.0) for name, calls in costs.kernels.items())
+    decoder = config.model.decoder
+    pairs = rows * attention.visible_pairs(attention.typical_rows(config)) * decoder.num_heads / config.mesh.tensor
+    forwards = 1 if config.remat in ("none", "attention_out") else 2
+    flops = (4 * forwards + 10) * pairs * decoder.head_width * decoder.depth * config.accumulate
+    return flops / (attention.MXU_SHARE * device.flops)
+
+
+def compare_remat(config: StageConfig, topology: Topology, *, fast: bool = False) -> list[dict[str, Any]]:
+    """The report of every rematerialisation policy, the fastest that fits first."""
+    configs = (dataclasses.replace(config, remat=policy) for policy in REMAT_POLICIES)
+    return _ranked(compile_report(c, topology, fast=fast) for c in configs)
+
+
+def search(config: StageConfig, topology: Topology) -> list[dict[str, Any]]:
+    """Reports, without code generation, of rows per device x policy x mesh, the fastest that fits first.
+
+    The batch stays the config's where it divides; what does not fit with few rows is not tried with more.
+    """
+    return _ranked(_searched(config, topology))
+
+
+def _searched(config: StageConfig, topology: Topology) -> Iterator[dict[str, Any]]:
+    devices = _count(topology)
+    for (data, tensor), policy in itertools.product(_meshes(devices), REMAT_POLICIES):
+        ways = devices // tensor
+        for rows in ROWS_TRIED:
+            if config.batch_size % (rows * ways):
+                continue
+            mesh = dataclasses.replace(config.mesh, data=data, fsdp=-1, tensor=tensor)
+            tried = dataclasses.replace(config, mesh=mesh, remat=policy, accumulate=config.batch_size // (rows * ways))
+            try:
+                report = compile_report(tried, topology, fast=True)
+            except ConfigError:
+                break
+            yield report
+            if not report["fits"]:
+                break
+
+
+def _meshes(devices: int) -> list[tuple[int, int]]:
+    """(data, tensor): all parameters spread over all devices, twice over half of them, and heads split in two."""
+    return [(data, tensor) for data, tensor in ((1, 1), (2, 1), (1, 2)) if devices % (data * tensor) == 0]
+
+
+def _count(topology: Topology) -> int:
+    shape, _, slices = topology.name.partition(":")[2].partition("*")
+    count = int(slices or 1)
+    for size in shape.split("x"):
+        count *= int(size)
+    return count
+
+
+def _ranked(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    speed = lambda report: report.get("tokens_per_second_per_device") or 0.0
+    return sorted(reports, key=lambda report: (not report["fits"], -speed(report)))

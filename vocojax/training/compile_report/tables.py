@@ -1,0 +1,63 @@
+"""Reports as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+GB = 1e9
+
+
+def table(report: dict[str, Any]) -> str:
+    """Everything that one report says."""
+    lines = [f"{report['topology']}: {report['devices']} x {report['device_kind']}, {_mesh(report)}, remat "
+             f"{report['remat']}, {report['accumulate']} x {report['rows_per_device']} rows per device, "
+             f"{report['tokens_per_device']:,} tokens per device and step"]
+    if report["peak_bytes"] is not None:
+        lines.append(f"memory      {report['peak_bytes'] / GB:8.2f} GB of {report['hbm_limit'] / GB:.2f} GB: "
+                     f"{'fits' if report['fits'] else 'DOES NOT FIT'}")
+    lines += [f"    {kind:24} {size / GB:8.3f} GB" for kind, size in report["hbm_bytes_per_device"].items()]
+    if report["error"]:
+        lines.append(f"the compiler gave up: {report['error']}")
+    if report["estimated_seconds"] is None:
+        return "\n".join(lines)
+    lines.append(f"step        {report['estimated_seconds']:8.3f} s, by {report['estimated_from']}; MFU bound "
+                 f"{report['mfu_bound']:.1%}; {report['tokens_per_second_per_device']:,.0f} tokens/s per device, the "
+                 f"decoder alone {report['decoder_tokens_per_second_per_device']:,.0f}")
+    lines += [f"    {what:24} {seconds:8.3f} s" for what, seconds in report["seconds"].items()]
+    lines.append("by part")
+    lines += [f"    {scope:24} {seconds:8.3f} s" for scope, seconds in report["scope_seconds"].items()]
+    lines.append("collectives     bytes    of them hidden by nothing")
+    for kind, size in report["collective_bytes"].items():
+        lines.append(f"    {kind:24} {size / GB:8.2f} GB {report['synchronous_bytes'].get(kind, 0) / GB:8.2f} GB")
+    traffic = report["hbm_traffic_bytes"] / GB
+    lines.append(f"products    {report['flops'] / 1e12:8.1f} TFLOP, HBM traffic {traffic:.0f} GB")
+    compiler = report["compiler"]
+    if compiler["cpu_seconds"]:
+        lines.append(f"compiled in {compiler['cpu_seconds']:.0f} CPU-seconds and {compiler['memory_gib']:.1f} GiB")
+    return "\n".join(lines)
+
+
+def comparison(reports: Sequence[dict[str, Any]]) -> str:
+    """One line per report."""
+    heads = f"{'rows':>9} {'peak GB':>8} {'fits':>5} {'s/step':>8} {'tokens/s':>9} {'MFU':>6}"
+    lines = [f"{'mesh':30} {'remat':14} {heads}"]
+    for report in reports:
+        rows = f"{report['accumulate']} x {report['rows_per_device']}"
+        peak = "-" if report["peak_bytes"] is None else f"{report['peak_bytes'] / GB:.2f}"
+        speed = f"{'-':>8} {'-':>9} {'-':>6}" if report["estimated_seconds"] is None else (
+            f"{report['estimated_seconds']:8.3f} {report['tokens_per_second_per_device']:9,.0f} "
+            f"{report['mfu_bound']:6.1%}")
+        fits = "yes" if report["fits"] else "no"
+        lines.append(f"{_mesh(report):30} {report['remat']:14} {rows:>9} {peak:>8} {fits:>5} {speed}")
+    return "\n".join(lines)
+
+
+def _mesh(report: dict[str, Any]) -> str:
+    sizes = dict(report["mesh"])
+    if -1 in sizes.values():
+        known = 1
+        for size in sizes.values():
+            known *= max(size, 1) if size != -1 else 1
+        sizes = {axis: report["devices"] // known if size == -1 else size for axis, size in sizes.items()}
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
