@@ -1,9 +1,11 @@
 """A stage of four steps on the tests' own LLaVA records."""
 
+import dataclasses
+
 import pytest
 
 from vocojax.data.config import DataConfig
-from vocojax.training.config import CheckpointConfig, OptimizerConfig, StageConfig
+from vocojax.training.config import CheckpointConfig, OptimizerConfig, StageConfig, stage_config
 
 
 @pytest.fixture
@@ -27,3 +29,20 @@ def stage(tiny_config, llava_data) -> StageConfig:
         remat="none",
         log_every=2,
     )
+
+
+@pytest.fixture(scope="session")
+def quickstart_stage(tmp_path_factory) -> StageConfig:
+    """The quickstart's voco stage in float32, with random first parameters."""
+    pytest.importorskip("easy_vqa")
+    from configs.quickstart import get_config
+    from vocojax.data.sources.easy_vqa import EasyVqaSource
+    from vocojax.data.tokenizer import word_tokenizer
+
+    directory = tmp_path_factory.mktemp("tokenizer")
+    words = word_tokenizer(f"{q.text} {q.answer}" for group in EasyVqaSource("train").questions for q in group)
+    words.save(directory)
+    values = get_config("voco_1")
+    values.data.tokenizer = str(directory)
+    config = stage_config(values)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, num_threads=1, pack_window=8))

@@ -120,7 +120,7 @@ class Checkpoints:
             with jax.transfer_guard("allow"):
                 self._save(step, state, progress, metrics)
         except (OSError, ValueError, RuntimeError) as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
 
     def _save(
         self, step: int, state: TrainState, progress: Mapping[str, Any], metrics: Mapping[str, float] | None
@@ -214,14 +214,14 @@ class Checkpoints:
         try:
             self._manager.check_for_errors()
         except (OSError, ValueError, RuntimeError) as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
 
     def wait(self) -> None:
         """Returns when everything saved is on disk; `CheckpointError` if it could not be written."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -239,14 +239,14 @@ class Checkpoints:
         try:
             self._manager.close()
         except (OSError, ValueError, RuntimeError) as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
 
-    def _failure(self, error: Exception) -> CheckpointError:
-        """What to tell of a failed write. Its partial files are removed, which may be what filled the disk."""
+    def failure(self, error: Exception) -> CheckpointError:
+        """What to tell of a failed write of a checkpoint or another of the run's files."""
         if isinstance(error, CheckpointError):
             return error
         steps = sorted(ocp.utils.checkpoint_steps(self._workdir / "checkpoints"))
-        intact = f"those of steps {', '.join(map(str, steps))} are intact" if steps else "there was none before"
+        intact = f"those of steps {', '.join(map(str, steps))} are intact" if steps else "there is none"
         remedy = "the same command goes on from the newest"
         text = str(error)
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
@@ -254,10 +254,10 @@ class Checkpoints:
         if full:
             free = "" if is_remote(self._workdir) else (
                 f" ({shutil.disk_usage(self._workdir).free / 2**20:,.0f} MiB are free)")
-            return CheckpointError(f"{self._workdir}: THE DISK IS FULL{free}: a checkpoint could not be written; "
-                                   f"{intact}. Make room; {remedy}")
+            return CheckpointError(f"{self._workdir}: THE DISK IS FULL{free}: a file of the run could not be written; "
+                                   f"checkpoints: {intact}. Make room; {remedy}")
         return CheckpointError(f"{self._workdir}: a checkpoint could not be written: {_first_line(error)}; "
-                               f"{intact}; {remedy}")
+                               f"earlier ones: {intact}; {remedy}")
 
 
 def _first_line(error: Exception) -> str:

@@ -185,13 +185,17 @@ class _Loop:
                 sums[key] += value
         self._last = {key: value / len(fetched) for key, value in sums.items()}
         rate = sums["tokens"] / seconds
-        self._log.write(fetched, {
+        values = {
             "tokens_per_second": rate, "steps_per_second": len(fetched) / seconds,
             "data_wait_share": min(self._waited / seconds, 1.0), "goodput": self._goodput.share,
             **self._task.scalars(sums, seconds),
-        })
-        if distributed.is_first():
-            self._goodput.write(fetched[-1][0])
+        }
+        try:
+            self._log.write(fetched, values)
+            if distributed.is_first():
+                self._goodput.write(fetched[-1][0])
+        except OSError as error:
+            raise self._checkpoints.failure(error) from error
         self._bar.set_postfix_str(f"loss {fetched[-1][1]['loss']:.4f}, {rate:,.0f} tokens/s")
         self._bar.update(len(fetched))
         self._since, self._waited, self._lost = time.perf_counter(), 0.0, 0.0
@@ -200,8 +204,11 @@ class _Loop:
         """Begins to write a checkpoint behind step `number`, whose metrics are reported."""
         before = time.perf_counter()
         progress = {"data": data_state, "useful_seconds": self._goodput.useful}
+        try:
+            self._log.flush()
+        except OSError as error:
+            raise self._checkpoints.failure(error) from error
         self._checkpoints.save(number, state, progress, self._last)
-        self._log.flush()
         self._lost += time.perf_counter() - before
         self._watchdog.beat()
 

@@ -3,12 +3,16 @@
 import hashlib
 import json
 import logging
+import os
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from vocojax.config import ConfigError
 from vocojax.training import distributed
@@ -41,7 +45,10 @@ class RunLog:
         if self._temporary and (self._target / "metrics.jsonl").exists():
             self._history.write_text((self._target / "metrics.jsonl").read_text())
         _forget_after(self._history, first_step)
-        self._tensorboard = SummaryWriter(str(self._local), purge_step=first_step + 1)
+        # Not `SummaryWriter`: its thread dies of a full disk, and whoever writes then waits for it for ever.
+        self._tensorboard = EventsWriter(str(self._local / "events"), f".{os.getpid()}")
+        purge = SessionLog(status=SessionLog.START)
+        self._tensorboard.write_event(Event(wall_time=time.time(), step=first_step + 1, session_log=purge))
         self._wandb = _open_wandb(wandb_project, name, str(self._target)) if wandb_project else None
 
     def write(self, steps: Steps, extra: Mapping[str, float]) -> None:
@@ -53,7 +60,8 @@ class RunLog:
         for number, metrics in steps:
             values = {f"train/{key}": value for key, value in metrics.items()} | (named if number == last else {})
             for key, value in values.items():
-                self._tensorboard.add_scalar(key, value, number)
+                event = Event(wall_time=time.time(), step=number, summary=scalar(key, float(value)))
+                self._tensorboard.write_event(event)
             if self._wandb:
                 self._wandb.log(values, step=number)
         with self._history.open("a", encoding="utf-8") as file:
@@ -69,11 +77,14 @@ class RunLog:
                 (self._target / file.name).write_bytes(file.read_bytes())
 
     def close(self) -> None:
-        """Flushes and closes."""
+        """Flushes and closes; a failure is only told, because a run that ends must not end of it."""
         if not self._writes:
             return
-        self._tensorboard.close()
-        self.flush()
+        try:
+            self.flush()
+            self._tensorboard.close()
+        except OSError as error:
+            LOG.error("the last metrics could not be written: %s", error)
         if self._wandb:
             self._wandb.finish()
         if self._temporary:
