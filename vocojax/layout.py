@@ -191,24 +191,24 @@ def lay_out_sample(
     if room < 1:
         raise LayoutError(record, f"its {num_units} units take {num_units * len(unit_ids)} tokens, which leaves no "
                           f"room for text in a row of {max_length}: use fewer images or a longer row", "units too long")
-    ids, roles = unit_ids * num_units, unit_roles * num_units
-    labels, owners = [IGNORE] * len(ids), [-1] * len(ids)
+    head_ids, head_roles = unit_ids * num_units, unit_roles * num_units
     if not num_units:
-        ids, roles, labels, owners = [tokenizer.bos_id], [Role.BOS], [IGNORE], [0]
-    for thread, body in enumerate(bodies):
-        for token, is_target in body:
-            ids.append(token)
-            roles.append(Role.TEXT)
-            labels.append(token if is_target else IGNORE)
-            owners.append(thread)
+        head_ids, head_roles = [tokenizer.bos_id], [Role.BOS]
+    text_ids, is_target = (np.concatenate(parts) for parts in zip(*bodies, strict=True))
+    ids = np.concatenate([np.array(head_ids, np.int32), text_ids])
+    roles = np.concatenate([np.array(head_roles, np.int8), np.full(len(text_ids), Role.TEXT, np.int8)])
+    labels = np.concatenate([np.full(len(head_ids), IGNORE, np.int32), np.where(is_target, text_ids, IGNORE)])
+    owners = np.repeat(np.arange(-1, len(bodies), dtype=np.int32), [len(head_ids), *(len(b[0]) for b in bodies)])
+    if not num_units:
+        owners[0] = 0
     kept = slice(0, max_length)
     return SampleLayout(
         record=record,
         unit=unit,
-        ids=np.array(ids[kept], np.int32),
-        roles=np.array(roles[kept], np.int8),
-        labels=np.array(labels[kept], np.int32),
-        threads=np.array(owners[kept], np.int32),
+        ids=ids[kept],
+        roles=roles[kept],
+        labels=labels[kept],
+        threads=owners[kept],
         num_units=num_units,
         unit_length=len(unit_ids) if num_units else 0,
         dropped=max(0, len(ids) - max_length),
@@ -248,8 +248,8 @@ def _unit_tokens(tokenizer: TextTokenizer, unit: UnitShape) -> tuple[list[int], 
 
 def _encode_threads(
     record: str, threads: Sequence[Sequence[Span]], tokenizer: TextTokenizer, vocos: int, has_units: bool
-) -> list[list[tuple[int, bool]]]:
-    """Every thread's tokens with their target flags.
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Every thread's tokens, int32, with their target flags.
 
     A thread is encoded whole, as "newline, <voco>, newline, text": tokenizers that mark the beginning of a text (the
     sentencepiece ones) then give the ids that the released code's prompt string has. Without VoCo tokens the prompt
@@ -262,12 +262,9 @@ def _encode_threads(
         if encoded.ids.count(tokenizer.voco_id) != lead.count(tokenizer.voco_token):
             raise LayoutError(record, f"its text spells the reserved token {tokenizer.voco_token!r}", "reserved token")
         bounds = np.array(list(itertools.accumulate((len(span.text) for span in spans), initial=len(lead))))
-        body = []
-        for token, end in zip(encoded.ids, encoded.ends, strict=True):
-            if end <= unit_end or token == tokenizer.voco_id:
-                continue
-            # A token belongs to the span that holds its last character.
-            span = int(np.searchsorted(bounds, end, side="left")) - 1
-            body.append((token, span >= 0 and spans[span].is_target))
-        bodies.append(body)
+        ids, ends = np.array(encoded.ids, np.int32), np.array(encoded.ends)
+        # A token belongs to the span that holds its last character.
+        is_target = np.array([False, *(span.is_target for span in spans)])[np.searchsorted(bounds, ends, side="left")]
+        kept = (ends > unit_end) & (ids != tokenizer.voco_id)
+        bodies.append((ids[kept], is_target[kept]))
     return bodies

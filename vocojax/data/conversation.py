@@ -39,7 +39,7 @@ def conversation_from_llava(record: str, turns: Sequence[Mapping[str, Any]]) -> 
             raise LayoutError(record, f"turn {index} has the unknown role {role!r}; known: human, gpt", "unknown role")
         if not isinstance(text, str):
             raise LayoutError(record, f"turn {index} has no text", "no text")
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if not is_unicode(text):
             raise LayoutError(record, f"turn {index} is not UTF-8", "not UTF-8")
         if _ROLES[role] != ("user", "assistant")[index % 2]:
             raise LayoutError(record, f"turn {index} is {role}'s, out of turn", "roles out of turn")
@@ -47,6 +47,15 @@ def conversation_from_llava(record: str, turns: Sequence[Mapping[str, Any]]) -> 
             raise LayoutError(record, f"turn {index} is an empty answer", "empty answer")
         conversation.append(Turn(_ROLES[role], text))  # type: ignore[arg-type]
     return tuple(conversation)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: one with lone surrogates, from JSON's escapes, can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, ...]) -> n
         square.paste(image, (left, top))
         return resize(square, size, size)
     # The horizontal pass leaves rows of one colour as they are: only the image's own rows go through it.
-    across = np.empty((side, size, 3), np.uint8)
-    across[:] = colour
-    across[top : top + image.height] = reduce_columns(image, size)
+    across = np.empty((side, size), np.uint32)
+    across[:top] = across[top + image.height :] = np.array([*colour, 255], np.uint8).view(np.uint32)
+    reduce_columns(image, across[top : top + image.height])
     return reduce_rows(across, size)

@@ -9,6 +9,7 @@ import functools
 
 import numba
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 PRECISION_BITS = 22
@@ -21,22 +22,36 @@ def resize(image: Image.Image, width: int, height: int) -> np.ndarray:
     # Pillow goes horizontally first, as we do, but where rows are reduced most; and enlargements are cheap anyway.
     if min(reduced_x, reduced_y) < 0 or reduced_y >= 2 * reduced_x:
         return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.uint8)
-    return reduce_rows(reduce_columns(image, width), height)
+    across = np.empty((image.height, width), np.uint32)
+    reduce_columns(image, across)
+    return reduce_rows(across, height)
 
 
-def reduce_columns(image: Image.Image, width: int) -> np.ndarray:
-    """The horizontal pass alone -> uint8 [image.height, width, 3]."""
-    columns = np.asarray(image.transpose(Image.Transpose.TRANSPOSE))
-    transposed = Image.fromarray(reduce_rows(columns, width))
-    return np.asarray(transposed.transpose(Image.Transpose.TRANSPOSE))
+def reduce_columns(image: Image.Image, out: np.ndarray) -> None:
+    """The horizontal pass alone, into uint32 [image.height, width] pixels of four bytes (Pillow's RGBX)."""
+    reduced = np.empty((out.shape[1], image.height), np.uint32)
+    _reduce(_pixels(image.transpose(Image.Transpose.TRANSPOSE)), reduced)
+    np.copyto(out, reduced.T)
 
 
 def reduce_rows(pixels: np.ndarray, height: int) -> np.ndarray:
-    """The vertical pass alone: uint8 [h, w, 3] -> [height, w, 3]."""
-    out = np.empty((height, *pixels.shape[1:]), np.uint8)
-    _weigh_rows(np.ascontiguousarray(pixels).reshape(len(pixels), -1), *_weights(len(pixels), height),
-                out.reshape(height, -1))
-    return out
+    """The vertical pass alone: uint32 [h, w] pixels of four bytes -> uint8 [height, w, 3]."""
+    out = np.empty((height, pixels.shape[1]), np.uint32)
+    _reduce(pixels, out)
+    return out.view(np.uint8).reshape(*out.shape, 4)[..., :3]
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Pillow's own memory as uint32 [h, w]; a copy where it is not in one piece, as of large images."""
+    try:
+        flat = pa.array(image).flatten().to_numpy(zero_copy_only=True)
+    except ValueError:
+        flat = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8)
+    return flat.view(np.uint32).reshape(image.height, image.width)
+
+
+def _reduce(pixels: np.ndarray, out: np.ndarray) -> None:
+    _weigh_rows(pixels.view(np.uint8), *_weights(len(pixels), len(out)), out.view(np.uint8))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -66,3 +81,4 @@ def _weigh_rows(rows, first, count, weights, out):  # type: ignore[no-untyped-de
                 total[x] += np.int32(row[x]) * weight
         for x in range(len(total)):
             out[i, x] = min(max(total[x] >> PRECISION_BITS, 0), 255)
+

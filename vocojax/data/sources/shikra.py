@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from vocojax.data.conversation import Turn
+from vocojax.data.conversation import Turn, is_unicode
 from vocojax.data.images import Fit, ImageError, pixel_size, read
 from vocojax.data.sources.base import Root, Sample
 from vocojax.data.sources.columnar import ColumnarRecords
@@ -83,7 +83,7 @@ def write_place(pixels: Sequence[float], width: int, height: int, padded: bool) 
 
 def _text(name: str, record: dict[str, Any], key: str) -> str:
     text = record.get(key)
-    if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
+    if not isinstance(text, str) or not is_unicode(text):
         raise LayoutError(name, f"has no text {key}", "malformed record")
     if not text.strip():
         raise LayoutError(name, f"has an empty {key}", "empty answer")

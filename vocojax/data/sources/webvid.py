@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from vocojax.data.conversation import Turn
+from vocojax.data.conversation import Turn, is_unicode
 from vocojax.data.sources.base import Root, Sample
 from vocojax.layout import LayoutError
 
@@ -39,7 +39,7 @@ class WebVidSource:
             raise LayoutError(f"#{index}", "is a row with too few columns", "malformed record")
         if not caption.strip():
             raise LayoutError(video, "has an empty caption", "empty answer")
-        if any("\ud800" <= character <= "\udfff" for character in caption):
+        if not is_unicode(caption):
             raise LayoutError(video, "has a caption that is not UTF-8", "not UTF-8")
         path = self._root.file(video, f"{folder}/{video}.mp4", "video")
         return Sample(video, (), ((Turn("user", "<video>"), Turn("assistant", caption.strip())),), (path,))
