@@ -36,11 +36,16 @@ setup(
         "tqdm>=4.67",
     ],
     extras_require={
+        "tfds": ["tensorflow-datasets>=4.9.9", "array_record>=0.8", "importlib_resources>=6"],
+        # Beam 2.77 wants older protobuf, Pillow and pyarrow than the lock: an environment of its own.
+        "beam": ["apache-beam>=2.70", "tensorflow-datasets>=4.9.9", "array_record>=0.8", "importlib_resources>=6"],
         "quickstart": ["easy-vqa==1.0", "matplotlib>=3.10"],
         "tpu": [f"jax[tpu]{JAX}"],
         "cuda": [f"jax[cuda13]{JAX}"],
         "test": [
             "pytest>=9",
+            "tensorflow-datasets>=4.9.9",
+            "importlib_resources>=6",  # tensorflow-datasets needs it and does not say so
             "pytest-xdist>=3.8",  # a test run on every core
             "hypothesis>=6.150",
             "ruff>=0.14",

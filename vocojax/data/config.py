@@ -9,7 +9,7 @@ from vocojax.data.images import Fit
 from vocojax.data.videos import Sampling
 
 SourceName = Literal["llava", "easy_vqa", "easy_vqa_captions", "webvid", "video_chatgpt", "shikra_rec", "shikra_reg",
-                     "shikra_pointqa"]
+                     "shikra_pointqa", "tfds"]
 Split = Literal["train", "validation", "test"]
 
 
@@ -32,7 +32,8 @@ class PartConfig:
 class DataConfig:
     """Where samples come from and how they become rows.
 
-    source: `easy_vqa` and `easy_vqa_captions` read `split` of the package's data; all others `path` (a JSON of LLaVA's
+    source: `easy_vqa` and `easy_vqa_captions` read `split` of the package's data, `tfds` that of the data set which
+      `launch/prepare_data.py` wrote to the directory `path`; all others `path` (a JSON of LLaVA's
       or Video-ChatGPT's form, WebVid's CSV, Shikra's jsonl) and the images or videos below `image_root`.
     mixture: several sources with weights, in place of `source` and its fields.
     tokenizer: directory of a Hugging Face tokenizer.

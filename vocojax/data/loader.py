@@ -5,6 +5,7 @@ that share it change a batch. See `lanes.py` for how.
 """
 
 import collections
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from vocojax.config import ConfigError, ModelConfig
 from vocojax.data.config import DataConfig
 from vocojax.data.images import ImageError
 from vocojax.data.lanes import Lane, Plan, RowReport
-from vocojax.data.packing import Row, RowShape, pack_row, row_shape
+from vocojax.data.packing import Row, RowShape, empty_rows, pack_row, row_of, row_shape
 from vocojax.data.prepared import PreparedSource, unit_shape
 from vocojax.data.sources import open_source
 from vocojax.data.tally import SkippedTooMany, Tally
@@ -210,17 +211,18 @@ class _GroupIterator(grain.DatasetIterator):
         }
         self._rows = len(self._lanes) * group.rows_per_lane
         self._pool = ThreadPoolExecutor(data.num_threads, "decode")
-        self._made: collections.deque[Future[tuple[Row, RowReport]]] = collections.deque()
+        self._batches: collections.deque[tuple[Row, list[Future[RowReport]]]] = collections.deque()
         self._plans = self._plan_rows()
 
     def __next__(self) -> tuple[Row, list[RowReport]]:
-        for plan in self._plans:
-            self._made.append(self._pool.submit(self._make, plan))
-            if len(self._made) >= self._rows + 2 * self._group.data.num_threads:
-                break
-        made = [self._made.popleft().result() for _ in range(min(self._rows, len(self._made)))]
-        rows, reports = [row for row, _ in made], [report for _, report in made]
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}, reports
+        ahead = self._rows + 2 * self._group.data.num_threads
+        while sum(len(made) for _, made in self._batches) < ahead and (plans := list(
+                itertools.islice(self._plans, self._rows))):
+            rows = empty_rows(self._rows, self._group.shape)
+            self._batches.append((rows, [self._pool.submit(self._make, plan, row_of(rows, index))
+                                         for index, plan in enumerate(plans)]))
+        rows, made = self._batches.popleft()
+        return rows, [future.result() for future in made]
 
     def get_state(self) -> dict[str, Any]:
         return {}  # the reports carry the state to whoever takes the batch
@@ -244,7 +246,7 @@ class _GroupIterator(grain.DatasetIterator):
                     if plan.report.empty:
                         return
 
-    def _make(self, plan: Plan) -> tuple[Row, RowReport]:
+    def _make(self, plan: Plan, row: Row) -> RowReport:
         """Decodes the images of a planned row; a record whose images can't be used leaves its place to padding."""
         items = []
         for position, prepared in plan.members:
@@ -253,4 +255,5 @@ class _GroupIterator(grain.DatasetIterator):
             except ImageError as error:
                 if self._lanes[plan.report.lane].counts(position):
                     plan.report.skipped.append((error.reason, str(error)))
-        return pack_row(items, self._group.shape), plan.report
+        pack_row(items, self._group.shape, row)
+        return plan.report

@@ -65,8 +65,32 @@ def row_shape(data: DataConfig, image_size: int, tokens_per_image: int, *visibil
     return RowShape(data.row_length, data.images_per_row, data.target_slots, image_size, tokens_per_image, views)
 
 
-def pack_row(items: Sequence[Item], shape: RowShape) -> Row:
+def empty_rows(count: int, shape: RowShape) -> Row:
+    """Arrays for `count` rows, not filled in; `pack_row` fills one after the other."""
+    arrays: Row = {
+        "ids": np.empty((count, shape.length), np.int32),
+        "vision": np.empty((count, shape.length), np.int32),
+        "images": np.empty((count, shape.images, shape.image_size, shape.image_size, 3), np.uint8),
+        "target_index": np.empty((count, shape.targets), np.int32),
+        "target_ids": np.empty((count, shape.targets), np.int32),
+        "num_tokens": np.empty(count, np.int32),
+    }
+    for prefix, _ in shape.views:
+        for name in ("positions", "start", "stop"):
+            arrays[prefix + name] = np.empty((count, shape.length), np.int32)
+    return arrays
+
+
+def row_of(rows: Row, index: int) -> Row:
+    """One of several rows, as views."""
+    return {name: array[index, ...] for name, array in rows.items()}
+
+
+def pack_row(items: Sequence[Item], shape: RowShape, row: Row | None = None) -> Row:
     """Puts the items into one row, in order. Padding sees nobody and is seen by nobody.
+
+    Args:
+      row: arrays to write it to, whatever they hold; by default new ones.
 
     Raises:
       LayoutError: they don't fit.
@@ -75,17 +99,13 @@ def pack_row(items: Sequence[Item], shape: RowShape) -> Row:
         record = items[-1].layout.record
         raise LayoutError(record, f"does not fit into a row of {shape.length} tokens, {shape.images} images and "
                           f"{shape.targets} targets", "larger than a row")
+    if row is None:
+        row = row_of(empty_rows(1, shape), 0)
     index = np.arange(shape.length, dtype=np.int32)
-    row: Row = {
-        "ids": np.zeros(shape.length, np.int32),
-        "vision": np.full(shape.length, -1, np.int32),
-        "images": np.zeros((shape.images, shape.image_size, shape.image_size, 3), np.uint8),
-        "target_index": np.zeros(shape.targets, np.int32),
-        "target_ids": np.full(shape.targets, IGNORE, np.int32),
-    }
+    row["ids"][:], row["vision"][:], row["target_index"][:], row["target_ids"][:] = 0, -1, 0, IGNORE
     for prefix, _ in shape.views:
-        row[prefix + "positions"] = np.zeros_like(index)
-        row[prefix + "start"], row[prefix + "stop"] = index.copy(), index.copy()
+        row[prefix + "positions"][:] = 0
+        row[prefix + "start"][:] = row[prefix + "stop"][:] = index
     token = image = target = 0
     for item in items:
         layout, place = item.layout, slice(token, token + len(item.layout))
@@ -101,9 +121,11 @@ def pack_row(items: Sequence[Item], shape: RowShape) -> Row:
         slots = slice(target, target + len(predicted))
         row["target_index"][slots] = token + predicted - 1
         row["target_ids"][slots] = layout.labels[predicted]
-        row["images"][image : image + len(item.images)] = item.images or 0
+        for slot, pixels in enumerate(item.images, image):
+            row["images"][slot] = pixels
         token, image, target = place.stop, image + len(item.images), slots.stop
-    row["num_tokens"] = np.array(token, np.int32)
+    row["images"][image:] = 0
+    row["num_tokens"][...] = token
     return row
 
 

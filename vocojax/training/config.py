@@ -161,7 +161,7 @@ class StageConfig:
         if not self.data.mixture and not self.data.source.startswith("easy_vqa"):
             require(bool(self.data.path), "data.path", f"must name the file of a {self.data.source} source",
                     self.data.path)
-            require(bool(self.data.image_root), "data.image_root",
+            require(bool(self.data.image_root) or self.data.source == "tfds", "data.image_root",
                     f"must name the directory of a {self.data.source} source's images or videos", self.data.image_root)
         require_positive(self, "steps", "batch_size", "accumulate", "log_every")
         require(self.batch_size % self.accumulate == 0, "accumulate", f"must divide batch_size {self.batch_size}",

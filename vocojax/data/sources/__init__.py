@@ -39,6 +39,10 @@ def _open(part: DataConfig | PartConfig, fit: Fit, key: str) -> Source:
             return ShikraSource(*files, "reg", fit)
         if name == "shikra_pointqa":
             return ShikraSource(*files, "pointqa", fit)
+        if name == "tfds":
+            from vocojax.data.sources.tfds.reader import TfdsSource  # an optional dependency
+
+            return TfdsSource(part.path, part.split)
         return LlavaSource(*files)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}.path", f"must be readable as {name!r}: {error}") from error

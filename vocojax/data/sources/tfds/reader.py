@@ -1,0 +1,49 @@
+"""Reads a data set that `shards.py` wrote, with `as_data_source`: random access without TensorFlow."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vocojax.data.conversation import Turn
+from vocojax.data.sources.base import Sample
+
+
+class TfdsSource:
+    """A split of a prepared data set.
+
+    Args:
+      directory: holds `dataset_info.json`; a data set gets one when all its shards are complete.
+      split: its name.
+
+    Raises:
+      ValueError: no complete data set there, or no such split.
+    """
+
+    def __init__(self, directory: str | Path, split: str):
+        self._directory, self._split = Path(directory), split
+        self._open()
+
+    def _open(self) -> None:
+        import tensorflow_datasets as tfds  # takes seconds
+
+        if not (self._directory / "dataset_info.json").exists():
+            raise ValueError(f"{self._directory} holds no complete data set: launch/prepare_data.py writes one")
+        builder = tfds.builder_from_directory(str(self._directory))
+        if self._split not in builder.info.splits:
+            raise ValueError(f"{self._directory} has the splits {sorted(builder.info.splits)}, not {self._split!r}")
+        self._records = builder.as_data_source(self._split)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_directory": self._directory, "_split": self._split}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self._records[index]
+        threads = tuple(tuple(Turn(*turn) for turn in thread) for thread in json.loads(record["threads"]))
+        return Sample(record["id"].decode(), tuple(record["images"]), threads)

@@ -1,0 +1,202 @@
+"""Writes any source as a TFDS directory of array_record shards.
+
+    DIRECTORY/NAME-SPLIT.array_record-00000-of-00016   one for each shard, images as they were encoded
+    DIRECTORY/shards/SPLIT-00000-of-00016.json         its counts, checksum and rejected records
+    DIRECTORY/manifest.json                            all of them together
+    DIRECTORY/dataset_info.json, features.json         TFDS's, written last
+
+A shard is a function of its records alone and appears only when it is complete, so whatever runs the tasks may be
+killed and run again: shards that are there are left, and the result is the same to the byte.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from vocojax.config import ConfigError
+from vocojax.data.config import DataConfig, PartConfig
+from vocojax.data.images import ImageError, decode, read
+from vocojax.data.sources import open_source
+from vocojax.data.sources.base import Source
+from vocojax.data.tally import SkippedTooMany
+from vocojax.layout import LayoutError
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard: every `count`-th record of a source from `index` on."""
+
+    source: PartConfig
+    directory: str
+    name: str
+    index: int
+    count: int
+
+    @property
+    def shard(self) -> Path:
+        """The file of the records."""
+        suffix = f"{self.index:05d}-of-{self.count:05d}"
+        return Path(self.directory) / f"{self.name}-{self.source.split}.array_record-{suffix}"
+
+    @property
+    def part(self) -> Path:
+        """The file of its counts."""
+        return Path(self.directory) / "shards" / f"{self.source.split}-{self.index:05d}-of-{self.count:05d}.json"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A data set to be written: its splits' sources, where to, under which name and in how many shards per split.
+
+    Raises:
+      ConfigError: two sources of one split, or no shard.
+    """
+
+    sources: tuple[PartConfig, ...]
+    directory: str
+    name: str
+    shards: int = 16
+    max_skipped_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        splits = [source.split for source in self.sources]
+        if len(set(splits)) < len(splits) or not splits:
+            raise ConfigError("sources", f"must have one source for each split, got {splits}")
+        if self.shards < 1:
+            raise ConfigError("shards", f"must be >= 1, got {self.shards}")
+
+    def tasks(self) -> list[ShardTask]:
+        """What is to be done, in any order and anywhere: `write_shard` for each."""
+        return [ShardTask(source, self.directory, self.name, index, self.shards)
+                for source in self.sources for index in range(self.shards)]
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the manifest and TFDS's files once all shards are there, and returns the manifest.
+
+        Raises:
+          SkippedTooMany: more than `max_skipped_share` of the records are rejected; the manifest says which.
+        """
+        parts = [(task, json.loads(task.part.read_text())) for task in self.tasks()]
+        rejected = [{"split": task.source.split, **record} for task, part in parts for record in part["rejected"]]
+        reasons: dict[str, int] = {}
+        for record in rejected:
+            reasons[record["reason"]] = reasons.get(record["reason"], 0) + 1
+        records = sum(part["records"] for _, part in parts)
+        manifest = {
+            "records": records, "rejected_by_reason": dict(sorted(reasons.items())),
+            "shards": {task.shard.name: {k: part[k] for k in ("records", "bytes", "sha256")} for task, part in parts},
+            "rejected": rejected,
+        }
+        _replace(Path(self.directory) / "manifest.json", json.dumps(manifest, indent=1).encode())
+        if len(rejected) > self.max_skipped_share * (records + len(rejected)):
+            raise SkippedTooMany(f"{len(rejected)} of {records + len(rejected)} records were rejected ({reasons}), "
+                                 f"more than --max_skipped_share {self.max_skipped_share:g} allows: see manifest.json")
+        self._write_metadata(parts)
+        return manifest
+
+    def _write_metadata(self, parts: Sequence[tuple[ShardTask, dict[str, Any]]]) -> None:
+        import tensorflow_datasets as tfds
+
+        splits = []
+        for source in self.sources:
+            own = [part for task, part in parts if task.source == source]
+            template = tfds.core.ShardedFileTemplate(
+                data_dir=self.directory, dataset_name=self.name, split=source.split, filetype_suffix="array_record")
+            splits.append(tfds.core.SplitInfo(
+                name=source.split, shard_lengths=[part["records"] for part in own],
+                num_bytes=sum(part["bytes"] for part in own), filename_template=template))
+        tfds.folder_dataset.write_metadata(
+            data_dir=self.directory, features=_features(), split_infos=splits, check_data=False,
+            description="Written by vocojax: launch/prepare_data.py")
+
+
+def write_shard(task: ShardTask) -> int:
+    """Writes a shard unless it is there already, made of the same input; the number of its records.
+
+    Records that can't be used are left out and named in the shard's part of the manifest.
+    """
+    source, inputs = _source(task.source), _inputs(task.source)
+    if task.part.exists():
+        part = json.loads(task.part.read_text())
+        if part["inputs"] == inputs and task.shard.exists() and _sha256(task.shard) == part["sha256"]:
+            return part["records"]
+    task.part.parent.mkdir(parents=True, exist_ok=True)
+    partial = task.shard.with_name(f".{task.shard.name}.{os.getpid()}")
+    rejected, records = [], 0
+    writer = ArrayRecordWriter(str(partial), "group_size:1")
+    try:
+        for index in range(task.index, len(source), task.count):
+            try:
+                writer.write(_example(source, index))
+                records += 1
+            except (LayoutError, ImageError) as error:
+                rejected.append({"record": index, "reason": error.reason, "message": str(error)})
+    finally:
+        writer.close()
+    part = {"records": records, "bytes": partial.stat().st_size, "sha256": _sha256(partial), "inputs": inputs,
+            "rejected": rejected}
+    os.replace(partial, task.shard)
+    _replace(task.part, json.dumps(part).encode())
+    return records
+
+
+def _example(source: Source, index: int) -> bytes:
+    sample = source[index]
+    if sample.videos:
+        raise LayoutError(sample.id, "has videos, which are read from their files", "video")
+    images = []
+    for image in sample.images:
+        content, name = (image, sample.id) if isinstance(image, bytes) else (read(image), str(image))
+        decode(content, name)
+        images.append(content)
+    record = {"id": sample.id, "images": images, "threads": json.dumps(sample.threads)}
+    example = _serializer().get_tf_example(_features().encode_example(record))
+    return example.SerializeToString(deterministic=True)  # else the fields' order changes from process to process
+
+
+@functools.cache
+def _features() -> Any:
+    import tensorflow_datasets as tfds
+
+    text = tfds.features.Text()
+    return tfds.features.FeaturesDict({"id": text, "images": tfds.features.Sequence(text), "threads": text})
+
+
+@functools.cache
+def _serializer() -> Any:
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    return ExampleSerializer(_features().get_serialized_info())
+
+
+@functools.lru_cache(maxsize=4)
+def _source(part: PartConfig) -> Source:
+    return open_source(DataConfig(source=part.source, split=part.split, path=part.path, image_root=part.image_root,
+                                  threads_per_sample=part.threads_per_sample))
+
+
+def _inputs(part: PartConfig) -> dict[str, Any]:
+    """What a shard is made of: another size or time stamp of the source's file makes it anew."""
+    status = os.stat(part.path) if part.path else None
+    return {**dataclasses.asdict(part), "version": VERSION, "file": status and [status.st_size, status.st_mtime_ns]}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    os.replace(partial, path)
