@@ -28,7 +28,7 @@ setup(
         "transformers>=5.0",
         "safetensors>=0.6",
         "sentencepiece>=0.2",
-        "Pillow>=11",
+        "Pillow>=11.3",
         "numba>=0.62",
         "av>=16",
         "pyarrow>=21",

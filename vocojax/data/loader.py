@@ -7,7 +7,7 @@ that share it change a batch. See `lanes.py` for how.
 import collections
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -182,9 +182,9 @@ def _ahead(group: "_Group", data: DataConfig) -> grain.IterDataset:
     return grain.experimental.ThreadPrefetchIterDataset(group, prefetch_buffer_size=BATCHES_AHEAD)
 
 
-def _close_all(iterators: Sequence[grain.DatasetIterator]) -> None:
-    for iterator in iterators:
-        iterator.close()
+def _close_all(iterators: list[grain.DatasetIterator]) -> None:
+    while iterators:  # and forgets them, so that none is left for the interpreter's last moments
+        iterators.pop().close()
 
 
 class _Group(grain.IterDataset):

@@ -38,7 +38,9 @@ def reduce_rows(pixels: np.ndarray, height: int) -> np.ndarray:
     """The vertical pass alone: uint32 [h, w] pixels of four bytes -> uint8 [height, w, 3]."""
     out = np.empty((height, pixels.shape[1]), np.uint32)
     _reduce(pixels, out)
-    return out.view(np.uint8).reshape(*out.shape, 4)[..., :3]
+    rgb = np.empty((*out.shape, 3), np.uint8)
+    _drop_fourth(out.view(np.uint8).reshape(-1, 4), rgb.reshape(-1, 3))
+    return rgb
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -82,3 +84,8 @@ def _weigh_rows(rows, first, count, weights, out):  # type: ignore[no-untyped-de
         for x in range(len(total)):
             out[i, x] = min(max(total[x] >> PRECISION_BITS, 0), 255)
 
+
+@numba.njit(nogil=True, cache=True)
+def _drop_fourth(pixels, out):  # type: ignore[no-untyped-def]
+    for i in range(len(pixels)):
+        out[i, 0], out[i, 1], out[i, 2] = pixels[i, 0], pixels[i, 1], pixels[i, 2]
