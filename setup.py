@@ -28,6 +28,7 @@ setup(
         "transformers>=5.0",
         "safetensors>=0.6",
         "sentencepiece>=0.2",
+        "etils[epath]>=1.12",
         "Pillow>=11.3",
         "numba>=0.62",
         "av>=16",
@@ -42,6 +43,8 @@ setup(
         "quickstart": ["easy-vqa==1.0", "matplotlib>=3.10"],
         "tpu": [f"jax[tpu]{JAX}"],
         "cuda": [f"jax[cuda13]{JAX}"],
+        "gcs": ["gcsfs>=2025.3"],
+        "wandb": ["wandb>=0.21"],
         "test": [
             "pytest>=9",
             "tensorflow-datasets>=4.9.9",

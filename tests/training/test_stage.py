@@ -61,7 +61,7 @@ def test_a_run_that_never_trained_does_not_hold_its_config(stage, tmp_path):
 
 
 def test_a_bucket_needs_the_package_that_opens_it(stage):
-    with pytest.raises(CheckpointError, match=r"workdir 'gs://bucket/run' can't be reached: .*pip install gcsfs"):
+    with pytest.raises(CheckpointError, match=r"workdir 'gs://bucket/run' can't be reached: .*vocojax\[gcs\]"):
         train(stage, "gs://bucket/run")
 
 

@@ -2,7 +2,7 @@
 
     WORKDIR/checkpoints/STEP/parameters   what trains, a flat dict by path name
                              optimizer    what training alone needs
-                             progress     JSON: the data stream's state, the config's digest, a checksum of every array
+                             progress     JSON: the data stream's state, the config's digest, checksums of all of it
     WORKDIR/frozen                        the other parameters, written once
     WORKDIR/damaged/STEP                  checkpoints that could not be read, moved out of the way
 
@@ -11,6 +11,7 @@ the order of the data) follows from the seed in the config, so that there is no 
 """
 
 import errno
+import hashlib
 import json
 import logging
 import shutil
@@ -128,6 +129,7 @@ class Checkpoints:
         self._save_frozen(state.frozen)
         sums = checksums({"parameters": state.trained, "optimizer": state.optimizer})
         about = {**progress, "config": self._digest, "checksums": sums | (self._frozen_checksums or {})}
+        about["sha256"] = _sha256(about)
         best = {} if metrics is None or not self._config.keep_best else {
             self._config.best_metric: float(metrics[self._config.best_metric])}
         self._manager.save(
@@ -181,6 +183,8 @@ class Checkpoints:
         try:
             # Read by the handlers themselves: a process that fails must not leave the others in a barrier of Orbax's.
             progress = json.loads((directory / "progress" / "metadata").read_text())
+            if progress["sha256"] != _sha256(progress):
+                raise CheckpointError("progress is not what was saved")
             trained = _read(directory / "parameters", wanted.trained)
             optimizer = _read(directory / "optimizer", wanted.optimizer)
             frozen = _read(self._workdir / "frozen", wanted.frozen) if wanted.frozen else {}
@@ -258,6 +262,12 @@ class Checkpoints:
                                    f"checkpoints: {intact}. Make room; {remedy}")
         return CheckpointError(f"{self._workdir}: a checkpoint could not be written: {_first_line(error)}; "
                                f"earlier ones: {intact}; {remedy}")
+
+
+def _sha256(progress: Mapping[str, Any]) -> str:
+    """Of everything in a progress file but this."""
+    rest = {name: value for name, value in progress.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -40,7 +40,7 @@ def run_path(workdir: str | os.PathLike) -> epath.Path:
         path.exists()
     except ImportError as error:
         raise CheckpointError(f"workdir {str(workdir)!r} can't be reached: {error}. Install the package that opens it "
-                              "(gs://: pip install gcsfs), or mount the bucket") from error
+                              "(gs://: pip install 'vocojax[gcs]'), or mount the bucket") from error
     return path if is_remote(path) else epath.Path(Path(workdir).absolute())
 
 

@@ -1,0 +1,181 @@
+"""Which checkpoints are written and kept, and what becomes of damaged ones."""
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vocojax.data.loader import BatchStream
+from vocojax.evaluation.report import loss_curve
+from vocojax.models.parameters import parameters_of
+from vocojax.training.checkpoints import CheckpointError, Checkpoints, load_model
+from vocojax.training.checkpoints import _saved_leaves as saved_leaves
+from vocojax.training.checksums import checksums
+from vocojax.training.config import CheckpointConfig
+from vocojax.training.preemption import Preempted
+from vocojax.training.stage import train
+from vocojax.training.step import TrainState
+
+
+def tiny_state(step, frozen=True):
+    return TrainState(
+        jnp.int32(step), {"a": jnp.full((3,), step, jnp.float32)},
+        {"b": jnp.arange(4, dtype=jnp.bfloat16)} if frozen else {}, {"mu": jnp.full((3,), -step, jnp.float32)}, {})
+
+
+def on_disk(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+def write(workdir, steps, config, metric=lambda step: {"loss": 1.0}):
+    with Checkpoints(workdir, config, "digest") as checkpoints:
+        for step in steps:
+            checkpoints.save(step, tiny_state(step), {"data": step}, metric(step))
+
+
+def damage(directory):
+    """Changes one byte in the largest file of a directory."""
+    file = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_newest_permanent_and_best_ones_stay(tmp_path):
+    losses = {2: 5.0, 4: 1.0, 6: 3.0, 8: 2.0, 10: 4.0, 12: 6.0, 14: 7.0}
+    config = CheckpointConfig(every=2, keep=2, keep_every=10, keep_best=1)
+    write(tmp_path, losses, config, lambda step: {"loss": losses[step]})
+    assert on_disk(tmp_path) == [4, 10, 12, 14]
+
+
+def test_one_is_written_by_step_or_by_time(tmp_path):
+    now = [0.0]
+    config = CheckpointConfig(every=4, keep_every=6, minutes=2.0)
+    with Checkpoints(tmp_path, config, clock=lambda: now[0]) as checkpoints:
+        assert [step for step in range(1, 13) if checkpoints.due(step)] == [4, 6, 8, 12]
+        seen = []
+        for now[0] in (60.0, 119.0, 121.0):
+            seen.append(checkpoints.overdue())
+        checkpoints.save(1, tiny_state(1), {})
+        seen.append(checkpoints.overdue())
+        now[0] = 242.0
+        assert [*seen, checkpoints.overdue()] == [False, False, True, False, True]
+
+
+def test_what_does_not_train_is_written_once(tmp_path):
+    write(tmp_path, (1,), CheckpointConfig())
+    (frozen,) = tmp_path.glob("frozen/_METADATA")
+    before = frozen.stat().st_mtime_ns
+    with Checkpoints(tmp_path, CheckpointConfig(), "digest") as checkpoints:
+        step, state, progress = checkpoints.restore(tiny_state(0))
+        checkpoints.save(2, state, {"data": 2})
+    assert frozen.stat().st_mtime_ns == before and (step, progress["data"]) == (1, 1)
+    assert state.frozen["b"].tolist() == [0, 1, 2, 3] and state.trained["a"].tolist() == [1, 1, 1]
+    assert set(saved_leaves(epath.Path(tmp_path / "checkpoints" / "2" / "parameters"))) == {"a"}
+
+
+@pytest.mark.parametrize("item", ["parameters", "optimizer", "progress"])
+def test_a_damaged_checkpoint_is_passed_over_and_put_aside(item, tmp_path, caplog):
+    write(tmp_path, (1, 2, 3), CheckpointConfig(keep=3))
+    for step in (2, 3):
+        damage(tmp_path / "checkpoints" / str(step) / item)
+    caplog.set_level(logging.ERROR, "vocojax")
+    with Checkpoints(tmp_path, CheckpointConfig(), "digest") as checkpoints:
+        step, state, _ = checkpoints.restore(tiny_state(0))
+        assert step == 1 and state.trained["a"].tolist() == [1, 1, 1]
+        checkpoints.save(2, tiny_state(2), {})
+    assert sum("THE CHECKPOINT OF STEP" in record.getMessage() for record in caplog.records) == 2
+    assert on_disk(tmp_path) == [1, 2]
+    assert {path.name.split("-")[0] for path in (tmp_path / "damaged").iterdir()} == {"2", "3"}
+
+
+def test_nothing_is_moved_if_nothing_can_be_restored(tmp_path):
+    write(tmp_path, (1, 2), CheckpointConfig())
+    other = tiny_state(0)._replace(trained={"a": jnp.zeros(5)})
+    with Checkpoints(tmp_path, CheckpointConfig(), "digest") as checkpoints, pytest.raises(
+        CheckpointError, match=r"no checkpoint can be restored \(step 2: .*; step 1: .*\). All are left as they are"
+    ):
+        checkpoints.restore(other)
+    assert on_disk(tmp_path) == [1, 2] and not (tmp_path / "damaged").exists()
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path):
+    write(tmp_path, (1,), CheckpointConfig())
+    with Checkpoints(tmp_path, CheckpointConfig(), "other") as checkpoints, pytest.raises(
+        CheckpointError, match="was written with another config"
+    ):
+        checkpoints.restore(tiny_state(0))
+
+
+def test_a_half_written_one_is_never_picked(tmp_path):
+    write(tmp_path, (1,), CheckpointConfig())
+    partial = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    partial.mkdir()
+    (partial / "progress").mkdir()
+    with Checkpoints(tmp_path, CheckpointConfig(), "digest") as checkpoints:
+        assert checkpoints.latest == 1
+        assert checkpoints.restore(tiny_state(0))[0] == 1
+        checkpoints.save(2, tiny_state(2), {})
+    assert on_disk(tmp_path) == [1, 2] and not partial.exists()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 11), st.integers(0, 31), st.sampled_from(["float32", "bfloat16", "int32"]))
+def test_any_changed_bit_changes_the_checksum(index, bit, dtype):
+    width = jnp.dtype(dtype).itemsize
+    array = np.arange(12, dtype=np.float32).reshape(3, 4).astype(jnp.dtype(dtype))
+    bits = array.copy().view(f"uint{8 * width}")
+    bits.reshape(-1)[index] ^= np.array(1 << bit % (8 * width), bits.dtype)
+    one, other = checksums({"x": jnp.asarray(array)}), checksums({"x": jnp.asarray(bits.view(array.dtype))})
+    assert one.keys() == {"x"} and one != other
+
+
+def test_checksums_know_where_an_element_is():
+    array = jnp.arange(6.0).reshape(2, 3)
+    sums = {checksums(x)[""] for x in (array, array[::-1], array.T, array.reshape(3, 2)[:, ::-1])}
+    assert len(sums) == 4 and checksums({}) == {}
+
+
+def test_sigterm_saves_and_the_run_goes_on(stage, tmp_path, monkeypatch):
+    config = dataclasses.replace(stage, checkpoint=CheckpointConfig(every=100))
+    train(config, tmp_path / "whole")
+    take, taken = BatchStream.__next__, []
+
+    def terminated(self):
+        taken.append(1)
+        if len(taken) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="and saved; the same command goes on"):
+        patch.setattr(BatchStream, "__next__", terminated)
+        train(config, tmp_path / "stopped")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    (stopped_at,) = on_disk(tmp_path / "stopped")
+    assert stopped_at < 4 and loss_curve(tmp_path / "stopped")[-1][0] == stopped_at
+    train(config, tmp_path / "stopped")
+    assert loss_curve(tmp_path / "stopped") == loss_curve(tmp_path / "whole")
+    goodput = json.loads((tmp_path / "stopped" / "goodput.json").read_text())
+    assert goodput["starts"] == 2 and goodput["step"] == 4
+    assert 0 < goodput["useful_seconds"] < goodput["wall_seconds"]
+    for name, value in parameters_of(load_model(tmp_path / "whole")).items():
+        assert (value == parameters_of(load_model(tmp_path / "stopped"))[name]).all()
+
+
+def test_a_damaged_newest_one_costs_its_steps_only(stage, tmp_path):
+    train(stage, tmp_path)
+    before = loss_curve(tmp_path)
+    damage(tmp_path / "checkpoints" / "4" / "optimizer")
+    train(stage, tmp_path)
+    assert loss_curve(tmp_path) == before and on_disk(tmp_path) == [2, 4]
+    assert len(list((tmp_path / "damaged").iterdir())) == 1
+    assert jax.tree.all(jax.tree.map(lambda p: bool(jnp.isfinite(p).all()), parameters_of(load_model(tmp_path))))

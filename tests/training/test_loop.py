@@ -1,0 +1,151 @@
+"""The loop and what hangs on it: no implicit transfer, logs, hangs, goodput."""
+
+import json
+import sys
+import threading
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vocojax.training import loop, run_log
+from vocojax.training.checkpoints import Checkpoints
+from vocojax.training.config import CheckpointConfig, RunConfig
+from vocojax.training.flops import StepFlops, peak_flops
+from vocojax.training.goodput import Goodput
+from vocojax.training.run_log import RunLog
+from vocojax.training.step import TrainState
+from vocojax.training.watchdog import Watchdog
+
+
+class Counting:
+    """A stream of 1, 2, 3, ..."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def __next__(self):
+        self.taken += 1
+        return {"x": np.float32(self.taken)}
+
+    def get_state(self):
+        return {"taken": self.taken}
+
+
+@jax.jit
+def step(state, batch):
+    trained = {"w": state.trained["w"] + batch["x"]}
+    return state._replace(step=state.step + 1, trained=trained), {"loss": trained["w"], "tokens": jnp.float32(10)}
+
+
+def fresh():
+    return TrainState(jnp.int32(0), {"w": jnp.float32(0)}, {}, {"m": jnp.float32(0)}, {})
+
+
+def run(workdir, steps=7, place=jax.device_put, **changes):
+    stream = Counting()
+    with Checkpoints(workdir, CheckpointConfig(every=3), "d") as checkpoints:
+        shown = loop.LoopConfig("counting", steps, 2, **changes)
+        return stream, loop.run(shown, workdir, loop.Task(step, stream, place), fresh(), 0, checkpoints)
+
+
+def test_the_state_saved_is_that_of_the_data_behind_the_step(tmp_path):
+    """Although the next batch is already taken; and the last step takes none."""
+    stream, state = run(tmp_path)
+    assert stream.taken == 7 and float(state.trained["w"]) == 28
+    for number in (3, 6, 7):
+        path = tmp_path / "checkpoints" / str(number) / "progress" / "metadata"
+        assert not path.exists() or json.loads(path.read_text())["data"] == {"taken": number}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(n, n * (n + 1) / 2) for n in range(1, 8)]
+
+
+def test_a_batch_that_is_not_on_the_device_is_an_error(tmp_path):
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run(tmp_path, place=lambda batch: batch)
+
+
+def test_a_trace_of_some_steps(tmp_path):
+    run(tmp_path, run=RunConfig(profile=(2, 3)))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_hang_shows_the_stacks_of_all_threads(tmp_path):
+    done = threading.Event()
+
+    def a_thread_that_waits():
+        done.wait(20)
+
+    other = threading.Thread(target=a_thread_that_waits)
+    other.start()
+    with (tmp_path / "stacks").open("w+") as file:
+        with Watchdog(0.2, file) as watchdog:
+            watchdog.beat()
+            threading.Event().wait(0.5)
+        done.set()
+        other.join()
+        file.seek(0)
+        stacks = file.read()
+    assert "Timeout (0:00:00.2" in stacks and "a_thread_that_waits" in stacks and "test_a_hang_shows" in stacks
+
+
+def test_goodput_counts_restarts_and_not_what_is_taken_twice(tmp_path):
+    now = [1000.0]
+    first = Goodput(tmp_path, clock=lambda: now[0])
+    first.count(30.0)
+    now[0] = 1060.0
+    first.write(5)  # killed here; the checkpoint it goes on from holds 20 useful seconds
+    now[0] = 1090.0
+    second = Goodput(tmp_path, useful=20.0, clock=lambda: now[0])
+    second.count(30.0)
+    now[0] = 1100.0
+    second.write(8)
+    assert json.loads((tmp_path / "goodput.json").read_text()) == {
+        "began": 1000.0, "starts": 2, "step": 8, "useful_seconds": 50.0, "wall_seconds": 100.0, "goodput": 0.5}
+
+
+def test_a_resumed_log_forgets_later_steps_and_a_line_cut_off(tmp_path):
+    whole = '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+    log = RunLog(tmp_path, 2)
+    log.write([(3, {"loss": 0.5})], {"goodput": 1.0})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == whole + '{"step": 3, "loss": 0.5}\n'
+
+
+def test_a_remote_log_is_copied_whole(tmp_path, monkeypatch):
+    """Written here, copied there when flushed; what is there is continued."""
+    monkeypatch.setattr(run_log, "is_remote", lambda path: True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    log = RunLog(tmp_path, 1)
+    log.write([(2, {"loss": 2.0})], {})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    log.flush()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+    log.close()
+
+
+def test_weights_and_biases_goes_on_under_the_same_id(tmp_path, monkeypatch):
+    logged, ids = [], []
+    fake = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+    module = types.SimpleNamespace(init=lambda id, **_: ids.append(id) or fake)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for first in (0, 1):
+        log = RunLog(tmp_path, first, "project", "name")
+        log.write([(first + 1, {"loss": 2.0})], {"goodput": 1.0})
+        log.close()
+    assert ids[0] == ids[1] and logged[1] == (2, {"train/loss": 2.0, "train/goodput": 1.0})
+
+
+def test_flops_of_a_llama_7b_token():
+    """32 blocks of 4 x 4096^2 + 3 x 4096 x 11008 weights, all of which train; the head 4096 x 32000, which does not."""
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    blocks = {f"decoder/blocks/{name}/kernel": shape(32, 4096, 4096) for name in ("query", "key", "value", "out")}
+    blocks |= {f"decoder/blocks/{name}/kernel": shape(32, 4096, 11008) for name in ("gate", "up", "down")}
+    flops = StepFlops(fresh()._replace(trained=blocks, frozen={"decoder/head/kernel": shape(4096, 32000)}))
+    assert flops.per_token == 6 * 6_476_005_376 and flops.per_target == 4 * 131_072_000
+    assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12 and peak_flops("cpu") is None
