@@ -1,7 +1,7 @@
 """Writes a source as a TFDS data set of array_record shards, in as many processes or machines as Beam is given.
 
     python launch/prepare_data.py --source=llava --path=llava_v1_5_mix665k.json --image_root=images \
-        --target=data/mix665k --shards=256 --runner=DirectRunner \
+        --target=data/mix665k --shards=256 --runner=FnApiRunner \
         --direct_running_mode=multi_processing --direct_num_workers=8
     python launch/prepare_data.py --source=easy_vqa --splits=train,validation,test --target=data/easy_vqa --shards=4
 

@@ -1,4 +1,4 @@
-"""A JSON list of records as an Arrow file that is memory-mapped: random access without a Python object per record.
+"""A JSON list of records as an Arrow file: random access without a Python object per record, and without its memory.
 
 The file is made on first use, in `.vocojax` beside the JSON or, where that can't be written, in the user's cache
 directory. Its name holds the JSON's size, time stamp and digest, so that an edited JSON gets a new one, and it appears
@@ -17,9 +17,9 @@ import pyarrow as pa
 
 from vocojax.layout import LayoutError
 
-VERSION = 1
+VERSION = 2
 CHUNK = 2**24  # bytes read at a time
-BATCH = 4096  # records to an Arrow batch
+BATCH = 16  # records to an Arrow batch, which is what is read for one of them
 SPACE = b" \t\r\n"
 _SCHEMA = pa.schema([("record", pa.large_binary()), ("problem", pa.string())])
 
@@ -39,24 +39,29 @@ class ColumnarRecords:
         self._open()
 
     def _open(self) -> None:
-        self._table = pa.ipc.open_file(pa.memory_map(str(self._file))).read_all()
+        # Read by position: of a mapped file all pages that were ever touched would count as resident.
+        self._reader = pa.ipc.open_file(pa.OSFile(str(self._file)))
+        batches = self._reader.num_record_batches
+        self._batch = self._reader.get_batch(0).num_rows if batches else 1
+        self._length = (batches - 1) * self._batch + self._reader.get_batch(batches - 1).num_rows if batches else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_file": self._file}  # a worker process maps the file itself
+        return {"_file": self._file}  # a worker process opens the file itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return self._length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A record; `LayoutError` if it is no mapping, not UTF-8, or an earlier one over again."""
-        problem = self._table["problem"][index].as_py()
+        batch, place = self._reader.get_batch(index // self._batch), index % self._batch
+        problem = batch["problem"][place].as_py()
         if problem:
             raise LayoutError(f"#{index}", f"is {problem}", problem)
-        return json.loads(self._table["record"][index].as_py())
+        return json.loads(batch["record"][place].as_py())
 
 
 def parse(path: Path) -> Iterator[tuple[bytes, str]]:
@@ -212,4 +217,5 @@ def _write(path: Path, target: Any) -> None:
             problems.append(problem)
             if len(texts) == BATCH:
                 flush()
-        flush()
+        if texts:
+            flush()
