@@ -17,7 +17,7 @@ from vocojax.config import ConfigError
 from vocojax.convert.mapping import ConvertError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.cache import CacheError
-from vocojax.inference.collection import compress_files, find_files, int8_loss
+from vocojax.inference.collection import Outcome, compress_files, find_files, int8_loss
 from vocojax.inference.mesh import local_mesh
 from vocojax.inference.store import Store
 from vocojax.terminal import show_own_messages
@@ -37,6 +37,8 @@ JSON = flags.DEFINE_string("json", None, "Where to write the counts and the bad 
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where it is not detected.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, where not detected.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, where not detected.")
+
+PATIENCE = 7 * 24 * 3600.0  # seconds that a process waits for slower ones: they need not finish together
 
 
 def main(argv: list[str]) -> None:
@@ -59,11 +61,16 @@ def main(argv: list[str]) -> None:
     except (ConvertError, ConfigError, CacheError, distributed.ClusterError, distributed.MissingProcesses, OSError,
             ValueError) as error:
         sys.exit(f"error: {error}")
+    outcomes = distributed.to_first("outcome", dataclasses.asdict(outcome), PATIENCE)
+    distributed.from_first("all are done", None, PATIENCE)
+    if outcomes is None:
+        return
+    outcome = sum((Outcome(**one) for one in outcomes), Outcome())
     if JSON.value:
         with open(JSON.value, "w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(outcome), file, indent=2)
     print(f"{STORE.value}: {outcome}")
-    if outcome.bad and len(outcome.bad) == len(paths):
+    if outcome.bad and not outcome.compressed + outcome.skipped:
         sys.exit("error: none of the files is an image that can be used")
 
 

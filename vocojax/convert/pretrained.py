@@ -130,4 +130,4 @@ class ParametersInMemory:
 def _shardings(model: Model, mesh: Mesh | None) -> Mapping[str, Sharding]:
     if mesh is not None:
         return parameter_shardings(model, mesh)
-    return dict.fromkeys(variables_of(model), SingleDeviceSharding(jax.devices()[0]))
+    return dict.fromkeys(variables_of(model), SingleDeviceSharding(jax.local_devices()[0]))

@@ -29,6 +29,9 @@ class Outcome:
     skipped: int = 0
     bad: dict[str, str] = field(default_factory=dict)  # path -> problem
 
+    def __add__(self, other: "Outcome") -> "Outcome":
+        return Outcome(self.compressed + other.compressed, self.skipped + other.skipped, self.bad | other.bad)
+
     def __str__(self) -> str:
         return f"{self.compressed} compressed, {self.skipped} there already, {len(self.bad)} bad"
 

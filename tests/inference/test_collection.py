@@ -1,0 +1,165 @@
+"""Files into a store and questions out of it, by the package and by its launch scripts."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vocojax.config import ConfigError
+from vocojax.inference.ask import Question, answer_all, read_questions
+from vocojax.inference.assistant import Assistant
+from vocojax.inference.cache import VocoCache
+from vocojax.inference.collection import compress_files, find_files, int8_loss
+from vocojax.inference.mesh import local_mesh
+from vocojax.inference.sampling import SamplingConfig
+from vocojax.inference.store import Store
+
+ROOT = Path(__file__).parent.parent.parent
+SHORT = SamplingConfig(max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Seven images, one of them twice, and two files that are none."""
+    root = tmp_path_factory.mktemp("photos")
+    for i in range(7):
+        pixels = np.random.default_rng(i).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{i}.png")
+    (root / "more").mkdir()
+    (root / "more" / "twin.png").write_bytes((root / "3.png").read_bytes())
+    (root / "more" / "empty.png").touch()
+    (root / "more" / "torn.png").write_bytes((root / "0.png").read_bytes()[:100])
+    return root
+
+
+def test_every_process_takes_its_share(photos):
+    patterns = [f"{photos}/**/*.png", f"{photos}/0.png"]
+    everything = find_files(patterns)
+    shares = [find_files(patterns, index, 3) for index in range(3)]
+    assert len(everything) == 10 and sorted(itertools.chain(*shares)) == everything
+    assert [len(share) for share in shares] == [4, 3, 3]
+
+
+def test_a_run_goes_on_where_it_stopped_and_reports_bad_files(assistant, photos, tmp_path):
+    store, files = Store(tmp_path), find_files([f"{photos}/**/*.png"])
+    first = compress_files(assistant, store, files[:4], batch_size=3, num_threads=2)
+    assert (first.compressed, first.skipped, first.bad) == (4, 0, {})
+    rest = compress_files(assistant, store, files, batch_size=3, num_threads=2)
+    assert (rest.compressed, rest.skipped) == (3, 5)
+    assert sorted(Path(path).name for path in rest.bad) == ["empty.png", "torn.png"]
+    assert all("cannot be decoded" in problem for problem in rest.bad.values())
+    assert str(rest) == "3 compressed, 5 there already, 2 bad"
+    cache = assistant.recall(store, [photos / "5.png"])
+    np.testing.assert_allclose(cache.k_LUNGD, assistant.compress([photos / "5.png"]).k_LUNGD, atol=1e-5)
+
+
+def test_what_a_store_lacks_or_has_damaged_is_compressed_and_put_in(assistant, photos, tmp_path):
+    store, paths = Store(tmp_path), [photos / "2.png", photos / "0.png", photos / "2.png"]
+    cache = assistant.recall(store, paths)
+    assert cache.num_units == 3 and cache.images[0] == cache.images[2]
+    path = store.path(cache.images[1], assistant.fingerprint, 2)
+    path.write_bytes(path.read_bytes()[:-3])
+    again = assistant.recall(store, paths)
+    np.testing.assert_allclose(again.v_LUNGD, cache.v_LUNGD, atol=1e-5)
+    assert store.has(cache.images[1], assistant.fingerprint, 2)
+    assert assistant.recall(store, paths, num_vocos=1).k_LUNGD.shape[2] == 1
+
+
+def test_answers_come_in_order_and_a_bad_question_spoils_no_other(assistant, photos, tmp_path):
+    ask = "what color is the shape?"
+    questions = [Question((str(photos / "1.png"),), ask, 1), Question((str(photos / "more" / "empty.png"),), ask),
+                 Question((str(photos / "2.png"), str(photos / "1.png")), "is the shape red?", 2),
+                 Question((str(photos / "2.png"),), "red " * 3000)]
+    answers = list(answer_all(assistant, Store(tmp_path), questions, SHORT, batch_size=3))
+    assert [question for question, _ in answers] == questions
+    cache = assistant.compress([photos / "1.png", photos / "2.png"])
+    expected = assistant.read(cache, [ask, "is the shape red?"], [[0], [1, 0]], SHORT)
+    assert [answers[0][1], answers[2][1]] == [{"answer": text} for text in expected]
+    assert "empty.png" in answers[1][1]["error"] and "there is room for" in answers[3][1]["error"]
+
+
+def test_questions_are_read_strictly(tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"image": "a.png", "question": "what?", "id": 7}\n\n'
+                    '{"image": ["a.png", "b.png"], "question": "is?", "seed": 9}\n')
+    first, second = read_questions(file, seed=4)
+    assert (first.images, first.text, first.seed, first.record["id"]) == (("a.png",), "what?", 4, 7)
+    assert (second.images, second.seed) == (("a.png", "b.png"), 9)
+    for line, problem in (("{", "Expecting"), ('{"image": "a"}', "'question' is missing"), ("[]", "is no"),
+                          ('{"image": [], "question": "x"}', "must be strings"),
+                          ('{"image": 1, "question": 1}', "is no")):
+        file.write_text('{"image": "a.png", "question": "what?"}\n' + line)
+        with pytest.raises(ValueError, match=rf"q\.jsonl, line 2: .*{problem}"):
+            read_questions(file)
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="holds no question"):
+        read_questions(file)
+
+
+def test_the_loss_of_int8_is_measured(assistant, cache):
+    loss = int8_loss(assistant, cache, "what color is the shape?")
+    assert 0 < loss.mean < loss.largest < 0.05 * loss.spread and loss.same_token == 1
+    assert "int8 storage: |Δ logit| at most" in str(loss)
+
+
+def test_a_mesh_is_of_the_devices_that_there_are():
+    assert local_mesh().shape == {"data": 1, "fsdp": 1, "tensor": 1}
+    for sizes in ((2, 1, 1), (-1, 2, 1), (-1, -1, 1), (0, 1, 1)):
+        with pytest.raises(ConfigError, match="mesh data x fsdp x tensor must be the 1 devices of this process"):
+            local_mesh(*sizes)
+
+
+@pytest.mark.slow
+def test_the_launch_scripts_on_one_device_on_a_mesh_and_on_two_processes(assistant, photos, tmp_path):
+    """The same caches and answers every time; two processes with one store share the files."""
+    checkpoint = tmp_path / "model"
+    assistant.model.save_pretrained(checkpoint, "orbax", assistant.tokenizer)
+
+    def start(script, *flags, devices=1):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+                       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        return subprocess.Popen([sys.executable, f"launch/{script}.py", f"--checkpoint={checkpoint}", *flags], cwd=ROOT,
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+    def finish(process):
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        return out
+
+    files = f"--images={photos}/**/*.png"
+    one, mesh, two = (tmp_path / name for name in ("one", "mesh", "two"))
+    assert "7 compressed, 1 there already, 2 bad" in finish(start("compress", files, f"--store={one}"))
+    assert "7 compressed" in finish(start("compress", files, f"--store={mesh}", "--mesh=2,1,2", devices=4))
+    address = f"--coordinator_address=localhost:{20000 + os.getpid() % 10000}"
+    pair = [start("compress", files, f"--store={two}", address, "--num_processes=2", f"--process_id={i}",
+                  f"--json={tmp_path}/counts.json") for i in range(2)]
+    for process in pair:
+        finish(process)
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts["compressed"] in (7, 8) and counts["compressed"] + counts["skipped"] == 8  # the twins may meet
+    assert sorted(Path(path).name for path in counts["bad"]) == ["empty.png", "torn.png"]
+
+    loaded = Assistant.from_pretrained(checkpoint)
+    images = loaded.load_images([photos / f"{i}.png" for i in range(7)])
+    expected = loaded.compress(images)
+    for root in (one, mesh, two):
+        found = VocoCache.concat([Store(root).get(image, loaded.fingerprint, 2) for image in expected.images])
+        np.testing.assert_allclose(found.k_LUNGD, expected.k_LUNGD, atol=1e-5)
+
+    ask = "what color is the shape?"
+    flags = (f"--image={photos}/4.png", f"--image={photos}/2.png", f"--question={ask}", "--max_new_tokens=6")
+    answer = loaded.read(expected, [ask], [[4, 2]], SamplingConfig(max_new_tokens=6))[0]
+    assert finish(start("answer", f"--store={one}", *flags)).strip() == answer
+    assert finish(start("answer", f"--store={mesh}", *flags, "--mesh=2,1,2", devices=4)).strip() == answer
+    (tmp_path / "q.jsonl").write_text(json.dumps({"image": f"{photos}/4.png", "question": ask, "id": 1}) + "\n")
+    line = finish(start("answer", f"--store={one}", f"--questions={tmp_path}/q.jsonl", "--max_new_tokens=6"))
+    assert json.loads(line) == {"image": f"{photos}/4.png", "question": ask, "id": 1,
+                                "answer": loaded.read(expected, [ask], [[4]], SamplingConfig(max_new_tokens=6))[0]}
+    refused = start("compress", f"--images={photos}/none*", f"--store={one}")
+    assert "error: --images: no file matches" in refused.communicate(timeout=300)[1] and refused.returncode == 1
