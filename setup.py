@@ -25,6 +25,7 @@ setup(
         "ml_collections>=1.1",
         "absl-py>=2.4",
         "einops>=0.8",
+        "etils[epath]>=1.15",
         "transformers>=5.0",
         "safetensors>=0.6",
         "sentencepiece>=0.2",
