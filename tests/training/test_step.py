@@ -49,7 +49,7 @@ def test_accumulation_gives_the_step_of_the_whole_batch(stage):
         np.testing.assert_allclose(whole.trained[name], parts.trained[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("remat", ["full", "minimal", "attention_out"])
+@pytest.mark.parametrize("remat", ["full", "minimal", "attention_out", "offload"])
 def test_rematerialisation_changes_no_step(stage, remat):
     _, kept, _ = run(stage)
     _, again, _ = run(dataclasses.replace(stage, remat=remat))

@@ -36,6 +36,7 @@ class Parts:
         x = jnp.moveaxis(part, self.axis, 0)
         for groups in self._groups():
             x = jax.lax.all_gather(x, self.mesh_axis, axis=0, tiled=True, axis_index_groups=groups)
+            x = checkpoint_name(x, "gathered")
         return checkpoint_name(jnp.moveaxis(x, 0, self.axis), "gathered")
 
     def _groups(self) -> list[list[list[int]] | None]:
@@ -59,6 +60,11 @@ def cut(model: Model, parts: Mapping[str, Parts], dtype: DTypeLike) -> Model:
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
+def in_parts(module: nnx.Module) -> bool:
+    """Whether any of a module's variables is cut."""
+    return any("cut" in variable.get_metadata() for _, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)))
+
+
 def gathered(module: Model, *, stacked: bool) -> Model:
     """The module with its parts put together: of stacks' variables (one layer of them), or of all others."""
 
@@ -66,9 +72,11 @@ def gathered(module: Model, *, stacked: bool) -> Model:
         metadata = variable.get_metadata()
         if "cut" not in metadata or ("layers" in metadata["out_sharding"]) != stacked:
             return variable
-        return variable.replace(metadata["cut"].gather(variable[...].astype(metadata["gathered_dtype"])))
+        # Without the barrier XLA keeps a second copy of all parts, cast, for as long as the scan runs.
+        part = jax.lax.optimization_barrier(variable[...]).astype(metadata["gathered_dtype"])
+        return variable.replace(metadata["cut"].gather(part))
 
-    if not any("cut" in v.get_metadata() for _, v in nnx.to_flat_state(nnx.state(module, nnx.Param))):
+    if not in_parts(module):
         return module
     graphdef, state = nnx.split(module)
     flat = [(path, whole(variable)) for path, variable in nnx.to_flat_state(state)]

@@ -5,18 +5,24 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from vocojax.models.parts import gathered
+from vocojax.models.parts import gathered, in_parts
 
 Block = TypeVar("Block", bound=nnx.Module)
 Carry = TypeVar("Carry")
 
-# What the forward pass of a block keeps for the backward pass; everything else is computed again.
+# What the forward pass of a block keeps for the backward pass; everything else is computed again. The input of every
+# block is kept by all of them: `offload` does so in the host's memory, and is `full` otherwise.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "none": jax.checkpoint_policies.everything_saveable,
+    "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),  # parts are gathered again
     "full": jax.checkpoint_policies.nothing_saveable,
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention_out": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"],
+        offload_src="device", offload_dst="pinned_host",
+    ),
 }
 
 
@@ -55,8 +61,12 @@ def scan(
     Returns:
       The last x, and the stacked second outputs.
     """
-    step = lambda carry, layer: body(carry, gathered(layer[0], stacked=True), layer[1])
+
+    def step(carry: Carry, layer: tuple[Block, Any]) -> tuple[Carry, Any]:
+        carry = jax.tree.map(lambda leaf: checkpoint_name(leaf, "block_input"), carry)
+        return body(carry, gathered(layer[0], stacked=True), layer[1])
+
     policy = remat_policy(remat)
-    if remat != "none":
+    if remat != "none" or in_parts(blocks):
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     return jax.lax.scan(step, x, (blocks, per_layer))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vocojax.config import ConfigError
@@ -55,7 +56,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         asked = " x ".join(str(size) for size in (config.slice, config.data, config.fsdp, config.tensor))
         raise ConfigError("mesh", f"slice x data x fsdp x tensor must be the {len(devices)} devices there are, "
                           f"got {asked}")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    if len({getattr(device, "slice_index", 0) for device in devices}) == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    inside, across = (1, *sizes[1:]), (sizes[0], 1, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
 
 
 def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
