@@ -42,7 +42,7 @@ setup(
         # Beam 2.77 wants older protobuf, Pillow and pyarrow than the lock: an environment of its own.
         "beam": ["apache-beam>=2.70", "tensorflow-datasets>=4.9.9", "array_record>=0.8", "importlib_resources>=6"],
         "quickstart": ["easy-vqa==1.0", "matplotlib>=3.10"],
-        "tpu": [f"jax[tpu]{JAX}"],
+        "tpu": [f"jax[tpu]{JAX}", "gcsfs>=2025.3"],  # gcsfs: gs:// paths
         "cuda": [f"jax[cuda13]{JAX}"],
         "gcs": ["gcsfs>=2025.3"],
         "wandb": ["wandb>=0.21"],
