@@ -4,8 +4,11 @@
         --config.data.path=llava_v1_5_mix665k.json --config.data.image_root=images \
         --config.data.tokenizer=vicuna-7b-v1.5 --config.init_from=runs/alignment
 
-Rank, alpha and learning rate are those of LLaVA-1.5's LoRA script; rows and steps are configs/voco.py's. Whatever reads
-the run (launch/convert.py, `Assistant.from_run`, the `init_from` of another stage) finds the factors merged.
+Rank, alpha and the factors' learning rate are those of LLaVA-1.5's LoRA script; rows and steps are configs/voco.py's.
+That script trains the projector at 2e-5, a tenth of the factors' rate; here both have one. The row of the <voco> token
+in `decoder/embedding` is the decoder's and so stays as it is, as long as `decoder/embedding` is not moved to `train`.
+Whatever reads the run (launch/convert.py, `Assistant.from_run`, the `init_from` of another stage) finds the factors
+merged.
 """
 
 from ml_collections import ConfigDict

@@ -4,9 +4,10 @@
 #   bash launch/local_multiprocess.sh 2 python launch/train.py --config=configs/quickstart.py --workdir=runs/two
 #
 # Each process finds JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in its environment; set
-# XLA_FLAGS=--xla_force_host_platform_device_count=D for D devices each on a CPU. Process 0 has the terminal, the others'
-# lines carry their number. Signals go to all; when one process fails, the others are stopped (killed after
-# GRACE_SECONDS, 30 by default) and its status is returned.
+# XLA_FLAGS=--xla_force_host_platform_device_count=D for D devices each on a CPU. On a GPU machine process I of several
+# has GPU I alone (JAX_LOCAL_DEVICE_IDS); the chips of a TPU machine can't be divided like this. Process 0 has the
+# terminal, the others' lines carry their number. Signals go to all; when one process fails, the others are stopped
+# (killed after GRACE_SECONDS, 30 by default) and its status is returned.
 set -uo pipefail
 
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -28,10 +29,11 @@ signal_all() { [ ${#running[@]} -eq 0 ] || kill "-$1" "${!running[@]}" 2>/dev/nu
 trap 'signal_all TERM' TERM INT HUP  # a process in the background of a script does not hear Ctrl-C itself
 
 for ((i = 0; i < number; i++)); do
+    export JAX_PROCESS_ID=$i JAX_LOCAL_DEVICE_IDS=$i
     if [ "$i" -eq 0 ]; then
-        JAX_PROCESS_ID=0 "$@" &
+        "$@" &
     else
-        JAX_PROCESS_ID=$i "$@" > >(exec sed -u "s/^/[$i] /") 2> >(exec sed -u "s/^/[$i] /" >&2) &
+        "$@" > >(exec sed -u "s/^/[$i] /") 2> >(exec sed -u "s/^/[$i] /" >&2) &
     fi
     running[$!]=$i
 done

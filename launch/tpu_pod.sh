@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # A TPU VM or pod from nothing to a resumed run, from your own machine, by gcloud:
 #
-#   export POD=voco TPU_TYPE=v5litepod-16 ZONE=us-west4-a     # optional: PROJECT, SPOT=1, TPU_VERSION, REMOTE_DIR
+#   export POD=voco TPU_TYPE=v5litepod-16 ZONE=us-west4-a     # optional: PROJECT, SPOT=1, TPU_VERSION, REMOTE_DIR,
+#       # CREATE_ARGS (more words for `create`), SETUP (a command that `install` ends with on every worker: a mount)
 #   bash launch/tpu_pod.sh create                             # the machines
 #   bash launch/tpu_pod.sh install                            # this checkout's HEAD and the locked packages, on every worker
 #   bash launch/tpu_pod.sh run --config=configs/voco.py --workdir=gs://bucket/voco ...    # launch/train.py's arguments
 #   bash launch/tpu_pod.sh tail                               # worker 0's log; Ctrl-C leaves the run alone
-#   bash launch/tpu_pod.sh stop                               # SIGTERM: the run saves its state and ends
+#   bash launch/tpu_pod.sh stop                               # SIGTERM: the run saves; returns when it has ended
 #   bash launch/tpu_pod.sh resume --config=... --workdir=...  # as `run`; pods that were preempted are made anew first
 #   bash launch/tpu_pod.sh delete
 #
@@ -19,7 +20,13 @@ if [ "${1:-}" = "--dry-run" ]; then dry_run=1; shift; fi
 verb=${1:-help}
 [ $# -eq 0 ] || shift
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
-case $verb in create | install | run | tail | stop | resume | delete) ;; *) usage ;; esac
+case $verb in
+    run | resume)
+        [[ " $*" == *" --config"[=\ ]* && " $*" == *" --workdir"[=\ ]* ]] || {
+            echo "tpu_pod.sh: $verb needs launch/train.py's arguments: --config=... --workdir=..." >&2; exit 2; } ;;
+    create | install | tail | stop | delete) ;;
+    *) usage ;;
+esac
 : "${POD:?is the name of the TPU VM, say POD=voco}" "${ZONE:?is where it is, say ZONE=us-west4-a}"
 : "${TPU_TYPE:?is the accelerator type, say v4-32, v5litepod-16, v5p-128 or v6e-64}"
 remote=${REMOTE_DIR:-vocojax}
@@ -44,10 +51,13 @@ do_() {  # runs a command, or prints it as it could be typed
 }
 tpu() { do_ gcloud compute tpus tpu-vm "$1" "$POD" "${place[@]}" "${@:2}"; }
 on() { tpu ssh --worker="$1" --command="$2"; }  # worker (a number or `all`), command line
+is_on="grep -qsa launch/train.py /proc/\$(cat run.pid 2>/dev/null || echo none)/cmdline"  # on a worker, in $remote
 
 create() {
+    local more
+    read -ra more <<< "${CREATE_ARGS:-}"
     tpu create --accelerator-type="$TPU_TYPE" --version="${TPU_VERSION:-$version}" \
-        --scopes=https://www.googleapis.com/auth/cloud-platform ${SPOT:+--spot}
+        --scopes=https://www.googleapis.com/auth/cloud-platform ${SPOT:+--spot} ${more[@]+"${more[@]}"}
 }
 install() {
     local archive
@@ -58,16 +68,19 @@ install() {
     # The machines' own Python is older than 3.11; uv brings one that the package supports.
     on all "set -e; mkdir -p $remote; tar -xzf vocojax.tar.gz -C $remote; cd $remote; python3 -m pip install --quiet --user uv; \
 python3 -m uv venv --quiet --allow-existing --python 3.11 .venv; \
-python3 -m uv pip install --quiet --constraint requirements.lock --editable '.[tpu]'"
+python3 -m uv pip install --quiet --constraint requirements.lock --editable '.[tpu]'${SETUP:+; $SETUP}"
 }
 run() {
-    [ $# -gt 0 ] || { echo "tpu_pod.sh: $verb needs launch/train.py's arguments: --config=... --workdir=..." >&2; exit 2; }
     local quoted
     quoted=$(printf ' %q' "$@")
     # In a session of its own, so that the run outlives the connection; one run at a time has the chips.
-    on all "set -e; cd $remote; if [ -e run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null; then \
+    on all "set -e; cd $remote; if $is_on; then \
 echo 'a run is on already: stop it first' >&2; exit 1; fi; . launch/xla_flags.sh $generation; \
 nohup setsid .venv/bin/python launch/train.py$quoted >> run.log 2>&1 < /dev/null & echo \$! > run.pid"
+}
+stop() {
+    on all "cd $remote 2>/dev/null && $is_on || { echo 'no run is on'; exit 0; }; kill -TERM \$(cat run.pid); \
+while $is_on; do sleep 1; done; echo 'the run has ended: the end of the log says whether it saved'"
 }
 resume() {
     local state=PREEMPTED  # for a dry run, which can't look
@@ -76,17 +89,15 @@ resume() {
     case $state in
         READY) ;;
         "") create; install ;;
-        *) # A preempted spot pod stays listed until it is deleted.
-            tpu delete --quiet
-            create
-            install ;;
+        PREEMPTED | TERMINATED) tpu delete --quiet; create; install ;;  # such a pod stays listed until it is deleted
+        *)  echo "tpu_pod.sh: $POD is $state, nothing was done: resume when it is READY (one that is STOPPED: gcloud" \
+                "compute tpus tpu-vm start $POD ${place[*]}), or delete it first" >&2; exit 1 ;;
     esac
     run "$@"
 }
 
 case $verb in
     tail) on 0 "tail -n 100 -F $remote/run.log" ;;
-    stop) on all "kill -TERM \$(cat $remote/run.pid)" ;;
     delete) tpu delete --quiet ;;
     *) "$verb" "$@" ;;
 esac

@@ -2,7 +2,8 @@
 
 On several hosts the same command runs on each. TPU pods, SLURM and MPI say themselves who is who; elsewhere say
 --coordinator_address=HOST:PORT --num_processes=N --process_id=I (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
-JAX_PROCESS_ID). SIGTERM saves and exits with 0; the same command goes on.
+JAX_PROCESS_ID). SIGTERM saves and exits with 0, or --stopped_status; the same command goes on. A run of one process has
+nothing to save until the first step begins, and SIGTERM then ends it at once.
 """
 
 import dataclasses
@@ -30,6 +31,10 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes 
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, where not detected.")
 START_SECONDS = flags.DEFINE_float("start_seconds", distributed.START_SECONDS, "How long to wait for the others.")
 HEARTBEAT_SECONDS = flags.DEFINE_integer("heartbeat_seconds", 100, "After how long a silent process counts as dead.")
+STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status", 0, "Exit status of a run that was told to stop and has saved, for who starts it anew.")
+flags.register_validator("profile", lambda steps: len(steps) in (0, 2) and all(map(str.isdecimal, steps)),
+                         "must be FIRST,LAST: the numbers of two steps")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -48,6 +53,7 @@ def main(argv: list[str]) -> None:
         train(config, WORKDIR.value)
     except Preempted as stopped:
         logging.getLogger("vocojax").warning("%s", stopped)
+        sys.exit(STOPPED_STATUS.value)
     except (ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, StreamStateError, ImportError, OSError,
             distributed.ClusterError, distributed.MissingProcesses) as error:
         sys.exit(f"error: {error}")

@@ -1,5 +1,6 @@
 """The shell for pods, SLURM, Kubernetes and this machine: sound, and doing what it says as far as that shows here."""
 
+import math
 import os
 import shutil
 import signal
@@ -35,68 +36,114 @@ def test_scripts_are_sound(script):
     assert shellcheck(script.read_text()) == ""
 
 
+def jobset():
+    return yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+
+
 def test_jobset():
-    """The fields that Kubernetes and GKE act upon, and the shell within."""
-    manifest = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
-    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert manifest["metadata"]["name"] == "vocojax"
-    assert manifest["spec"]["network"] == {"enableDNSHostnames": True}
-    assert manifest["spec"]["failurePolicy"] == {"maxRestarts": 100}
+    """What in it must agree."""
+    manifest = jobset()
     (jobs,) = manifest["spec"]["replicatedJobs"]
     job = jobs["template"]["spec"]
-    assert (jobs["name"], jobs["replicas"]) == ("slice", 1)
-    assert (job["parallelism"], job["completions"], job["completionMode"], job["backoffLimit"]) == (4, 4, "Indexed", 0)
     pod = job["template"]["spec"]
-    assert (pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("Never", 300)
-    assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
-                                   "cloud.google.com/gke-tpu-topology": "4x4"}
     (container,) = pod["containers"]
-    assert {entry["name"]: entry["value"] for entry in container["env"]} == {
-        "JAX_COORDINATOR_ADDRESS": "vocojax-slice-0-0.vocojax:8476", "JAX_NUM_PROCESSES": "4", "PYTHONUNBUFFERED": "1"}
-    assert container["resources"] == {"requests": {"google.com/tpu": 4}, "limits": {"google.com/tpu": 4}}
+    variables = {entry["name"]: entry["value"] for entry in container["env"]}
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert container["resources"]["requests"]["google.com/tpu"] == chips
+    topology = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+    machines = topology // chips
+    assert job["parallelism"] == job["completions"] == int(variables["JAX_NUM_PROCESSES"]) == machines > 1
+    assert f"--config.mesh.fsdp={topology}" in container["args"]
+    host, port = variables["JAX_COORDINATOR_ADDRESS"].split(":")
+    name = manifest["metadata"]["name"]
+    assert host == f"{name}-{jobs['name']}-0-0.{name}" and manifest["spec"]["network"]["enableDNSHostnames"]
+    assert int(port) in {entry["containerPort"] for entry in container["ports"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    # A pod that ends restarts all of them, not itself.
+    assert (job["completionMode"], job["backoffLimit"], pod["restartPolicy"]) == ("Indexed", 0, "Never")
+    head = (LAUNCH / "gke_jobset.yaml").read_text().split("apiVersion")[0]
+    assert f"kubectl delete jobset {name}" in head and f"jobset-name={name}," in head
+    assert "serviceAccountName" in pod and "service account" in head
     assert container["command"] == ["bash", "-c"]
-    script = "#!/usr/bin/env bash\n" + container["args"][0]
-    assert shellcheck(script) == ""
+    assert shellcheck("#!/usr/bin/env bash\n" + container["args"][0]) == ""
 
 
-@pytest.mark.parametrize(("signalled", "status"), [(False, 7), (True, 143)])
-def test_a_pod_that_was_told_to_stop_is_no_finished_job(tmp_path, signalled, status):
-    manifest = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
-    arguments = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["args"]
-    run = "trap 'exit 0' TERM; touch started; while :; do sleep 0.1; done" if signalled else "exit 7"
-    executable(tmp_path / "bin" / "python", f'#!/usr/bin/env bash\necho "$@" > arguments\n{run}\n')
+# launch/train.py as the scripts around it see it: it runs until SIGTERM, saves, and ends with the status asked for.
+TRAINING = r"""#!/usr/bin/env bash
+echo "$@" > arguments
+stopped=0
+for word in "$@"; do case $word in --stopped_status=*) stopped=${word#*=} ;; esac; done
+trap 'echo saved >> saved; exit "$stopped"' TERM
+echo $$ > task
+[ -z "$ENDS" ] || exit "$ENDS"
+while :; do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize(("ends", "status"), [("0", 0), ("7", 7), ("", 143)])
+def test_a_pod_that_was_told_to_stop_is_no_finished_job(tmp_path, ends, status):
+    arguments = jobset()["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    executable(tmp_path / "bin" / "python", TRAINING)
     (tmp_path / "launch").mkdir()
     shutil.copy(LAUNCH / "xla_flags.sh", tmp_path / "launch")
     pod = subprocess.Popen(["bash", "-c", *arguments], cwd=tmp_path,
-                           env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
-    if signalled:
-        wait_for(lambda: (tmp_path / "started").exists())
+                           env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "ENDS": ends})
+    if not ends:
+        wait_for(lambda: (tmp_path / "task").exists())
         pod.send_signal(signal.SIGTERM)
     assert pod.wait(timeout=30) == status
-    assert (tmp_path / "arguments").read_text().startswith("launch/train.py --config=configs/voco.py --workdir=gs://")
-
-
-@pytest.mark.parametrize(("told", "saves", "status", "requeued"), [
-    (False, True, 0, False), (False, False, 3, False), (True, True, 0, True), (True, False, 3, False)])
-def test_a_slurm_job_that_was_told_to_stop_goes_back_to_the_queue(tmp_path, told, saves, status, requeued):
-    """But not if the run failed to save, or was through."""
-    end = "exit 0" if saves else "exit 3"
-    run = f"trap '{end}' TERM; touch started; while :; do sleep 0.1; done" if told else end
-    executable(tmp_path / "bin" / "srun", f'#!/usr/bin/env bash\necho "$@" "$XLA_FLAGS" > arguments\n{run}\n')
-    executable(tmp_path / "bin" / "scontrol", '#!/usr/bin/env bash\necho "$@" > scontrol\n')
-    (tmp_path / "launch").mkdir()
-    shutil.copy(LAUNCH / "xla_flags.sh", tmp_path / "launch")
-    job = subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch"), "--config=c.py", "--workdir=w"], env={
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42"})
-    if told:
-        wait_for(lambda: (tmp_path / "started").exists())
-        job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=30) == status
+    assert (tmp_path / "saved").exists() == (not ends)
     assert (tmp_path / "arguments").read_text().startswith(
-        "--kill-on-bad-exit=1 .venv/bin/python launch/train.py --config=c.py --workdir=w --xla_gpu_")
+        "launch/train.py --stopped_status=143 --config=configs/voco.py --workdir=gs://")
+
+
+# Like SLURM's own, srun kills its task when it gets SIGTERM itself; scancel signals the task.
+SRUN = r"""#!/usr/bin/env bash
+echo "$@" > srun
+while [ "$1" != .venv/bin/python ]; do shift; done
+shift
+./training "$@" &
+task=$!
+trap 'kill -KILL $task; echo "srun: forcing job termination" >&2; exit 137' TERM
+wait $task
+"""
+SCANCEL = '#!/usr/bin/env bash\necho "$@" > scancel\nkill -TERM "$(cat task)"\n'
+
+
+@pytest.mark.parametrize(("ends", "told", "status", "requeued"), [
+    ("0", None, 0, False), ("3", None, 3, False), ("", "script", 0, True), ("", "tasks", 0, True)])
+def test_a_slurm_job_that_was_told_to_stop_goes_back_to_the_queue(tmp_path, ends, told, status, requeued):
+    """Near its time limit SLURM tells the script, at preemption the tasks."""
+    executable(tmp_path / "training", TRAINING)
+    executable(tmp_path / "bin" / "srun", SRUN)
+    executable(tmp_path / "bin" / "scancel", SCANCEL)
+    executable(tmp_path / "bin" / "scontrol", '#!/usr/bin/env bash\necho "$@" > scontrol\n')
+    job = slurm_job(tmp_path, ENDS=ends)
+    if told:
+        wait_for(lambda: (tmp_path / "task").exists() and (tmp_path / "task").read_text())
+        os.kill(job.pid if told == "script" else int((tmp_path / "task").read_text()), signal.SIGTERM)
+    assert job.wait(timeout=30) == status
+    assert (tmp_path / "srun").read_text().startswith("--cpus-per-task=12 --kill-on-bad-exit=0 ")
+    assert (tmp_path / "arguments").read_text() == "launch/train.py --stopped_status=75 --config=c.py --workdir=w\n"
+    assert (tmp_path / "saved").exists() == requeued
     assert (tmp_path / "scontrol").exists() == requeued
-    assert not requeued or (tmp_path / "scontrol").read_text() == "requeue 42\n"
+    assert not requeued or (tmp_path / "scontrol").read_text() == "requeue incomplete 42\n"
+    if told == "script":
+        assert (tmp_path / "scancel").read_text() == "--signal=TERM 42\n"
+
+
+def test_a_slurm_job_of_an_unknown_generation_does_not_start(tmp_path):
+    executable(tmp_path / "bin" / "srun", SRUN)
+    assert slurm_job(tmp_path, GENERATION="a100").wait(timeout=30) == 2
+    assert not (tmp_path / "srun").exists()
+
+
+def slurm_job(directory, **environment):
+    (directory / "launch").mkdir()
+    shutil.copy(LAUNCH / "xla_flags.sh", directory / "launch")
+    return subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch"), "--config=c.py", "--workdir=w"], env={
+        "PATH": f"{directory / 'bin'}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(directory), "SLURM_JOB_ID": "42",
+        "SLURM_CPUS_PER_TASK": "12", **environment})
 
 
 def test_pod_commands_are_those_of_the_golden_file():
@@ -104,7 +151,9 @@ def test_pod_commands_are_those_of_the_golden_file():
     run = ["run", "--config=configs/voco.py", "--workdir=gs://b/voco", "--config.name=two words"]
     resume = ["resume", "--config=c", "--workdir=w"]
     for arguments in (["create"], ["install"], run, ["tail"], ["stop"], resume, ["delete"]):
-        done = bash("launch/tpu_pod.sh", "--dry-run", *arguments, environment={**POD, "PROJECT": "p", "SPOT": "1"})
+        done = bash("launch/tpu_pod.sh", "--dry-run", *arguments, environment={
+            **POD, "PROJECT": "p", "SPOT": "1", "CREATE_ARGS": "--data-disk=source=d,mode=read-only --reserved",
+            "SETUP": "mountpoint -q /data || sudo mount /dev/sdb /data"})
         assert done.returncode == 0, done.stderr
         lines.append(f"# {' '.join(arguments)}\n{done.stdout}")
     assert "\n".join(lines) == (GOLDEN / "tpu_pod_dry_run.txt").read_text()
@@ -114,6 +163,8 @@ def test_pod_commands_are_those_of_the_golden_file():
     (["create"], {"ZONE": ""}, "ZONE: is where it is"),
     (["create"], {"TPU_TYPE": "v3-8"}, "TPU_TYPE must begin with v4-, v5litepod-, v5p- or v6e-, got v3-8"),
     (["run"], {}, "run needs launch/train.py's arguments"),
+    (["run", "--config.name=x", "--workdir=w"], {}, "run needs launch/train.py's arguments"),
+    (["resume", "--config=c"], {}, "resume needs launch/train.py's arguments: --config=... --workdir=..."),
     (["begin"], {}, "bash launch/tpu_pod.sh create"),
     ([], {}, "bash launch/tpu_pod.sh create"),
 ])
@@ -141,7 +192,8 @@ PYTHON = r"""#!/usr/bin/env bash
 case "$*" in
     "-m uv venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
     "-m "*) ;;
-    *) trap 'echo saved; exit 0' TERM; printf '<%s>' "$@"; echo " $LIBTPU_INIT_ARGS"; while :; do sleep 0.1; done ;;
+    *)  trap 'sleep 1; echo saved; exit 0' TERM; printf '<%s>' "$@"; echo " $LIBTPU_INIT_ARGS"
+        while :; do sleep 0.1; done ;;
 esac
 """
 
@@ -151,10 +203,12 @@ def test_a_pod_from_nothing_to_a_resumed_run(tmp_path):
     executable(tmp_path / "bin" / "gcloud", GCLOUD)
     executable(tmp_path / "bin" / "git", GIT)
     executable(tmp_path / "bin" / "python3", PYTHON)
-    environment = {**POD, "HOME": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    environment = {**POD, "SETUP": "touch mounted", "HOME": str(tmp_path),
+                   "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     pod = lambda *arguments: bash(LAUNCH / "tpu_pod.sh", *arguments, environment=environment)
     log, pid = tmp_path / "vocojax" / "run.log", tmp_path / "vocojax" / "run.pid"
     assert pod("resume", "--config=c.py", "--workdir=gs://b", "--config.name=it's two").returncode == 0
+    assert (tmp_path / "vocojax" / "mounted").exists()
     verbs = [line.split()[3] for line in (tmp_path / "calls").read_text().splitlines()]
     assert verbs == ["list", "create", "scp", "ssh", "ssh"]
     try:
@@ -165,14 +219,24 @@ def test_a_pod_from_nothing_to_a_resumed_run(tmp_path):
         again = pod("run", "--config=c.py", "--workdir=gs://b")
         assert again.returncode == 1 and "a run is on already" in again.stderr
         assert pod("stop").returncode == 0
-        wait_for(lambda: "saved" in log.read_text())
+        assert log.read_text().endswith("saved\n")  # it has been waited for
+        assert pod("stop").stdout == "no run is on\n"
+        pid.write_text(str(os.getpid()))  # a number that is another's by now
+        assert pod("stop").stdout == "no run is on\n"
+        for state in ("CREATING", "REPAIRING", "STOPPED"):
+            (tmp_path / "state").write_text(f"{state}\n")
+            refused = pod("resume", "--config=c.py", "--workdir=gs://b")
+            assert refused.returncode == 1 and f"voco is {state}, nothing was done" in refused.stderr
+            assert log.exists() and (tmp_path / "calls").read_text().splitlines()[-1].split()[3] == "list"
         (tmp_path / "state").write_text("PREEMPTED\n")
         assert pod("resume", "--config=c.py", "--workdir=gs://b").returncode == 0
         verbs = [line.split()[3] for line in (tmp_path / "calls").read_text().splitlines()][-6:]
         assert verbs == ["list", "delete", "create", "scp", "ssh", "ssh"]
+        assert (tmp_path / "vocojax" / "mounted").exists()
         wait_for(lambda: log.exists() and "<--config=c.py><--workdir=gs://b> " in log.read_text())
     finally:
-        os.kill(int(pid.read_text()), signal.SIGTERM)
+        if int(pid.read_text()) != os.getpid():
+            os.kill(int(pid.read_text()), signal.SIGTERM)
     wait_for(lambda: "saved" in log.read_text())
 
 
@@ -222,18 +286,22 @@ def test_local_usage(arguments):
 
 
 HELLO = """
-import os, jax, jax.numpy as jnp
+import jax, jax.numpy as jnp
+from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
 from jax.experimental import multihost_utils
-jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]),
-                           int(os.environ["JAX_PROCESS_ID"]))
-print("sum", int(multihost_utils.process_allgather(jnp.array(jax.process_index() + 1)).sum()))
+from vocojax.training import distributed
+distributed.initialize(distributed.find_cluster())
+total = int(multihost_utils.process_allgather(jnp.array(jax.process_index() + 1)).sum())
+print("sum", total, "on GPU", CUDA_VISIBLE_DEVICES.value)
 """
 
 
 @pytest.mark.slow
 def test_two_jax_processes_meet():
+    """And each would have a GPU of its own."""
     done = bash(LAUNCH / "local_multiprocess.sh", 2, sys.executable, "-c", HELLO, environment={"JAX_PLATFORMS": "cpu"})
-    assert [line for line in sorted(done.stdout.splitlines()) if "sum" in line] == ["[1] sum 3", "sum 3"], done.stderr
+    said = [line for line in sorted(done.stdout.splitlines()) if "sum" in line]
+    assert said == ["[1] sum 3 on GPU 1", "sum 3 on GPU 0"], done.stderr
 
 
 def flags(generation, variable, **environment):

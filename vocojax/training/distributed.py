@@ -61,9 +61,14 @@ def find_cluster(
     Kubernetes job's JOB_COMPLETION_INDEX serves as the id), then what JAX detects: TPU metadata, SLURM, MPI.
 
     Raises:
-      ClusterError: some of the three are given and the rest can't be found.
+      ClusterError: some of the three are given and the rest can't be found, or a variable holds no number.
     """
-    number = lambda name: int(environment[name]) if environment.get(name) else None
+    def number(name: str) -> int | None:
+        value = environment.get(name)
+        if value and not value.isdecimal():
+            raise ClusterError(f"{name} must be a whole number, got {value!r}: set it right or unset it")
+        return int(value) if value else None
+
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS") or None
     num_processes = number("JAX_NUM_PROCESSES") if num_processes is None else num_processes
     process_id = number("JAX_PROCESS_ID") if process_id is None else process_id
@@ -75,9 +80,10 @@ def find_cluster(
     address, count, index, devices = detect(coordinator, num_processes, process_id, None, None, int(START_SECONDS))
     if address and count is not None and index is not None:
         return Cluster(address, count, index, None if devices is None else tuple(devices))
-    if coordinator or num_processes is not None:
+    if coordinator or num_processes is not None or process_id is not None:
         raise ClusterError("coordinator_address, num_processes and process_id must be given together, got "
-                         f"{coordinator!r}, {num_processes} and {process_id}")
+                           f"{coordinator!r}, {num_processes} and {process_id}: say all three, by flag or as "
+                           "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or none")
     return None
 
 
