@@ -3,10 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from vocojax.config import DecoderConfig
 from vocojax.layout import IGNORE
 from vocojax.models.llama import Decoder
+from vocojax.models.parts import Parts, cut, gathered
 from vocojax.training import objectives
 from vocojax.training.objectives import Teacher, target_sums
 
@@ -64,6 +66,37 @@ def test_chunks_change_no_gradient(decoders, monkeypatch):
     whole = jax.grad(loss)(hidden)
     monkeypatch.setattr(objectives, "CHUNK", 12)
     np.testing.assert_allclose(jax.grad(loss)(hidden), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_gradients_of_bf16_models_are_summed_in_fp32(in_parts, monkeypatch):
+    """1,000 equal targets, each in a chunk of its own, of 1,000 equal tokens: a sum in bf16 would stop at 256 of them.
+
+    With both weights zero every token of 4 is as likely: the target's column of the head moves by -(1 - 1/4) times the
+    normed state, the others' by 1/4 of it, off by no more than the one rounding to bf16 before the sum over devices.
+    """
+    monkeypatch.setattr(objectives, "CHUNK", 1)
+    config = DecoderConfig(vocab_size=4, width=8, depth=1, num_heads=2, num_kv_heads=2, head_width=4, mlp_width=8)
+    decoder = Decoder(config, nnx.Rngs(0))
+    decoder.head.kernel[...] *= 0
+    parts = {"head/kernel": Parts("fsdp", -1, (1,)), "embedding": Parts("fsdp", -2, (1,))} if in_parts else {}
+    ids = jnp.full((1, 1000), 2)
+
+    def loss(state):
+        model = gathered(nnx.merge(graphdef, state), stacked=False)
+        hidden = jnp.ones((1, 1000, 8), jnp.bfloat16)
+        heads = target_sums(model, hidden, jnp.arange(1000)[None], ids).cross_entropy
+        return heads + model.embed(ids, jnp.bfloat16).astype(jnp.float32).sum()
+
+    graphdef, state = nnx.split(cut(decoder, parts, jnp.bfloat16))
+    mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    spread = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(),
+                           check_vma=False)
+    grads = jax.jit(spread)(state)
+    head, embedding = grads["head"]["kernel"][...], grads["embedding"][...]
+    assert head.dtype == embedding.dtype == jnp.float32
+    np.testing.assert_allclose(head, np.full((8, 4), 1000) * [0.25, 0.25, -0.75, 0.25], rtol=2**-8)
+    np.testing.assert_array_equal(embedding[:, 0], [0, 0, 1000, 0])
 
 
 def test_kl_to_itself_is_zero_and_the_teacher_gets_no_gradient(decoders):

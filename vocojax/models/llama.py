@@ -159,7 +159,7 @@ class Decoder(nnx.Module):
 
     def embed(self, ids_BS: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Token ids -> embeddings [B, S, E]."""
-        return self.embedding[...].astype(dtype)[ids_BS]
+        return self.embedding[...][ids_BS].astype(dtype)  # cast last: a token's gradient is summed before it is rounded
 
     @jax.named_scope("decoder")
     def __call__(

@@ -68,16 +68,17 @@ def in_parts(module: nnx.Module) -> bool:
 def gathered(module: Model, *, stacked: bool) -> Model:
     """The module with its parts put together: of stacks' variables (one layer of them), or of all others."""
 
-    def whole(variable: nnx.Variable) -> nnx.Variable:
+    def put_together(variable: nnx.Variable) -> nnx.Variable:
         metadata = variable.get_metadata()
         if "cut" not in metadata or ("layers" in metadata["out_sharding"]) != stacked:
             return variable
-        # Without the barrier XLA keeps a second copy of all parts, cast, for as long as the scan runs.
-        part = jax.lax.optimization_barrier(variable[...]).astype(metadata["gathered_dtype"])
-        return variable.replace(metadata["cut"].gather(part))
+        whole = metadata["cut"].gather(variable[...].astype(metadata["gathered_dtype"]))
+        # A stack's layer is used once. Others are used often (the head by every chunk of the targets, the embedding by
+        # every token), so their gradient must be summed in fp32 before it is sent: in the dtype of what is used.
+        return variable.replace(whole if stacked else whole.astype(variable[...].dtype))
 
     if not in_parts(module):
         return module
     graphdef, state = nnx.split(module)
-    flat = [(path, whole(variable)) for path, variable in nnx.to_flat_state(state)]
+    flat = [(path, put_together(variable)) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
