@@ -1,5 +1,6 @@
 """Where parameters lie: the whole table for 7B on 64 chips, the rules behind it, and gathers in stages."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -58,6 +59,43 @@ def test_a_large_parameter_that_nothing_divides_is_refused():
 def test_a_mesh_must_have_as_many_devices_as_there_are():
     with pytest.raises(ConfigError, match="mesh slice x data x fsdp x tensor must be the 1 devices there are, got 2"):
         make_mesh(MeshConfig(slice=2, data=1), jax.devices()[:1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU device as laying out a mesh asks for."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    device_kind: str = "TPU v6 lite"
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def torus(x: int, y: int, slice_index: int = 0) -> list[Chip]:
+    return [Chip(slice_index * 100 + j * x + i, (i, j, 0), slice_index) for j in range(y) for i in range(x)]
+
+
+def test_axes_of_a_mesh_may_share_an_axis_of_the_torus():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=8), torus(4, 4))
+    assert mesh.devices.shape == (1, 2, 8, 1) and len({chip.id for chip in mesh.devices.flat}) == 16
+    for group in mesh.devices.reshape(2, 8):  # each a block of the torus, not chips from all over it
+        sides = [max(side) - min(side) + 1 for side in zip(*(chip.coords for chip in group), strict=True)]
+        assert sorted(sides) == [1, 2, 4]
+
+
+def test_the_slices_of_a_mesh_are_the_slices_of_the_devices():
+    chips = torus(4, 2) + torus(4, 2, slice_index=1)
+    mesh = make_mesh(MeshConfig(slice=2, data=2, fsdp=-1), chips)
+    assert mesh.devices.shape == (2, 2, 4, 1)
+    for index, block in enumerate(mesh.devices):
+        assert {chip.slice_index for chip in block.flat} == {index}
+    with pytest.raises(ConfigError, match=r"mesh\.slice must be the 2 slices that the devices are in, got 1"):
+        make_mesh(MeshConfig(data=4, fsdp=4), chips)
+    with pytest.raises(ConfigError, match=r"mesh slice x data x fsdp x tensor = \[2, 1, 6, 1\] can't be laid over"):
+        make_mesh(MeshConfig(slice=2, data=1, fsdp=6), torus(4, 1) + torus(4, 2, slice_index=1))
 
 
 def test_gathers_in_stages_and_their_gradients_are_those_of_one_stage():

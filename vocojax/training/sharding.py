@@ -46,7 +46,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """A mesh over the devices, by default all there are. Neighbours on a TPU's torus stay neighbours on the axes.
 
     Raises:
-      ConfigError: the axes' sizes don't multiply to the number of devices.
+      ConfigError: the axes' sizes don't multiply to the number of devices, or don't go with the slices they are in.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.slice, config.data, config.fsdp, config.tensor]
@@ -56,11 +56,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         asked = " x ".join(str(size) for size in (config.slice, config.data, config.fsdp, config.tensor))
         raise ConfigError("mesh", f"slice x data x fsdp x tensor must be the {len(devices)} devices there are, "
                           f"got {asked}")
-    types = (AxisType.Auto,) * len(AXES)
-    if len({getattr(device, "slice_index", 0) for device in devices}) == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
-    inside, across = (1, *sizes[1:]), (sizes[0], 1, 1, 1)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
+    on_tpu = devices[0].platform == "tpu"  # elsewhere a slice is a host, and an axis may span several
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    if slices > 1 and sizes[0] != slices:
+        raise ConfigError("mesh.slice", f"must be the {slices} slices that the devices are in, got {sizes[0]}")
+    try:  # `jax.make_mesh` refuses several slices, and to split an axis of the torus except on v5e
+        if slices > 1:
+            inside, across = (1, *sizes[1:]), (slices, 1, 1, 1)
+            grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+        else:
+            grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        raise ConfigError("mesh", f"slice x data x fsdp x tensor = {sizes} can't be laid over the {len(devices)} "
+                          f"devices: {str(error)[:500]}") from error
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
