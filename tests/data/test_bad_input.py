@@ -69,6 +69,10 @@ def damaged_images(random, folder):
                 content[place] = random.integers(256)
         (folder / f"{number}.img").write_bytes(content)
         yield record_of(f"{number}.img")
+    for size in ((100, 65000), (65000, 100), (1, 65000), (65000, 1), (1, 30), (1, 1)):
+        name = "{}x{}.png".format(*size)
+        Image.new("1", size).save(folder / name)
+        yield record_of(name)
 
 
 def record_of(image):
@@ -112,7 +116,7 @@ def test_every_damaged_record_is_used_or_has_a_reason(damaged, tiny_config, word
     assert outcomes.total() == count
     for reason in ("used", "undecodable image", "missing image", "malformed record", "unknown role", "empty answer",
                    "no conversation", "more <image> than images", "duplicate record", "not UTF-8",
-                   "image outside root"):
+                   "image outside root", "too many pixels"):
         assert outcomes[reason] > 0, reason
 
 

@@ -154,6 +154,21 @@ def test_bombs_are_found_before_they_are_decoded(monkeypatch):
     assert error.value.reason == "too many pixels"
 
 
+@pytest.mark.parametrize("size", [(100, 65000), (65000, 100), (8193, 100), (1, 201), (201, 1)])
+def test_shapes_that_a_fit_would_blow_up_are_refused(size):
+    """100 x 65000 pixels are few, their square is 17 GB; a side of one pixel would be enlarged with the other."""
+    with pytest.raises(ImageError, match=f"has {size[0]} x {size[1]} pixels") as error:
+        decode(encoded(Image.new("1", size), "PNG"), "x")
+    assert error.value.reason == "too many pixels"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (20, 3000), (3000, 20)])
+def test_long_and_tiny_images_are_prepared_by_every_fit(size):
+    for fit in ("pad", "pad_white", "crop", "square", "anyres"):
+        image = decode(encoded(photo(*size), "PNG"), "x")
+        assert all(unit.shape == (28, 28, 3) for unit in prepare_units(image, 28, fit)), fit
+
+
 def test_only_regular_files_of_limited_size_are_read(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large").write_bytes(bytes(11))

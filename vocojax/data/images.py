@@ -21,7 +21,8 @@ Fit = Literal["pad", "pad_white", "crop", "square", "anyres"]
 MEAN_COLOUR = tuple(int(mean * 255) for mean in CLIP_MEAN)
 WHITE = (255, 255, 255)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that runs another program
-MAX_PIXELS = 2**26
+MAX_PIXELS = 2**26  # of the square that holds an image: `pad` makes one of its longer side
+MAX_ASPECT = 200  # longer side to shorter: `crop` enlarges the shorter one to the tower's size
 MAX_BYTES = 2**28
 # LLaVA-1.6's grids of tiles, (rows, columns), in the order in which ties are decided.
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
@@ -69,7 +70,8 @@ def decode(content: bytes, name: str) -> Image.Image:
       name: used in errors.
 
     Raises:
-      ImageError: empty, truncated, no image, or more than `MAX_PIXELS`, which is found out before they are decoded.
+      ImageError: empty, truncated, no image, or over `MAX_PIXELS` or `MAX_ASPECT`, which is found out before it is
+        decoded.
     """
     try:
         with _open(content, name) as image:
@@ -99,9 +101,18 @@ def _open(content: bytes, name: str) -> ImageFile.ImageFile:
         raise ImageError(name, "cannot be decoded: no image of a known format", "undecodable image") from error
     except Exception as error:
         raise ImageError(name, f"cannot be decoded: {error}", "undecodable image") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(name, f"has {image.width} x {image.height} pixels, more than {MAX_PIXELS}", "too many pixels")
+    if problem := too_large(*image.size):
+        raise ImageError(name, problem, "too many pixels")
     return image
+
+
+def too_large(width: int, height: int) -> str:
+    """What is wrong with a picture of so many pixels, if they or those that a fit makes of it are too many; or ''."""
+    if max(width, height) ** 2 > MAX_PIXELS:
+        return f"has {width} x {height} pixels, more than {MAX_PIXELS} in a square that holds it"
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return f"has {width} x {height} pixels, sides of more than {MAX_ASPECT} to 1"
+    return ""
 
 
 def prepare(image: Image.Image, size: int, fit: Fit = "pad") -> np.ndarray:
