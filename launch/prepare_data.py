@@ -1,11 +1,12 @@
 """Writes a source as a TFDS data set of array_record shards, in as many processes or machines as Beam is given.
 
     python launch/prepare_data.py --source=llava --path=llava_v1_5_mix665k.json --image_root=images \
-        --target=data/mix665k --shards=256 --runner=FnApiRunner \
-        --direct_running_mode=multi_processing --direct_num_workers=8
+        --target=data/mix665k --shards=256 -- \
+        --runner=FnApiRunner --direct_running_mode=multi_processing --direct_num_workers=8
     python launch/prepare_data.py --source=easy_vqa --splits=train,validation,test --target=data/easy_vqa --shards=4
 
-All other flags are Beam's own (Dataflow, Flink and Spark run it as well). The same command goes on after a crash.
+Flags behind `--` are Beam's own (Dataflow, Flink and Spark run it as well); the target is a directory that all workers
+share. The same command goes on after a crash, and tries records again whose images were missing or damaged.
 Training reads it by --config.data.source=tfds --config.data.path=data/mix665k.
 """
 
@@ -32,6 +33,8 @@ MAX_SKIPPED_SHARE = flags.DEFINE_float("max_skipped_share", 0.01, "Share of reco
 
 
 def main(beam_arguments: list[str]) -> None:
+    if beam_arguments[1:] and sys.argv[-len(beam_arguments)] != "--":
+        raise app.UsageError(f"unexpected arguments (Beam's go behind `--`): {beam_arguments[1:]}")
     show_own_messages()
     try:
         import apache_beam as beam
@@ -54,4 +57,4 @@ def main(beam_arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
+    app.run(main)

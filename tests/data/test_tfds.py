@@ -1,7 +1,9 @@
 """Prepared data sets: what is read is what was written, and a killed preparation goes on to the same bytes."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ pytest.importorskip("tensorflow_datasets")
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig, PartConfig
 from vocojax.data.sources import LlavaSource, open_source
-from vocojax.data.sources.tfds import Preparation, TfdsSource, write_shard
+from vocojax.data.sources.tfds import Preparation, TfdsSource, shards, write_shard
 from vocojax.data.tally import SkippedTooMany
 
 ROOT = Path(__file__).parent.parent.parent
@@ -58,6 +60,20 @@ def test_a_prepared_set_gives_the_same_samples(tmp_path, source, llava_data):
         open_source(DataConfig(source="tfds", path=str(tmp_path), split="test"))
 
 
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match=r"source 'tfds' needs pip install 'vocojax\[tfds\]'"):
+        open_source(DataConfig(source="tfds", path=str(tmp_path)))
+
+
+def test_reading_needs_no_writer():
+    code = """if True:
+        import grain, sys
+        sys.modules["array_record.python.array_record_module"] = None
+        import vocojax.data.sources.tfds"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_easy_vqa_is_complete(tmp_path):
     pytest.importorskip("easy_vqa")
     preparation = Preparation((PartConfig("easy_vqa", "validation"),), str(tmp_path), "easy_vqa", 2)
@@ -96,6 +112,76 @@ def test_a_damaged_or_outdated_shard_is_made_again(tmp_path, source):
     assert task.shard.read_bytes() == content
 
 
+def prepare(source, target, **options):
+    preparation = Preparation((source,), str(target), "x", 2, **options)
+    for task in preparation.tasks():
+        write_shard(task)
+    return preparation.finish()
+
+
+def test_a_data_set_of_which_some_shards_were_replaced_does_not_open(tmp_path, source):
+    """The source changes, and the second preparation is killed behind its first shard."""
+    records = json.loads(Path(source.path).read_text())
+    copy = dataclasses.replace(source, path=str(tmp_path / "records.json"))
+    Path(copy.path).write_text(json.dumps(records))
+    prepare(copy, tmp_path / "out")
+    Path(copy.path).write_text(json.dumps(records[:8]))
+    write_shard(Preparation((copy,), str(tmp_path / "out"), "x", 2).tasks()[0])
+    with pytest.raises(ValueError, match="no complete data set"):
+        TfdsSource(tmp_path / "out", "train")
+    prepare(copy, tmp_path / "out")
+    assert len(TfdsSource(tmp_path / "out", "train")) == 8
+
+
+def test_records_whose_images_were_repaired_are_taken_up(tmp_path, source):
+    shutil.copytree(source.image_root, tmp_path / "images")
+    copy = dataclasses.replace(source, image_root=str(tmp_path / "images"))
+    image = next(path for path in sorted((tmp_path / "images").iterdir()) if path.name in Path(copy.path).read_text())
+    content = image.read_bytes()
+    image.write_bytes(content[:50])
+    with pytest.raises(SkippedTooMany, match="repair their files and run the same command again"):
+        prepare(copy, tmp_path / "out")
+    image.write_bytes(content)
+    assert prepare(copy, tmp_path / "out")["rejected"] == []
+    assert len(TfdsSource(tmp_path / "out", "train")) == 12
+
+
+def test_partial_files_of_killed_processes_are_removed(tmp_path, source):
+    (tmp_path / "shards").mkdir()
+    for left in (".x-train.array_record-00000-of-00002.1f.partial", "shards/.train-00000-of-00002.json.1f.partial"):
+        (tmp_path / left).write_bytes(b"left")
+    prepare(source, tmp_path)
+    assert not [name for name in files(tmp_path) if name.startswith(".")]
+
+
+def test_nothing_is_left_of_a_shard_that_failed(tmp_path, source, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards, "_example", full)
+    with pytest.raises(OSError, match="No space"):
+        prepare(source, tmp_path)
+    assert files(tmp_path) == {}
+
+
+def test_what_can_not_be_prepared_is_refused(tmp_path, source):
+    boxes = PartConfig("shikra_rec", path="x.jsonl")
+    with pytest.raises(ConfigError, match=r"source can't be 'shikra_rec', whose boxes depend on data\.fit"):
+        Preparation((boxes,), str(tmp_path), "x")
+    with pytest.raises(ConfigError, match=r"target must be a directory that all workers share, got 'gs://b/x'"):
+        Preparation((source,), "gs://b/x", "x")
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--shard=4"], "Unknown command line flag 'shard'"),
+    (["images", "--shards=4"], "Beam's go behind `--`"),
+])
+def test_misspelt_flags_are_not_handed_to_beam(flags, message):
+    command = [sys.executable, "launch/prepare_data.py", "--target=x", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and message in done.stderr + done.stdout
+
+
 def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path, source):
     def run(target, kill_behind=None):
         process = subprocess.Popen([sys.executable, "-c", SLOWLY, source.path, source.image_root, str(target)],
@@ -124,7 +210,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path, source):
 def test_beam_writes_it_in_several_processes(tmp_path, source):
     pytest.importorskip("apache_beam")
     command = [sys.executable, "launch/prepare_data.py", f"--path={source.path}", f"--image_root={source.image_root}",
-               f"--target={tmp_path / 'beam'}", "--name=x", "--shards=4", "--runner=FnApiRunner",
+               f"--target={tmp_path / 'beam'}", "--name=x", "--shards=4", "--", "--runner=FnApiRunner",
                "--direct_running_mode=multi_processing", "--direct_num_workers=2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "12 records in 4 shards, 0 rejected" in done.stdout, done.stderr

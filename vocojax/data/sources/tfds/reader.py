@@ -17,6 +17,7 @@ class TfdsSource:
 
     Raises:
       ValueError: no complete data set there, or no such split.
+      ImportError: the extra `tfds` is not installed.
     """
 
     def __init__(self, directory: str | Path, split: str):
@@ -24,8 +25,10 @@ class TfdsSource:
         self._open()
 
     def _open(self) -> None:
-        import tensorflow_datasets as tfds  # takes seconds
-
+        try:
+            import tensorflow_datasets as tfds  # takes seconds
+        except ImportError as error:
+            raise ImportError(f"source 'tfds' needs pip install 'vocojax[tfds]': {error}") from error
         if not (self._directory / "dataset_info.json").exists():
             raise ValueError(f"{self._directory} holds no complete data set: launch/prepare_data.py writes one")
         builder = tfds.builder_from_directory(str(self._directory))

@@ -6,20 +6,22 @@
     DIRECTORY/dataset_info.json, features.json         TFDS's, written last
 
 A shard is a function of its records alone and appears only when it is complete, so whatever runs the tasks may be
-killed and run again: shards that are there are left, and the result is the same to the byte.
+killed and run again: shards that are there are left, and the result is the same to the byte. Shards that lack a record
+because of its file are made again, since the file may have been repaired. While any shard is replaced there is no
+`dataset_info.json`, so that a data set opens only when it is whole.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig, PartConfig
@@ -29,7 +31,8 @@ from vocojax.data.sources.base import Source
 from vocojax.data.tally import SkippedTooMany
 from vocojax.layout import LayoutError
 
-VERSION = 1
+VERSION = 2
+PARTIAL = ".partial"  # ends the names of files that are being written
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,19 @@ class ShardTask:
         """The file of its counts."""
         return Path(self.directory) / "shards" / f"{self.source.split}-{self.index:05d}-of-{self.count:05d}.json"
 
+    @property
+    def info(self) -> Path:
+        """The file that says that the data set is complete."""
+        return Path(self.directory) / "dataset_info.json"
+
 
 @dataclass(frozen=True)
 class Preparation:
     """A data set to be written: its splits' sources, where to, under which name and in how many shards per split.
 
     Raises:
-      ConfigError: two sources of one split, or no shard.
+      ConfigError: two sources of one split, no shard, a directory that is a URL, or a source of boxes, whose text
+        depends on the `data.fit` of the stage that reads it.
     """
 
     sources: tuple[PartConfig, ...]
@@ -74,6 +83,13 @@ class Preparation:
             raise ConfigError("sources", f"must have one source for each split, got {splits}")
         if self.shards < 1:
             raise ConfigError("shards", f"must be >= 1, got {self.shards}")
+        if "://" in self.directory:
+            raise ConfigError("target", f"must be a directory that all workers share, got {self.directory!r}: mount "
+                              "the bucket, or copy the finished data set there")
+        for source in self.sources:
+            if source.source.startswith("shikra"):
+                raise ConfigError("source", f"can't be {source.source!r}, whose boxes depend on data.fit: train on the "
+                                  "jsonl itself")
 
     def tasks(self) -> list[ShardTask]:
         """What is to be done, in any order and anywhere: `write_shard` for each."""
@@ -97,10 +113,14 @@ class Preparation:
             "shards": {task.shard.name: {k: part[k] for k in ("records", "bytes", "sha256")} for task, part in parts},
             "rejected": rejected,
         }
+        for folder in (Path(self.directory), Path(self.directory) / "shards"):
+            for left in folder.glob(f".*{PARTIAL}"):  # by a process that was killed
+                left.unlink(missing_ok=True)
         _replace(Path(self.directory) / "manifest.json", json.dumps(manifest, indent=1).encode())
         if len(rejected) > self.max_skipped_share * (records + len(rejected)):
             raise SkippedTooMany(f"{len(rejected)} of {records + len(rejected)} records were rejected ({reasons}), "
-                                 f"more than --max_skipped_share {self.max_skipped_share:g} allows: see manifest.json")
+                                 f"more than --max_skipped_share {self.max_skipped_share:g} allows: manifest.json "
+                                 "names them; repair their files and run the same command again, or raise the limit")
         self._write_metadata(parts)
         return manifest
 
@@ -125,27 +145,32 @@ def write_shard(task: ShardTask) -> int:
 
     Records that can't be used are left out and named in the shard's part of the manifest.
     """
-    source, inputs = _source(task.source), _inputs(task.source)
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    inputs = _inputs(task.source)
     if task.part.exists():
         part = json.loads(task.part.read_text())
-        if part["inputs"] == inputs and task.shard.exists() and _sha256(task.shard) == part["sha256"]:
+        same = part["inputs"] == inputs and not part["bad_files"]
+        if same and task.shard.exists() and _sha256(task.shard) == part["sha256"]:
             return part["records"]
+    source = _source(task.source, json.dumps(inputs))
     task.part.parent.mkdir(parents=True, exist_ok=True)
-    partial = task.shard.with_name(f".{task.shard.name}.{os.getpid()}")
-    rejected, records = [], 0
-    writer = ArrayRecordWriter(str(partial), "group_size:1")
-    try:
-        for index in range(task.index, len(source), task.count):
-            try:
-                writer.write(_example(source, index))
-                records += 1
-            except (LayoutError, ImageError) as error:
-                rejected.append({"record": index, "reason": error.reason, "message": str(error)})
-    finally:
-        writer.close()
-    part = {"records": records, "bytes": partial.stat().st_size, "sha256": _sha256(partial), "inputs": inputs,
-            "rejected": rejected}
-    os.replace(partial, task.shard)
+    rejected, records, bad_files = [], 0, 0
+    with _partial(task.shard) as partial:
+        writer = ArrayRecordWriter(str(partial), "group_size:1")
+        try:
+            for index in range(task.index, len(source), task.count):
+                try:
+                    writer.write(_example(source, index))
+                    records += 1
+                except (LayoutError, ImageError) as error:
+                    bad_files += isinstance(error, ImageError)
+                    rejected.append({"record": index, "reason": error.reason, "message": str(error)})
+        finally:
+            writer.close()
+        part = {"records": records, "bytes": partial.stat().st_size, "sha256": _sha256(partial), "inputs": inputs,
+                "bad_files": bad_files, "rejected": rejected}
+        task.info.unlink(missing_ok=True)  # it has the lengths of the shards that are replaced now
     _replace(task.part, json.dumps(part).encode())
     return records
 
@@ -180,7 +205,8 @@ def _serializer() -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def _source(part: PartConfig) -> Source:
+def _source(part: PartConfig, inputs: str) -> Source:
+    """Opened once for the shards of a process, and anew when what it is made of (`_inputs`) changes."""
     return open_source(DataConfig(source=part.source, split=part.split, path=part.path, image_root=part.image_root,
                                   threads_per_sample=part.threads_per_sample))
 
@@ -196,7 +222,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A file to write, which becomes `path` when it is complete; nothing is left of it if that fails."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")  # process ids repeat among containers
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with _partial(path) as partial:
+        partial.write_bytes(content)
