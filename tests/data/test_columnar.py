@@ -1,5 +1,6 @@
 """The columnar form of a JSON: complete or absent, made once, and forgiving to single records only."""
 
+import io
 import json
 import os
 import pickle
@@ -54,6 +55,62 @@ def test_a_read_only_folder_is_no_obstacle(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert ColumnarRecords(tmp_path / "data" / "x.json")[0] == {"id": 1}
     assert len(list((tmp_path / "cache" / "vocojax").iterdir())) == 1
+
+
+def test_other_users_may_read_it(tmp_path):
+    (tmp_path / "x.json").write_text('[{"id": 1}]')
+    before = os.umask(0o022)
+    try:
+        ColumnarRecords(tmp_path / "x.json")
+    finally:
+        os.umask(before)
+    made, = (tmp_path / ".vocojax").iterdir()
+    assert made.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_one_that_was_cut_off_is_made_again(tmp_path, kept):
+    (tmp_path / "x.json").write_text('[{"id": 1}]')
+    ColumnarRecords(tmp_path / "x.json")
+    made, = (tmp_path / ".vocojax").iterdir()
+    content = made.read_bytes()
+    made.write_bytes(content[:kept])
+    assert ColumnarRecords(tmp_path / "x.json")[0] == {"id": 1} and made.read_bytes() == content
+
+
+def test_a_full_disk_is_left_for_another(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_text('[{"id": 1}]')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write = columnar._write
+
+    def full(path, target):
+        if ".vocojax" in target.name:
+            raise OSError(28, "No space left on device")
+        write(path, target)
+
+    monkeypatch.setattr(columnar, "_write", full)
+    assert ColumnarRecords(tmp_path / "x.json")[0] == {"id": 1}
+    assert list((tmp_path / ".vocojax").iterdir()) == []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x.json"))
+    with pytest.raises(OSError, match=r"x\.json: no place for .*\.vocojax: No space left on device; "):
+        ColumnarRecords(tmp_path / "x.json")
+
+
+def test_a_number_too_long_for_python_costs_its_record_only(tmp_path):
+    (tmp_path / "x.json").write_text(f'[{{"a": 1}}, {{"a": {"7" * 5000}}}, {{"a": 3}}]')
+    records = ColumnarRecords(tmp_path / "x.json")
+    assert [records[0], records[2]] == [{"a": 1}, {"a": 3}]
+    with pytest.raises(LayoutError) as error:
+        records[1]
+    assert error.value.reason == "malformed record"
+
+
+def test_damage_is_found_without_reading_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(columnar, "CHUNK", 64)
+    file = io.BytesIO(b'[{"a": 1}, {"a": x}' + b', {"a": 2}' * 1000)
+    with pytest.raises(ValueError, match=r"at byte 11"):
+        list(columnar._elements(file, tmp_path / "x.json"))
+    assert file.tell() < 200
 
 
 def test_single_bad_records_have_a_reason(tmp_path):

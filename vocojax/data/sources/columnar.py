@@ -1,14 +1,15 @@
 """A JSON list of records as an Arrow file: random access without a Python object per record, and without its memory.
 
 The file is made on first use, in `.vocojax` beside the JSON or, where that can't be written, in the user's cache
-directory. Its name holds the JSON's size, time stamp and digest, so that an edited JSON gets a new one, and it appears
-only when it is complete.
+directory. Its name holds the JSON's size, time stamp and digest, so that an edited JSON gets a new one. It appears only
+when it is complete, and one that can't be opened is made again.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vocojax.layout import LayoutError
 VERSION = 2
 CHUNK = 2**24  # bytes read at a time
 BATCH = 16  # records to an Arrow batch, which is what is read for one of them
-SPACE = b" \t\r\n"
+LONGEST = len("-Infinity")  # of what the JSON scanner takes or refuses as a whole
 _SCHEMA = pa.schema([("record", pa.large_binary()), ("problem", pa.string())])
 
 
@@ -61,7 +62,10 @@ class ColumnarRecords:
         problem = batch["problem"][place].as_py()
         if problem:
             raise LayoutError(f"#{index}", f"is {problem}", problem)
-        return json.loads(batch["record"][place].as_py())
+        try:
+            return json.loads(batch["record"][place].as_py())
+        except ValueError as error:  # a number of more digits than Python takes
+            raise LayoutError(f"#{index}", f"can't be read: {error}", "malformed record") from error
 
 
 def parse(path: Path) -> Iterator[tuple[bytes, str]]:
@@ -98,16 +102,16 @@ def _problem(text: bytes, record: Any) -> str:
 
 def _elements(file: Any, path: Path) -> Iterator[tuple[bytes, str]]:
     """The elements of a list, found by the standard library's scanner; one that is not UTF-8 keeps its bytes."""
-    decoder, text, offset, ended = json.JSONDecoder(), "", 0, False
+    decoder, text, offset = json.JSONDecoder(parse_int=str), "", 0  # an integer may have any number of digits
 
     def bad(what: str) -> ValueError:
         return ValueError(f"{path}: not a JSON list in UTF-8: {what} at byte {offset}")
 
     def more() -> bool:
-        nonlocal text, ended
+        nonlocal text
         # latin-1 keeps every byte one character: ends of records and offsets are right whatever a record holds.
         chunk = file.read(CHUNK).decode("latin-1")
-        text, ended = text + chunk, not chunk
+        text += chunk
         return bool(chunk)
 
     def drop(count: int) -> None:
@@ -138,9 +142,11 @@ def _elements(file: Any, path: Path) -> Iterator[tuple[bytes, str]]:
                 record, end = decoder.raw_decode(text, place)
             except RecursionError:
                 raise bad("an element nested too deeply") from None
-            except ValueError as error:
+            except json.JSONDecodeError as error:
+                # All but a string without an end is found where it is; further on there may be text to come.
+                damaged = not error.msg.startswith("Unterminated") and error.pos < len(text) - LONGEST
                 drop(place)
-                if not more():
+                if damaged or not more():
                     raise bad(f"{error}") from None
                 break
             following = end
@@ -173,23 +179,33 @@ def _columnar_file(path: Path) -> Path:
     folders = [path.parent / ".vocojax", Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vocojax"]
     name = f"{path.name}.{status.st_size}.{status.st_mtime_ns}.{_digest(path)}.{VERSION}.arrow"
     for folder in folders:
-        if (folder / name).exists():
+        if _opens(folder / name):
             return folder / name
+    problems = []
     for folder in folders:
+        partial = folder / f".{path.name}.{uuid.uuid4().hex}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
-        except OSError:
-            continue
-        try:
-            with os.fdopen(handle, "wb") as target:
+            with partial.open("xb") as target:
                 _write(path, target)
+                target.flush()
+                os.fsync(target.fileno())
             os.replace(partial, folder / name)
-        except BaseException:
-            os.unlink(partial)
-            raise
-        return folder / name
-    raise OSError(f"{path}: no place for its columnar file: neither {folders[0]} nor {folders[1]} can be written")
+            return folder / name
+        except OSError as error:
+            problems.append(f"{folder}: {error.strerror or error}")
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+    raise OSError(f"{path}: no place for its columnar file: {'; '.join(problems)}")
+
+
+def _opens(file: Path) -> bool:
+    try:
+        pa.ipc.open_file(pa.OSFile(str(file)))
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return True
 
 
 def _digest(path: Path) -> str:
