@@ -1,5 +1,6 @@
 """Caches: cut, joined, saved and loaded they give the answers of the model they are of, and no other."""
 
+import copy
 import dataclasses
 import json
 
@@ -11,12 +12,14 @@ from flax import nnx
 from safetensors.numpy import save as to_safetensors
 
 from vocojax.data.conversation import Turn, template
+from vocojax.data.tokenizer import word_tokenizer
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.cache import CacheError, VocoCache
-from vocojax.inference.cache_files import DamagedCache, dequantise, from_bytes, load, quantise, save, to_bytes
+from vocojax.inference.cache_files import FORMAT, DamagedCache, dequantise, from_bytes, load, quantise, save, to_bytes
 from vocojax.inference.compress import compress_keeping
 from vocojax.inference.fingerprint import Fingerprint, fingerprint, image_digest
 from vocojax.inference.sampling import SamplingConfig
+from vocojax.inference.store import Store
 from vocojax.models.parameters import parameters_of, with_parameters
 from vocojax.models.voco import VocoLlama
 
@@ -79,16 +82,24 @@ def test_int8_rounds_to_a_254th_of_each_vectors_largest_entry(assistant, cache, 
                                                                                  rel=0.01)
 
 
-def test_every_bit_counts(cache):
-    """Whatever byte is altered, whatever is cut off: refused by name, never read."""
+def test_every_bit_counts(cache, tmp_path):
+    """Whatever byte is altered, whatever is cut off: refused by name, never read, and out of a store's way."""
     content = to_bytes(cache.take(slice(0, 1)))
     assert from_bytes(content, "whole").images == cache.images[:1]
     random = np.random.default_rng(0)
-    for at in random.integers(0, len(content), 200):
+    store, model, image = Store(tmp_path), cache.model, cache.images[0]
+    path = store.path(image, model, 2)
+    path.parent.mkdir(parents=True)
+    of_format = content.index(FORMAT.encode())
+    for at in [*range(of_format, of_format + len(FORMAT)), *random.integers(0, len(content), 200)]:
         torn = bytearray(content)
         torn[at] ^= 1 << int(random.integers(8))
         with pytest.raises(CacheError, match=r"a\.safetensors"):
             from_bytes(bytes(torn), "a.safetensors")
+        path.write_bytes(torn)
+        with pytest.raises(DamagedCache, match=image):
+            store.get(image, model, 2)
+        assert not store.has(image, model, 2)
     for length in (0, 7, 100, len(content) // 2, len(content) - 1):
         with pytest.raises(DamagedCache, match="torn or damaged"):
             from_bytes(content[:length], "a.safetensors")
@@ -101,26 +112,36 @@ def test_another_models_cache_is_refused_by_name(assistant, cache, tiny_config, 
     deeper = dataclasses.replace(tiny_config, decoder=dataclasses.replace(tiny_config.decoder, depth=3))
     save(cache, tmp_path / "a.safetensors")
     with pytest.raises(CacheError, match=r"a\.safetensors is of another model: decoder\.depth is 2 there, 3 here"):
-        load(tmp_path / "a.safetensors", fingerprint(VocoLlama(deeper, nnx.Rngs(0), jnp.float32)))
+        load(tmp_path / "a.safetensors", fingerprint(VocoLlama(deeper, nnx.Rngs(0), jnp.float32), words))
     with pytest.raises(CacheError, match="cache 1 is of another model"):
         VocoCache.concat([cache, other.compress([np.zeros((32, 32, 3), np.uint8)])])
     narrow = VocoLlama(tiny_config, nnx.Rngs(0), jnp.bfloat16)
-    assert "dtype is 'float32' there, 'bfloat16' here" in fingerprint(narrow).differences(cache.model)
+    assert "dtype is 'float32' there, 'bfloat16' here" in fingerprint(narrow, words).differences(cache.model)
 
 
-def test_a_fingerprint_sees_every_parameter_and_every_place(tiny_model):
-    before = fingerprint(tiny_model)
-    assert fingerprint(tiny_model) == before
+def test_a_fingerprint_sees_every_parameter_and_every_place(tiny_model, words):
+    before = fingerprint(tiny_model, words)
+    assert fingerprint(tiny_model, words) == before
     parameters = parameters_of(tiny_model)
-    for name in ("decoder/blocks/query/kernel", "decoder/norm/scale", "vision/patch_embedding/kernel"):
-        name = name if name in parameters else sorted(parameters)[-1]
-        value = parameters[name]
+    assert len(parameters) > 20
+    for name, value in parameters.items():
         flat = value.reshape(-1)
         changed = [flat.at[-1].add(1e-3).reshape(value.shape)]
         if flat.size > 1 and flat[0] != flat[1]:
             changed.append(flat.at[:2].set(flat[1::-1]).reshape(value.shape))  # two entries change places
         for new in changed:
-            assert fingerprint(with_parameters(tiny_model, parameters | {name: new})) != before
+            assert fingerprint(with_parameters(tiny_model, parameters | {name: new}), words) != before, name
+
+
+def test_a_fingerprint_sees_the_tokens_around_the_image(tiny_model, words, llama_tokenizer):
+    """Another tokenizer's BOS and newline give other keys, though no parameter differs."""
+    before = fingerprint(tiny_model, words)
+    other_bos = copy.copy(words)
+    other_bos.bos_id = 2
+    assert before.differences(fingerprint(tiny_model, other_bos)) == "unit_ids is [2, 4] there, [1, 4] here"
+    assert fingerprint(tiny_model, llama_tokenizer) != before  # another newline
+    same = word_tokenizer(["another vocabulary, but the same BOS and newline"])
+    assert fingerprint(tiny_model, same) == before
 
 
 def test_what_cannot_be_done_is_said(assistant, images, cache, tmp_path):

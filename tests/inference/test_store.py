@@ -110,11 +110,71 @@ def test_the_least_recently_used_goes_first(root):
     assert [tiny.has(image, MODEL, 2) for image in IMAGES] == [False, True, False, False]
 
 
+def test_what_is_no_entry_is_neither_counted_nor_removed(root):
+    """Other people's files under the root, such as a Hugging Face cache that lies there."""
+    store = Store(root, max_bytes=1)
+    model = MODEL.digest
+    foreign = [store.root / name for name in (
+        "models--x/snapshots/rev/model.safetensors", f"{model}/2/00/model.safetensors", f"{model}/2/weights/a.partial",
+        f"{model}/two/00/{IMAGES[0]}.safetensors", f"models--x/2/00/{IMAGES[0]}.safetensors")]
+    for path in foreign:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"weights")
+    for image in IMAGES[:2]:
+        store.put(entry(image))
+        store._room = -1
+    assert [store.has(image, MODEL, 2) for image in IMAGES[:2]] == [False, True]
+    assert all(path.read_bytes() == b"weights" for path in foreign)
+    assert 65536 <= store.size() < 65536 + 2048
+
+
+def test_a_root_must_be_named():
+    with pytest.raises(CacheError, match="a store's directory must be named, got ''"):
+        Store("")
+
+
+def test_a_full_store_is_looked_through_once_in_a_twentieth(tmp_path, monkeypatch):
+    looks, entries = [], Store._entries
+    monkeypatch.setattr(Store, "_entries", lambda self: looks.append(0) or entries(self))
+    values = np.zeros((1, 1, 1, 1, 8), np.float32)
+    small = lambda i: VocoCache(values, values, 6, (f"{i:032x}",), MODEL)
+    size = len(store_module.to_bytes(small(0)))
+    store = Store(tmp_path, max_bytes=100 * size)
+    for i in range(100):
+        store.put(small(i))
+    looks.clear()
+    for i in range(100, 160):
+        store.put(small(i))
+    assert len(looks) <= 60 / 5
+    assert 90 * size <= store.size() <= 105 * size and store.has(f"{159:032x}", MODEL, 1)
+
+
+def test_an_entry_is_found_without_listing_the_others(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.put(entry(IMAGES[0]))
+    monkeypatch.setattr(Store, "_kept", lambda *_: pytest.fail("the store was listed"))
+    store.get(IMAGES[0], MODEL, 2)
+
+
+def test_damage_in_a_store_that_may_only_be_read_is_named(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.put(entry(IMAGES[0]))
+    path = store.path(IMAGES[0], MODEL, 2)
+    path.write_bytes(b"torn")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "unlink", refuse)
+    with pytest.raises(DamagedCache, match="torn or damaged"):
+        store.get(IMAGES[0], MODEL, 2)
+
+
 def test_half_written_files_of_killed_writers_are_swept_up(tmp_path):
     store = Store(tmp_path, max_bytes=10**9)
     path = Path(store.path(IMAGES[0], MODEL, 2))
     path.parent.mkdir(parents=True)
-    old, young = path.parent / ".a.partial", path.parent / ".b.partial"
+    old, young = (path.parent / f".{path.name}.{digit * 32}.partial" for digit in "ab")
     for partial in (old, young):
         partial.write_bytes(b"half")
     os.utime(old, (1, 1))

@@ -92,7 +92,7 @@ class Assistant:
     def fingerprint(self) -> Fingerprint:
         """What this model's caches are recognised by; computed once."""
         with self._devices():
-            return fingerprint(self.model)
+            return fingerprint(self.model, self.tokenizer)
 
     def load_images(self, paths: Sequence[str | Path]) -> list[np.ndarray]:
         """Prepared images; `ImageError` names the first that can't be used."""

@@ -1,4 +1,5 @@
-"""Which model a cache is of: its config and a digest of its parameters; and which image: a digest of its pixels."""
+"""Which model a cache is of: its config, the tokens of its units and a digest of its parameters; and which image: a
+digest of its pixels."""
 
 import dataclasses
 import functools
@@ -11,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vocojax.data.loader import unit_shape
+from vocojax.data.tokenizer import Tokenizer
+from vocojax.layout import Role, lay_out_unit
 from vocojax.models.parameters import parameters_of
 from vocojax.models.voco import VocoLlama
 
@@ -25,7 +29,8 @@ class Fingerprint:
     property of the cache.
 
     Attributes:
-      config: the model's config without `voco.num_vocos`, and the dtype it computes in, as canonical JSON.
+      config: the model's config without `voco.num_vocos`, the dtype it computes in, and the ids that its tokenizer
+        puts around an image's vision tokens, as canonical JSON.
       parameters: digest of names, dtypes, shapes and values of all parameters.
     """
 
@@ -48,11 +53,13 @@ class Fingerprint:
         return "; ".join(odd)
 
 
-def fingerprint(model: VocoLlama) -> Fingerprint:
+def fingerprint(model: VocoLlama, tokenizer: Tokenizer) -> Fingerprint:
     """The model's fingerprint, the same on every mesh and device. It reads every parameter once, where it lies."""
+    unit = lay_out_unit("unit", tokenizer, unit_shape(model.config))
     config = dataclasses.asdict(model.config)
     del config["voco"]["num_vocos"]
     config["dtype"] = model.dtype.name
+    config["unit_ids"] = unit.ids[(unit.roles != Role.VISION) & (unit.roles != Role.VOCO)].tolist()
     parameters = parameters_of(model)
     sums = jax.device_get(_checksums(parameters))
     text = "".join(f"{name} {value.dtype.name} {list(value.shape)} {sums[name].tolist()}\n"

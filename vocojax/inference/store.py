@@ -8,6 +8,7 @@ An entry is named by what it holds, so two writers of one entry write the same t
 import contextlib
 import glob
 import os
+import re
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,6 +19,9 @@ from vocojax.inference.cache import CacheError, VocoCache
 from vocojax.inference.cache_files import DamagedCache, Storage, from_bytes, is_remote, to_bytes, write_atomically
 from vocojax.inference.fingerprint import Fingerprint
 
+# The last four parts of an entry's path, or of one half-written. Nothing else under the root is ever touched.
+_ENTRY = re.compile(r"[0-9a-f]{32}/\d+(-int8)?/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors")
+_PARTIAL = re.compile(r"[0-9a-f]{32}/\d+(-int8)?/[0-9a-f]{2}/\.[0-9a-f]{32}\.safetensors\.[0-9a-f]{32}\.partial")
 _ABANDONED = 3600  # seconds after which a half-written file is that of a writer that was killed
 
 
@@ -40,9 +44,14 @@ class Store:
       max_bytes: entries that nobody used for the longest time are removed beyond this size. Every writer looks after
         writing a twentieth of it, so that is how far each of several may overshoot. On an object store, whose times
         can't be set, an entry's last use is its writing, or this process's own reading.
+
+    Raises:
+      CacheError: the root is empty.
     """
 
     def __init__(self, root: epath.PathLike, storage: Storage = "exact", max_bytes: int | None = None):
+        if not os.fspath(root):
+            raise CacheError("a store's directory must be named, got ''")
         self.root, self.storage, self.max_bytes = epath.Path(root), storage, max_bytes
         self._used: dict[str, float] = {}  # on an object store
         self._room = 0  # bytes that may be written before the next look at the store's size
@@ -63,7 +72,7 @@ class Store:
           MissingCache: there is none, and what there is.
           DamagedCache: it is not what was written. It is removed, so that compressing again mends it.
         """
-        for kept in [num_vocos, *(n for n in self._kept(model) if n > num_vocos)]:
+        for kept in self._at_least(num_vocos, model):
             path = self.path(image, model, kept)
             try:
                 content = path.read_bytes()
@@ -74,10 +83,11 @@ class Store:
             try:
                 cache = from_bytes(content, str(path))
                 if cache.images != (image,) or cache.model != model or cache.tokens_per_unit != kept:
-                    raise DamagedCache(f"{path}: holds another image's or model's cache than its name says; removed")
-            except DamagedCache:
-                path.unlink(missing_ok=True)
-                raise
+                    raise DamagedCache(f"{path}: holds another image's or model's cache than its name says")
+            except CacheError as error:  # of another format too: by its name it should be an entry
+                with contextlib.suppress(OSError):  # a store that may only be read keeps it
+                    path.unlink(missing_ok=True)
+                raise DamagedCache(str(error)) from error
             self._touch(path)
             return cache if kept == num_vocos else cache.truncate(num_vocos)
         raise MissingCache(f"{self.root}: holds no {self.storage} cache of image {image} with {num_vocos} or more VoCo "
@@ -110,20 +120,21 @@ class Store:
     def _evict(self, max_bytes: int) -> None:
         entries = sorted(self._entries())
         size = sum(entry.size for entry in entries)
+        goal = max_bytes if size <= max_bytes else max_bytes - max_bytes // 20  # room until the next look
         for entry in entries[:-1]:  # the newest stays, however large
-            if size <= max_bytes:
+            if size <= goal:
                 break
             entry.path.unlink(missing_ok=True)  # another writer may have been faster
             size -= entry.size
         self._room = max(0, min(max_bytes // 20, max_bytes - size))
         if not is_remote(self.root):
-            for partial in self._files(".*.partial"):
+            for partial in self._files(".*.partial", _PARTIAL):
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - os.stat(partial).st_mtime > _ABANDONED:
                         partial.unlink(missing_ok=True)
 
     def _entries(self) -> Iterator[_Entry]:
-        for path in self._files("*.safetensors"):
+        for path in self._files("*.safetensors", _ENTRY):
             try:
                 if is_remote(path):
                     stat = path.stat()
@@ -134,8 +145,9 @@ class Store:
             except FileNotFoundError:  # removed since it was listed
                 continue
 
-    def _files(self, pattern: str) -> Iterator[epath.Path]:
-        return epath.Path(glob.escape(str(self.root))).glob(f"*/*/*/{pattern}")
+    def _files(self, pattern: str, name: re.Pattern[str]) -> Iterator[epath.Path]:
+        found = epath.Path(glob.escape(str(self.root))).glob(f"*/*/*/{pattern}")
+        return (path for path in found if name.fullmatch("/".join(path.parts[-4:])))
 
     def _touch(self, path: epath.Path) -> None:
         if is_remote(path):
@@ -143,6 +155,11 @@ class Store:
             return
         with contextlib.suppress(OSError):  # a store that may only be read has no order of use
             os.utime(path)
+
+    def _at_least(self, num_vocos: int, model: Fingerprint) -> Iterator[int]:
+        """Numbers of VoCo tokens that an entry may have; the directory is only listed if the first is not there."""
+        yield num_vocos
+        yield from (n for n in self._kept(model) if n > num_vocos)
 
     def _kept(self, model: Fingerprint) -> list[int]:
         """Numbers of VoCo tokens for which there may be entries of a model, in this storage."""
