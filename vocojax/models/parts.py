@@ -82,3 +82,17 @@ def gathered(module: Model, *, stacked: bool) -> Model:
     graphdef, state = nnx.split(module)
     flat = [(path, put_together(variable)) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def held_back(module: Model, x: jax.Array) -> tuple[Model, jax.Array]:
+    """Both as they are, but what `gathered(module, stacked=False)` gathers waits for `x` to be there, and on the way
+    back `x`'s gradient waits until theirs is in parts. Else XLA keeps them whole all along, if it sees fit."""
+    graphdef, state = nnx.split(module)
+    flat = dict(nnx.to_flat_state(state))
+    metadata = {path: variable.get_metadata() for path, variable in flat.items()}
+    waiting = [path for path, known in metadata.items() if "cut" in known and "layers" not in known["out_sharding"]]
+    if not waiting:
+        return module, x
+    *parts, x = jax.lax.optimization_barrier((*(flat[path][...] for path in waiting), x))
+    flat |= {path: flat[path].replace(part) for path, part in zip(waiting, parts, strict=True)}
+    return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items()))), x

@@ -10,7 +10,7 @@ import optax
 
 from vocojax.layout import IGNORE
 from vocojax.models.parameters import Parameters, with_parameters
-from vocojax.models.parts import gathered
+from vocojax.models.parts import gathered, held_back
 from vocojax.models.voco import VocoLlama, rows_from_batch
 from vocojax.training.config import StageConfig
 from vocojax.training.objectives import TargetSums, Teacher, target_sums
@@ -54,16 +54,16 @@ def make_step(
     """
 
     def sums(trained: Parameters, state: TrainState, batch: Batch) -> tuple[jax.Array, TargetSums]:
-        student = gathered(with_parameters(model, {**trained, **state.frozen}), stacked=False)
+        student = with_parameters(model, {**trained, **state.frozen})
         run = lambda m, view: m(rows_from_batch(batch, view), attention=config.attention, remat=config.remat)[0]
         guide = None
         if teacher is not None:
             guiding = gathered(with_parameters(teacher, state.teacher), stacked=False)
             hidden = jax.lax.stop_gradient(run(guiding, "teacher_"))
             guide = Teacher(guiding.decoder, hidden, config.distill.temperature)
-        out = target_sums(
-            student.decoder, run(student, ""), batch["target_index"], batch["target_ids"], guide
-        )
+        decoder, hidden_BSE = held_back(student.decoder, run(gathered(student, stacked=False), ""))
+        head = gathered(decoder, stacked=False)
+        out = target_sums(head, hidden_BSE, batch["target_index"], batch["target_ids"], guide)
         return out.cross_entropy + config.distill.weight * out.kl, out
 
     gradient = spread(functools.partial(_accumulate, jax.grad(sums, has_aux=True), config.accumulate))
