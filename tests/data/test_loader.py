@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -106,6 +107,22 @@ def test_states_of_another_stream_are_refused(tiny_config, data):
         merge_states([half[0].get_state()])
     with pytest.raises(StreamStateError, match="are of different streams"):
         merge_states([half[0].get_state(), BatchStream(tiny_config, data, 4, 8, "voco").get_state()])
+
+
+def test_a_file_that_went_since_the_state_was_saved_stops_the_run_by_name(tiny_config, data, llava_data, tmp_path):
+    """With anyres, laying out a record reads its image."""
+    shutil.copytree(llava_data / "images", tmp_path / "images")
+    data = dataclasses.replace(data, image_root=str(tmp_path / "images"), fit="anyres", row_length=80, images_per_row=5)
+    stream = BatchStream(tiny_config, data, 2, 7, "voco")
+    next(stream)
+    state = stream.get_state()
+    stream.close()
+    for image in (tmp_path / "images").iterdir():
+        image.unlink()
+    resumed = BatchStream(tiny_config, data, 2, 7, "voco")
+    with pytest.raises(StreamStateError, match=r"record #\d+ could be used when .*\.png': cannot be read.*restore its"):
+        resumed.set_state(state)
+        next(resumed)
 
 
 def test_lanes_must_share_rows_and_processes_evenly(tiny_config, data):

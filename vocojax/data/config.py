@@ -46,11 +46,13 @@ class DataConfig:
     fit: how an image becomes square, see `images.prepare`; with `anyres` every tile is a unit.
     frames: units of a video (at most so many, where `frame_sampling` is `fps`), each counted by `images_per_row`.
     frame_sampling: which frames, see `videos.choose_frames`.
-    video_seconds: a video that takes longer to read is skipped.
+    video_seconds: a video that takes longer to read is skipped: the last resort against a disk that hangs, and the one
+      thing by which a machine's load could change the stream; `videos.MAX_DECODED` limits the work before that.
     num_threads: threads that read and decode, in every worker process if there are any.
     num_workers: processes that make batches; 0 for threads of this one. They need absl's flags to be parsed.
     keep_in_memory: keep every prepared sample, for small data sets.
-    max_skipped_share: a run stops when more than this share of the records can't be used.
+    max_skipped_share: a run stops when more than this share of the records can't be used (at first, of 1,000 records:
+      `Tally.TOLERANCE_FROM`).
     """
 
     source: SourceName = "llava"
@@ -69,7 +71,7 @@ class DataConfig:
     fit: Fit = "pad"
     frames: int = 8
     frame_sampling: Sampling = "uniform"
-    video_seconds: float = 20.0
+    video_seconds: float = 120.0
     num_threads: int = 16
     num_workers: int = 0
     keep_in_memory: bool = False

@@ -20,6 +20,10 @@ from vocojax.layout import LayoutError
 PATIENCE = 1000  # records in a row that a lane may fail to use before it goes on with what it has
 
 
+class StreamStateError(ValueError):
+    """A saved state does not belong to this stream, or is not all of it."""
+
+
 @dataclass
 class RowReport:
     """What happened in a lane on the way to one row, and the lane's state behind it.
@@ -73,9 +77,19 @@ class Lane:
         return self._counted is None or position < self._counted
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the row whose report had this `position` and `window`."""
-        self._position = state["position"]
-        self._window = [(position, self._source.lay_out(self._order[position])) for position in state["window"]]
+        """Goes on behind the row whose report had this `position` and `window`.
+
+        Raises:
+          StreamStateError: a record of the window, which could be used when the state was saved, can't be any more.
+        """
+        self._position, self._window = state["position"], []
+        for position in state["window"]:
+            record = self._order[position]
+            try:
+                self._window.append((position, self._source.lay_out(record)))
+            except (LayoutError, ImageError) as error:
+                raise StreamStateError(f"record #{record} could be used when the data state was saved and now can't: "
+                                       f"{error}: restore its file, or the batches would be others") from error
 
     def next_row(self) -> Plan:
         """Plans the lane's next row."""

@@ -17,7 +17,7 @@ import numpy as np
 from vocojax.config import ConfigError, ModelConfig
 from vocojax.data.config import DataConfig
 from vocojax.data.images import ImageError
-from vocojax.data.lanes import Lane, Plan, RowReport
+from vocojax.data.lanes import Lane, Plan, RowReport, StreamStateError
 from vocojax.data.packing import Row, RowShape, empty_rows, pack_row, row_of, row_shape
 from vocojax.data.prepared import PreparedSource, unit_shape
 from vocojax.data.sources import open_source
@@ -27,10 +27,6 @@ from vocojax.layout import Visibility
 
 __all__ = ["BatchStream", "SkippedTooMany", "StreamStateError", "merge_states", "open_tokenizer", "unit_shape"]
 BATCHES_AHEAD = 2  # that wait for the step
-
-
-class StreamStateError(ValueError):
-    """A saved state does not belong to this stream, or is not all of it."""
 
 
 def open_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Videos to frames, by PyAV. A file gets a limited time, and whatever is wrong with it is one kind of error."""
+"""Videos to frames, by PyAV. A file gets limited work and time, and whatever is wrong with it is one kind of error."""
 
 import os
 import stat
@@ -11,10 +11,13 @@ import av
 import numpy as np
 from PIL import Image
 
-from vocojax.data.images import MAX_PIXELS, ImageError
+from vocojax.data.images import ImageError, too_large
 
 Sampling = Literal["uniform", "segments", "fps"]
 SEEK_FROM = 2.0  # seconds between two frames from which on a seek is tried
+MAX_DECODED = 2**34  # pixels of a video that are decoded: 8,000 frames of 1920 x 1080, about half a minute of one core
+# Playlists, concatenations and image sequences would open other files, some of them elsewhere.
+OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts", "protocol_whitelist": "file"}
 
 
 class VideoError(ImageError):
@@ -26,14 +29,14 @@ class VideoError(ImageError):
 
 
 class VideoInfo(NamedTuple):
-    """frames: how many the file says it has (or its duration implies); rate: of them per second."""
+    """frames: how many the file says it has (or its last time stamp implies); rate: of them per second."""
 
     frames: int
     rate: float
 
 
-def probe(path: str | Path, seconds: float = 20.0) -> VideoInfo:
-    """Reads the header of a video file.
+def probe(path: str | Path, seconds: float = 120.0) -> VideoInfo:
+    """Reads the header of a video file, or all of its packets where that does not say how many frames there are.
 
     Raises:
       VideoError: as `read_frames`.
@@ -59,22 +62,24 @@ def choose_frames(info: VideoInfo, sampling: Sampling, count: int) -> list[int]:
 
 
 def read_frames(
-    path: str | Path, sampling: Sampling, count: int, seconds: float = 20.0, seek: bool = True
-) -> list[Image.Image]:
-    """The frames of a video that `choose_frames` chooses, as RGB images.
+    path: str | Path, sampling: Sampling, count: int, seconds: float = 120.0, seek: bool = True
+) -> Iterator[Image.Image]:
+    """The frames of a video that `choose_frames` chooses, as RGB images, one after another.
 
     Args:
-      seconds: that the file may take; checked between packets, which are of limited size.
+      seconds: that the file may take, checked between packets, which are of limited size; the last resort against a
+        disk that hangs. What is too much for any machine is told by `MAX_DECODED`.
       seek: jump to the keyframe before a frame where that saves decoding; without it everything is decoded.
 
     Raises:
-      VideoError: missing, no video, damaged, shorter than `count` frames (with `fps`: without one), or too slow.
+      VideoError: missing, no video, damaged, shorter than `count` frames (with `fps`: without one), too much to decode,
+        or too slow.
     """
     with _Opened(path, seconds) as video:
         needed = 1 if sampling == "fps" else count
         if video.info.frames < needed:
             raise VideoError(str(path), f"has {video.info.frames} frames, {needed} are needed", "short video")
-        return video.frames(choose_frames(video.info, sampling, count), seek)
+        yield from video.frames(choose_frames(video.info, sampling, count), seek)
 
 
 def _spread(length: int, count: int) -> np.ndarray:
@@ -93,12 +98,13 @@ class _Opened:
 
     def __init__(self, path: str | Path, seconds: float):
         self._name, self._seconds, self._deadline = str(path), seconds, time.monotonic() + seconds
+        self._decoded = 0  # pixels
 
     def __enter__(self) -> "_Opened":
         try:
             if not stat.S_ISREG(os.stat(self._name).st_mode):
                 raise VideoError(self._name, "is no file", "missing video")
-            self._container = av.open(self._name, timeout=self._seconds, metadata_errors="replace")
+            self._container = self._open()
         except Exception as error:
             raise self._named(error) from error
         try:
@@ -114,12 +120,14 @@ class _Opened:
         if isinstance(error, Exception):
             raise self._named(error) from error
 
-    def frames(self, indices: Sequence[int], seek: bool) -> list[Image.Image]:
+    def _open(self) -> av.container.InputContainer:
+        return av.open(self._name, timeout=self._seconds, metadata_errors="replace", options=OPTIONS)
+
+    def frames(self, indices: Sequence[int], seek: bool) -> Iterator[Image.Image]:
         """The frames at increasing indices (an index may repeat)."""
         start, step = self._stream.start_time or 0, 1 / self.info.rate / self._tick
-        found: list[Image.Image] = []
         decoded, frame = self._decode(), None
-        for index in indices:
+        for number, index in enumerate(indices):
             stamp = start + (index - 0.5) * step  # half a frame early, since time stamps are rounded
             position = start if frame is None else _stamp(frame)
             if seek and stamp - position > SEEK_FROM / self._tick:
@@ -132,21 +140,32 @@ class _Opened:
             while frame is not None and _stamp(frame) < stamp:
                 frame = next(decoded, None)
             if frame is None:
-                raise VideoError(self._name, f"ends or breaks off after {len(found)} of {len(indices)} frames",
+                raise VideoError(self._name, f"ends or breaks off after {number} of {len(indices)} frames",
                                  "undecodable video")
-            found.append(frame.to_image())
-        return found
+            self._check_size(frame.width, frame.height)  # a stream's may change on the way
+            yield frame.to_image()
 
     def _decode(self) -> Iterator[av.VideoFrame]:
-        for packet in self._container.demux(self._stream):
+        for packet in self._packets(self._container):
+            self._decoded += self._stream.width * self._stream.height
+            if self._decoded > MAX_DECODED:
+                raise VideoError(self._name, f"takes more than {MAX_DECODED} decoded pixels", "too many pixels")
+            yield from (frame for frame in packet.decode() if frame.pts is not None)
+
+    def _packets(self, container: av.container.InputContainer) -> Iterator[av.Packet]:
+        """The first video stream's packets, while there is time."""
+        for packet in container.demux(container.streams.video[0]):
             if time.monotonic() > self._deadline:
                 raise VideoError(self._name, f"takes more than {self._seconds:g} s", "slow video")
-            yield from (frame for frame in packet.decode() if frame.pts is not None)
+            yield packet
+
+    def _check_size(self, width: int, height: int) -> None:
+        if problem := too_large(width, height):
+            raise VideoError(self._name, problem, "too many pixels")
 
     def _read_info(self) -> VideoInfo:
         stream = self._stream
-        if stream.width * stream.height > MAX_PIXELS:
-            raise VideoError(self._name, f"has {stream.width} x {stream.height} pixels", "too many pixels")
+        self._check_size(stream.width, stream.height)
         if stream.time_base is None:
             raise VideoError(self._name, "has no time base", "undecodable video")
         self._tick = float(stream.time_base)  # seconds
@@ -155,9 +174,12 @@ class _Opened:
             raise VideoError(self._name, "has no frame rate", "undecodable video")
         if stream.frames:
             return VideoInfo(stream.frames, rate)
-        if stream.duration is not None:
-            return VideoInfo(int(stream.duration * self._tick * rate), rate)
-        return VideoInfo(int((self._container.duration or 0) / av.time_base * rate), rate)
+        # Durations in headers are of the longest stream, or estimates: the last packet tells.
+        with self._open() as whole:
+            stamps = [packet.pts for packet in self._packets(whole) if packet.pts is not None]
+        if not stamps:
+            return VideoInfo(0, rate)
+        return VideoInfo(round((max(stamps) - (stream.start_time or 0)) * self._tick * rate) + 1, rate)
 
     def _named(self, error: Exception) -> VideoError:
         if isinstance(error, VideoError):
@@ -168,4 +190,6 @@ class _Opened:
             return VideoError(self._name, f"takes more than {self._seconds:g} s", "slow video")
         if isinstance(error, IndexError):
             return VideoError(self._name, "has no video stream", "undecodable video")
+        if isinstance(error, av.error.ArgumentError):  # what a format that is not on the list comes to
+            return VideoError(self._name, "is no mp4, mov, mkv, webm, avi or ts, or damaged", "undecodable video")
         return VideoError(self._name, f"cannot be decoded: {error}", "undecodable video")
