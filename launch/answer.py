@@ -17,7 +17,7 @@ from vocojax.convert.mapping import ConvertError
 from vocojax.inference.ask import Question, answer_all, read_questions
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.mesh import local_mesh
-from vocojax.inference.sampling import SamplingConfig
+from vocojax.inference.sampling import SEEDS, SamplingConfig
 from vocojax.inference.store import Store
 from vocojax.terminal import show_own_messages
 
@@ -35,7 +35,8 @@ TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many likeliest tokens; 0 
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the smallest set of tokens with this mass.")
 PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "What logits of tokens that are there are divided by.")
 STOP = flags.DEFINE_multi_string("stop", [], "Ends an answer; repeatable.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the question; those of --questions count on from it.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the question; those of --questions count on from it.",
+                            lower_bound=0, upper_bound=SEEDS - 1)
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the model; default: as stored.")
 MESH = flags.DEFINE_list("mesh", None, "data,fsdp,tensor over this process's devices (-1 for the rest); default: one.")
 

@@ -24,3 +24,12 @@ def test_a_difference_is_counted():
     found = Agreement()
     found.add(a, b, 2)
     assert (found.pairs, found.identical, found.max_abs_logit_diff) == (2, 1, 0.5)
+
+
+def test_a_nan_is_no_agreement():
+    good, bad = (Generation(np.array([[1]]), np.array([[x, -np.inf]])) for x in (0.0, np.nan))
+    for a, b in ((good, bad), (bad, good)):
+        found = Agreement()
+        found.add(a, b, 1)
+        found.add(good, good, 1)
+        assert np.isnan(found.max_abs_logit_diff)

@@ -115,6 +115,10 @@ def test_another_models_cache_is_refused_by_name(assistant, cache, tiny_config, 
         load(tmp_path / "a.safetensors", fingerprint(VocoLlama(deeper, nnx.Rngs(0), jnp.float32), words))
     with pytest.raises(CacheError, match="cache 1 is of another model"):
         VocoCache.concat([cache, other.compress([np.zeros((32, 32, 3), np.uint8)])])
+    unnamed = dataclasses.replace(cache, model=None)
+    with pytest.raises(CacheError, match="cache 2 is of another model"):
+        VocoCache.concat([unnamed, cache, other.compress([np.zeros((32, 32, 3), np.uint8)])])
+    assert VocoCache.concat([unnamed, cache]).model is None
     narrow = VocoLlama(tiny_config, nnx.Rngs(0), jnp.bfloat16)
     assert "dtype is 'float32' there, 'bfloat16' here" in fingerprint(narrow, words).differences(cache.model)
 

@@ -93,13 +93,27 @@ def test_questions_are_read_strictly(tmp_path):
     assert (second.images, second.seed) == (("a.png", "b.png"), 9)
     for line, problem in (("{", "Expecting"), ('{"image": "a"}', "'question' is missing"), ("[]", "is no"),
                           ('{"image": [], "question": "x"}', "must be strings"),
-                          ('{"image": 1, "question": 1}', "is no")):
+                          ('{"image": 1, "question": 1}', "is no"),
+                          *((f'{{"image": "a", "question": "x", "seed": {seed}}}', "seed must be a whole number in")
+                            for seed in ("-1", "4294967296", "1e999", '"7"'))):
         file.write_text('{"image": "a.png", "question": "what?"}\n' + line)
         with pytest.raises(ValueError, match=rf"q\.jsonl, line 2: .*{problem}"):
             read_questions(file)
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no question"):
         read_questions(file)
+    file.write_bytes('{"image": "a.png", "question": "caf\xe9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"q\.jsonl: must be UTF-8"):
+        read_questions(file)
+
+
+def test_only_a_newline_ends_a_line_of_questions(tmp_path):
+    """JSON strings may hold what Unicode counts as the ends of lines."""
+    file, text = tmp_path / "q.jsonl", "one\u2028two\x85three"
+    line = json.dumps({"image": "a.png", "question": text}, ensure_ascii=False)
+    file.write_bytes(f"{line}\r\n{line}\n".encode())
+    assert [question.text for question in read_questions(file)] == [text, text]
+    assert [question.seed for question in read_questions(file, seed=2**32 - 1)] == [2**32 - 1, 0]
 
 
 def test_the_loss_of_int8_is_measured(assistant, cache):

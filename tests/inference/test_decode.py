@@ -18,9 +18,10 @@ from transformers import (
 
 from vocojax.config import ConfigError
 from vocojax.data.conversation import Turn
+from vocojax.inference.cache import VocoCache
 from vocojax.inference.decode import COMPILATIONS
 from vocojax.inference.prompts import bucket
-from vocojax.inference.sampling import SamplingConfig, choose, truncate
+from vocojax.inference.sampling import SamplingConfig, choose, penalise, truncate
 from vocojax.inference.text import AnswerText
 
 QUESTIONS = ("what color is the shape?", "is the shape red?", "a picture of", "what?", "red blue " * 4)
@@ -41,14 +42,17 @@ def test_what_may_be_drawn_is_what_transformers_leaves(temperature, top_k, top_p
 
 def test_the_penalty_is_transformers():
     logits = np.random.default_rng(1).normal(size=(3, 20)).astype(np.float32)
+    logits[2] = -np.abs(logits[2])
     held = np.random.default_rng(2).random((3, 20)) < 0.5
     sampling = SamplingConfig(repetition_penalty=1.8)
-    found = choose(jnp.asarray(logits), jnp.asarray(held), jnp.zeros(3, jnp.uint32), jnp.int32(0), sampling.plan,
-                   sampling.knobs)
+    found = penalise(jnp.asarray(logits), jnp.asarray(held), sampling.knobs)
+    chosen = choose(jnp.asarray(logits), jnp.asarray(held), jnp.zeros(3, jnp.uint32), jnp.int32(0), sampling.plan,
+                    sampling.knobs)
     for row in range(3):
         ids = torch.tensor(np.flatnonzero(held[row])[None])
         expected = RepetitionPenaltyLogitsProcessor(1.8)(ids, torch.tensor(logits[row : row + 1]))
-        assert int(found[row]) == int(expected.argmax())
+        np.testing.assert_allclose(found[row], expected[0], rtol=1e-6)
+        assert int(chosen[row]) == int(expected.argmax())
 
 
 def test_draws_follow_the_probabilities():
@@ -115,15 +119,36 @@ def test_text_that_may_change_is_not_shown(llama_tokenizer):
     assert not any("\N{REPLACEMENT CHARACTER}" in part or "S" in part[1:] for part in shown)
 
 
+def test_where_an_answer_ends_does_not_depend_on_how_often_one_looks(words):
+    """Of stops that overlap, that counts which is complete first: it is all that a frequent look has seen."""
+    text = AnswerText(words, ("color is the", "is", "the shape"))
+    ids = words.encode("what color is the shape").ids
+    looks = [text.whole(ids[:n]) for n in range(1, len(ids) + 1) if text.is_over(ids[:n])]
+    assert looks == ["what color"] * 3
+    both = AnswerText(words, ("shape", "the shape"))
+    assert both.whole(ids) == "what color is"
+
+
+def test_seeds_out_of_range_are_named(assistant, cache):
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=rf"seeds must be in \[0, 2\*\*32\), got \[0, {seed}\]"):
+            assistant.read(cache, QUESTIONS[:2], seeds=[0, seed])
+
+
 def test_lengths_in_a_bucket_and_other_values_compile_nothing(assistant, cache):
     """The count of compilations stands still over prompt lengths, numbers of units, batch sizes and temperatures."""
     ask = lambda words, units, rows, **how: assistant.read(
         cache, ["red " * words] * rows, [units] * rows, SamplingConfig(max_new_tokens=5, **how))
     ask(3, [0, 1, 2], 3, temperature=0.7)
     before = dict(COMPILATIONS)
-    assert before["first_token"] > 0 and before["more_tokens"] > 0
+    assert before["place"] > 0 and before["first_token"] > 0 and before["more_tokens"] > 0
     for words in range(1, 20, 3):
         ask(words, [0, 1, 2, 3][: 3 + words % 2], 3 + words % 2, temperature=0.1 + words, top_k=words, top_p=0.5)
+    assert dict(COMPILATIONS) == before
+    eight = VocoCache.concat([cache.take(slice(0, 3)), cache])
+    for units in range(5, 9):  # images in the cache
+        assistant.read(eight.take(slice(0, units)), ["red"] * 3, [[0, 1, 2]] * 3, SamplingConfig(max_new_tokens=5,
+                                                                                                temperature=0.5))
     assert dict(COMPILATIONS) == before
     ask(40, [0, 1, 2], 3, temperature=0.7)
     assert COMPILATIONS["first_token"] == before["first_token"] + 1

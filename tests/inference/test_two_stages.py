@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from vocojax.data.conversation import Turn
 from vocojax.data.loader import unit_shape
-from vocojax.inference import compress as compress_module
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.cache import place
-from vocojax.inference.compress import compress, compress_keeping
+from vocojax.inference.compress import compress, compress_keeping, rows_at_once
+from vocojax.inference.mesh import AXES
 from vocojax.inference.prompts import lay_out_prompt, text_rows, whole_rows
 from vocojax.inference.sampling import SamplingConfig
 from vocojax.layout import LayoutError
@@ -84,12 +84,18 @@ def test_many_cached_images_fit_where_their_vision_tokens_would_not(assistant, i
     assert short.read(cache, ["what?"], about, GREEDY) == assistant.read(cache, ["what?"], about, GREEDY)
 
 
-def test_batches_of_compression_are_the_whole(assistant, images, monkeypatch):
-    monkeypatch.setattr(compress_module, "BATCH", 2)
-    in_batches = compress(assistant.model, assistant.tokenizer, images)
-    monkeypatch.setattr(compress_module, "BATCH", 5)
-    np.testing.assert_allclose(in_batches.k_LUNGD, compress(assistant.model, assistant.tokenizer, images).k_LUNGD,
-                               atol=1e-5)
+def test_batches_of_compression_are_the_whole(assistant, images):
+    whole = compress(assistant.model, assistant.tokenizer, images)
+    in_batches = compress(assistant.model, assistant.tokenizer, images, batch_size=2)
+    np.testing.assert_allclose(in_batches.k_LUNGD, whole.k_LUNGD, atol=1e-5)
+
+
+def test_a_batch_of_compression_is_shared_evenly_by_the_devices():
+    assert [rows_at_once(count, 64) for count in (1, 5, 64, 1000)] == [1, 8, 64, 64]
+    assert (rows_at_once(1000, 100), rows_at_once(200, 256)) == (100, 256)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((3, 2, 1), AXES)):
+        assert [rows_at_once(count, 64) for count in (1, 7, 50, 1000)] == [6, 12, 60, 60]
+        assert rows_at_once(1000, 4) == 6
 
 
 def test_the_order_of_units_matters_to_the_text(assistant, cache):

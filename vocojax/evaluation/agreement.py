@@ -41,11 +41,11 @@ class Agreement:
     def add(self, single: Generation, cached: Generation, count: int) -> None:
         """Takes in the first `count` rows of a batch answered both ways."""
         a, b = (jax.device_get(g) for g in (single, cached))
-        finite = np.isfinite(a.logits_BV[:count])  # all but the <voco> token's
-        difference = np.abs(a.logits_BV[:count][finite] - b.logits_BV[:count][finite]).max()
+        is_token = ~np.isneginf(a.logits_BV[:count])  # all but the <voco> token's
+        difference = np.abs(a.logits_BV[:count][is_token] - b.logits_BV[:count][is_token]).max()
         self.pairs += count
         self.identical += int((a.ids_BT[:count] == b.ids_BT[:count]).all(1).sum())
-        self.max_abs_logit_diff = max(self.max_abs_logit_diff, float(difference))
+        self.max_abs_logit_diff = float(np.maximum(self.max_abs_logit_diff, difference))  # keeps NaN
 
 
 def agreement(

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from vocojax.data.images import ImageError
 from vocojax.inference.assistant import Assistant
-from vocojax.inference.sampling import SamplingConfig
+from vocojax.inference.sampling import SEEDS, SamplingConfig
 from vocojax.inference.store import Store
 from vocojax.layout import LayoutError
 
@@ -26,7 +26,7 @@ class Question:
 
 
 def read_questions(path: str | Path, seed: int = 0) -> list[Question]:
-    """Reads JSON lines `{"image": path or [paths], "question": text, "seed"?: int, ...}`.
+    """Reads JSON lines `{"image": path or [paths], "question": text, "seed"?: int in [0, 2**32), ...}`.
 
     Args:
       seed: of the first line without one; the others count on from it.
@@ -34,8 +34,12 @@ def read_questions(path: str | Path, seed: int = 0) -> list[Question]:
     Raises:
       ValueError: names the line that is no question.
     """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON may hold what else splitlines splits at
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be UTF-8: {error}") from error
     questions: list[Question] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -44,7 +48,9 @@ def read_questions(path: str | Path, seed: int = 0) -> list[Question]:
             images = (image,) if isinstance(image, str) else tuple(image)
             if not images or not all(isinstance(x, str) for x in (*images, record["question"])):
                 raise ValueError("image and question must be strings")
-            own_seed = int(record.get("seed", seed + len(questions)))
+            own_seed = record.get("seed", (seed + len(questions)) % SEEDS)
+            if type(own_seed) is not int or not 0 <= own_seed < SEEDS:
+                raise ValueError(f"seed must be a whole number in [0, 2**32), got {own_seed!r}")
             questions.append(Question(images, record["question"], own_seed, record))
         except (ValueError, TypeError, KeyError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)

@@ -19,12 +19,12 @@ from vocojax.data.processor import Processor
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.inference.cache import CacheError, VocoCache, place, require_model
 from vocojax.inference.cache_files import DamagedCache
-from vocojax.inference.compress import compress
+from vocojax.inference.compress import BATCH, compress
 from vocojax.inference.decode import LOOK_EVERY, Generation, Prompts, stream
 from vocojax.inference.fingerprint import Fingerprint, fingerprint, image_digest
 from vocojax.inference.mesh import place_rows, row_multiple
 from vocojax.inference.prompts import batch_bucket, bucket, lay_out_prompt, text_rows, whole_rows
-from vocojax.inference.sampling import GREEDY, SamplingConfig
+from vocojax.inference.sampling import GREEDY, SEEDS, SamplingConfig
 from vocojax.inference.store import MissingCache, Store
 from vocojax.inference.text import AnswerText
 from vocojax.layout import SampleLayout, UnitShape, Visibility, lay_out_unit
@@ -98,11 +98,11 @@ class Assistant:
         """Prepared images; `ImageError` names the first that can't be used."""
         return [load_image(path, self.model.config.vision.image_size, self.fit) for path in paths]
 
-    def compress(self, images: Sequence[str | Path | np.ndarray]) -> VocoCache:
-        """Compresses images, files or prepared ones, a unit each."""
+    def compress(self, images: Sequence[str | Path | np.ndarray], batch_size: int = BATCH) -> VocoCache:
+        """Compresses images, files or prepared ones, a unit each, at most `batch_size` at once."""
         prepared = [x if isinstance(x, np.ndarray) else self.load_images([x])[0] for x in images]
         with self._devices():
-            return compress(self.model, self.tokenizer, prepared, self.fingerprint)
+            return compress(self.model, self.tokenizer, prepared, self.fingerprint, batch_size)
 
     def recall(
         self, store: Store, images: Sequence[str | Path | np.ndarray], num_vocos: int | None = None
@@ -235,6 +235,8 @@ class Assistant:
         self, rows: Rows, lengths: Sequence[int], text_starts: Sequence[int], prefix: KeyValues | None,
         sampling: SamplingConfig, seeds: Sequence[int], every: int | None = None,
     ) -> Iterator[Generation]:
+        if not all(0 <= seed < SEEDS for seed in seeds):
+            raise ValueError(f"seeds must be in [0, 2**32), got {list(seeds)}")
         vectors = (np.array(lengths, np.int32), np.array(text_starts, np.int32), np.array(seeds, np.uint32))
         prompts = Prompts(rows, *vectors)  # type: ignore[arg-type]
         text = self._answer_text(sampling)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vocojax.config import DecoderConfig
+from vocojax.inference.decode import COMPILATIONS
 from vocojax.inference.fingerprint import Fingerprint
 from vocojax.models.llama import KeyValues, rope_frequencies, rotate
 
@@ -76,9 +77,10 @@ class VocoCache:
         if not caches:
             raise CacheError("no cache to concatenate")
         first = caches[0]
+        model = next((cache.model for cache in caches if cache.model is not None), None)
         for i, cache in enumerate(caches):
-            if first.model is not None and cache.model is not None:
-                require_model(cache, first.model, f"cache {i}")
+            if model is not None:
+                require_model(cache, model, f"cache {i}")
             if (cache.tokens_per_unit, cache.position) != (first.tokens_per_unit, first.position):
                 raise CacheError(f"cache {i} keeps {cache.tokens_per_unit} tokens from position {cache.position} of "
                                  f"each unit, cache 0 keeps {first.tokens_per_unit} from {first.position}: truncate "
@@ -93,7 +95,7 @@ class VocoCache:
             k_LUNGD=join([c.k_LUNGD for c in caches]),
             v_LUNGD=join([c.v_LUNGD for c in caches]),
             images=tuple(image for c in caches for image in c.images),
-            model=first.model if all(c.model is not None for c in caches) else None,
+            model=model if all(c.model is not None for c in caches) else None,
         )
 
     def _with(self, change: Callable[[Any], Any], **others: Any) -> "VocoCache":
@@ -124,12 +126,21 @@ def place(cache: VocoCache, units_BT: np.ndarray, decoder: DecoderConfig) -> Key
     if units_BT.size and not (units_BT.min() >= -1 and units_BT.max() < cache.num_units):
         raise ValueError(f"units must be in [-1, {cache.num_units}), got {units_BT.min()} to {units_BT.max()}")
     frequencies = rope_frequencies(decoder.head_width, decoder.rope_theta, decoder.rope_scaling)
-    units = KeyValues(jnp.asarray(cache.k_LUNGD), jnp.asarray(cache.v_LUNGD))
+    units = KeyValues(*(jnp.asarray(_fill_up(x)) for x in (cache.k_LUNGD, cache.v_LUNGD)))
     return _place(units, jnp.maximum(units_BT, 0), frequencies)
+
+
+def _fill_up(x_LUNGD: Any) -> Any:
+    """To a power of two of units, so that few programs serve all numbers of images."""
+    num_units = x_LUNGD.shape[1]
+    fill = (1 << (num_units - 1).bit_length()) - num_units
+    pad = np.pad if isinstance(x_LUNGD, np.ndarray) else jnp.pad
+    return pad(x_LUNGD, [(0, fill if axis == 1 else 0) for axis in range(5)]) if fill else x_LUNGD
 
 
 @jax.jit
 def _place(units: KeyValues, units_BT: jax.Array, frequencies: jax.Array) -> KeyValues:
+    COMPILATIONS["place"] += 1
     num_rows, slots = units_BT.shape
     layers, _, kept, heads, width = units.k_LBKGD.shape
     k, v = units.k_LBKGD[:, units_BT], units.v_LBKGD[:, units_BT]  # [L, B, T, N, G, D]

@@ -73,7 +73,7 @@ def compress_files(
     num_vocos = assistant.model.config.unit_vocos
 
     def flush() -> None:
-        store.put(assistant.compress(list(waiting.values())))
+        store.put(assistant.compress(list(waiting.values()), batch_size))
         outcome.compressed += len(waiting)
         waiting.clear()
 

@@ -11,35 +11,37 @@ from vocojax.data.loader import unit_shape
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.inference.cache import VocoCache
 from vocojax.inference.fingerprint import Fingerprint, image_digest
-from vocojax.inference.mesh import place_rows
+from vocojax.inference.mesh import place_rows, row_multiple
 from vocojax.inference.prompts import batch_bucket, whole_rows
 from vocojax.layout import lay_out_unit
 from vocojax.models.llama import KeyValues
 from vocojax.models.voco import Rows, VocoLlama
 
-BATCH = 64  # units that run at once
+BATCH = 64  # units that run at once, where nobody says
 
 
 def compress(
-    model: VocoLlama, tokenizer: Tokenizer, images: Sequence[np.ndarray], fingerprint: Fingerprint | None = None
+    model: VocoLlama, tokenizer: Tokenizer, images: Sequence[np.ndarray], fingerprint: Fingerprint | None = None,
+    batch_size: int = BATCH,
 ) -> VocoCache:
     """Runs every image's unit alone and keeps its VoCo tokens.
 
     Args:
       images: uint8 [size, size, 3] arrays as `data/images.py` prepares them, one unit each.
       fingerprint: the model's, which the cache will carry.
+      batch_size: how many images run at once, at most.
 
     Raises:
       ValueError: no image, an image of another shape, or a baseline's model, which has no VoCo tokens.
     """
     if model.config.unit_vocos == 0:
         raise ValueError(f"a model with the compressor {model.config.compressor.kind!r} has no VoCo tokens to cache")
-    return compress_keeping(model, tokenizer, images, model.config.unit_vocos, fingerprint)
+    return compress_keeping(model, tokenizer, images, model.config.unit_vocos, fingerprint, batch_size)
 
 
 def compress_keeping(
     model: VocoLlama, tokenizer: Tokenizer, images: Sequence[np.ndarray], keep: int,
-    fingerprint: Fingerprint | None = None,
+    fingerprint: Fingerprint | None = None, batch_size: int = BATCH,
 ) -> VocoCache:
     """Like `compress`, but keeps each unit's last `keep` tokens; the whole unit is the usual caching of an image."""
     size = model.config.vision.image_size
@@ -47,7 +49,7 @@ def compress_keeping(
         found = sorted({f"{image.dtype}{list(image.shape)}" for image in images}) or "none"
         raise ValueError(f"images must be one or more uint8 [{size}, {size}, 3] arrays, got {found}")
     unit = lay_out_unit("unit", tokenizer, unit_shape(model.config))
-    batch = min(BATCH, batch_bucket(len(images)))
+    batch = rows_at_once(len(images), batch_size)
     parts = []
     for first in range(0, len(images), batch):
         chosen = [images[i % len(images)] for i in range(first, first + batch)]  # the last batch is filled up
@@ -55,6 +57,13 @@ def compress_keeping(
         parts.append(run_units(model, place_rows(rows), keep))
     k_LUNGD, v_LUNGD = (jnp.concatenate(part, axis=1)[:, : len(images)] for part in zip(*parts, strict=True))
     return VocoCache(k_LUNGD, v_LUNGD, len(unit) - keep, tuple(map(image_digest, images)), fingerprint)
+
+
+def rows_at_once(count: int, batch_size: int) -> int:
+    """Rows of one program for `count` images: what the devices of the mesh in force share evenly, at most `batch_size`
+    unless they are more."""
+    multiple = row_multiple()
+    return min(max(batch_size // multiple, 1) * multiple, batch_bucket(count))
 
 
 @functools.partial(jax.jit, static_argnames=("keep", "attention"))

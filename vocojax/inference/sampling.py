@@ -10,6 +10,8 @@ from jax.typing import ArrayLike
 
 from vocojax.config import require, require_positive
 
+SEEDS = 2**32  # how many seeds there are
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -24,7 +26,7 @@ class SamplingConfig:
       top_p: draw from the smallest set of tokens that holds this mass.
       repetition_penalty: logits of tokens that the text already holds are divided by it where positive and multiplied
         where negative (CTRL, arXiv 1909.05858); 1 for none. Questions and answers count, images do not.
-      stop: an answer ends before the first of these strings in it.
+      stop: an answer ends before that of these strings which is complete in it first.
     """
 
     max_new_tokens: int = 64
@@ -86,12 +88,17 @@ def choose(
       step: int32, how many tokens of the answer came before.
     """
     if plan.penalises:
-        penalty = knobs.repetition_penalty
-        logits_BV = jnp.where(held_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+        logits_BV = penalise(logits_BV, held_BV, knobs)
     if not plan.draws:
         return logits_BV.argmax(-1).astype(jnp.int32)
     keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds_B)
     return jax.vmap(jax.random.categorical)(keys_B, truncate(logits_BV, knobs)).astype(jnp.int32)
+
+
+def penalise(logits_BV: jax.Array, held_BV: jax.Array, knobs: Knobs) -> jax.Array:
+    """Logits with those of held tokens made smaller by the repetition penalty."""
+    penalty = knobs.repetition_penalty
+    return jnp.where(held_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
 def truncate(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:

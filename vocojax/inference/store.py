@@ -19,9 +19,9 @@ from vocojax.inference.cache import CacheError, VocoCache
 from vocojax.inference.cache_files import DamagedCache, Storage, from_bytes, is_remote, to_bytes, write_atomically
 from vocojax.inference.fingerprint import Fingerprint
 
-# The last four parts of an entry's path, or of one half-written. Nothing else under the root is ever touched.
+# The last four parts of an entry's path, and the name of one half-written. Nothing else is ever removed.
 _ENTRY = re.compile(r"[0-9a-f]{32}/\d+(-int8)?/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors")
-_PARTIAL = re.compile(r"[0-9a-f]{32}/\d+(-int8)?/[0-9a-f]{2}/\.[0-9a-f]{32}\.safetensors\.[0-9a-f]{32}\.partial")
+_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.safetensors\.[0-9a-f]{32}\.partial")
 _ABANDONED = 3600  # seconds after which a half-written file is that of a writer that was killed
 
 
@@ -54,6 +54,7 @@ class Store:
             raise CacheError("a store's directory must be named, got ''")
         self.root, self.storage, self.max_bytes = epath.Path(root), storage, max_bytes
         self._used: dict[str, float] = {}  # on an object store
+        self._swept: set[epath.Path] = set()  # directories without what killed writers left behind
         self._room = 0  # bytes that may be written before the next look at the store's size
 
     def path(self, image: str, model: Fingerprint, num_vocos: int) -> epath.Path:
@@ -109,6 +110,8 @@ class Store:
             write_atomically(path, content)
             if is_remote(path):
                 self._touch(path)
+            elif path.parent not in self._swept:
+                self._sweep(path.parent)
             self._room -= len(content)
         if self.max_bytes is not None and self._room < 0:
             self._evict(self.max_bytes)
@@ -127,14 +130,19 @@ class Store:
             entry.path.unlink(missing_ok=True)  # another writer may have been faster
             size -= entry.size
         self._room = max(0, min(max_bytes // 20, max_bytes - size))
-        if not is_remote(self.root):
-            for partial in self._files(".*.partial", _PARTIAL):
-                with contextlib.suppress(FileNotFoundError):
-                    if time.time() - os.stat(partial).st_mtime > _ABANDONED:
-                        partial.unlink(missing_ok=True)
+
+    def _sweep(self, directory: epath.Path) -> None:
+        self._swept.add(directory)
+        for path in directory.iterdir():
+            if _PARTIAL.fullmatch(path.name):
+                with contextlib.suppress(OSError):  # another sweeper was faster, or it is another user's
+                    if time.time() - os.stat(path).st_mtime > _ABANDONED:
+                        path.unlink(missing_ok=True)
 
     def _entries(self) -> Iterator[_Entry]:
-        for path in self._files("*.safetensors", _ENTRY):
+        for path in epath.Path(glob.escape(str(self.root))).glob("*/*/*/*.safetensors"):
+            if not _ENTRY.fullmatch("/".join(path.parts[-4:])):
+                continue
             try:
                 if is_remote(path):
                     stat = path.stat()
@@ -144,10 +152,6 @@ class Store:
                     yield _Entry(local.st_mtime_ns / 1e9, local.st_size, path)
             except FileNotFoundError:  # removed since it was listed
                 continue
-
-    def _files(self, pattern: str, name: re.Pattern[str]) -> Iterator[epath.Path]:
-        found = epath.Path(glob.escape(str(self.root))).glob(f"*/*/*/{pattern}")
-        return (path for path in found if name.fullmatch("/".join(path.parts[-4:])))
 
     def _touch(self, path: epath.Path) -> None:
         if is_remote(path):

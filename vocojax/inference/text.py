@@ -10,7 +10,8 @@ from vocojax.data.tokenizer import Tokenizer
 class AnswerText:
     """Reads the tokens of answers.
 
-    stops: an answer ends before the first of these strings.
+    stops: an answer ends before that of these strings which is complete first, so that it doesn't matter how often one
+      looks; of two that are complete at once, before the longer one.
     """
 
     tokenizer: Tokenizer
@@ -39,5 +40,5 @@ class AnswerText:
         ids = list(ids)
         end = ids.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in ids else len(ids)
         text = self.tokenizer.decode(ids[:end])
-        first = min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=-1)
-        return (text, False) if first < 0 else (text[:first], True)
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        return (text[: min(found)[1]], True) if found else (text, False)

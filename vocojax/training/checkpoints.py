@@ -344,7 +344,7 @@ def load_model(workdir: str | Path, dtype: DTypeLike = jnp.float32) -> VocoLlama
     except (KeyError, ConfigError) as error:
         raise CheckpointError(f"{workdir}/config.json is not a stage's config: {error}") from error
     model = abstract(lambda: VocoLlama(config, nnx.Rngs(0), dtype))
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {name: jax.ShapeDtypeStruct(variable.shape, dtype, sharding=sharding)
               for name, variable in variables_of(model).items()}
     return with_parameters(model, load_parameters(workdir, wanted))
