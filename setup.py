@@ -29,7 +29,6 @@ setup(
         "transformers>=5.0",
         "safetensors>=0.6",
         "sentencepiece>=0.2",
-        "etils[epath]>=1.12",
         "Pillow>=11.3",
         "numba>=0.62",
         "av>=16",

@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from vocojax.config import ConfigError
-from vocojax.data.config import DataConfig
+from vocojax.data.config import DataConfig, PartConfig
 from vocojax.data.loader import BatchStream, SkippedTooMany, StreamStateError, merge_states
 from vocojax.data.sources import LlavaSource
 from vocojax.layout import IGNORE, LayoutError
@@ -96,7 +96,7 @@ def test_a_stream_goes_on_with_another_number_of_processes(tiny_config, data, ll
 def test_states_of_another_stream_are_refused(tiny_config, data):
     stream = BatchStream(tiny_config, data, 4, 7, "voco")
     state = stream.get_state()
-    with pytest.raises(StreamStateError, match=r"another stream, with lanes 4 \(here 2\): resume with the data, seed"):
+    with pytest.raises(StreamStateError, match=r"another stream, with lanes 4 \(here 2\): resume with the data"):
         BatchStream(tiny_config, dataclasses.replace(data, lanes=2), 4, 7, "voco").set_state(state)
     with pytest.raises(StreamStateError, match=r"with seed 7 \(here 8\)"):
         BatchStream(tiny_config, data, 4, 8, "voco").set_state(state)
@@ -107,6 +107,38 @@ def test_states_of_another_stream_are_refused(tiny_config, data):
         merge_states([half[0].get_state()])
     with pytest.raises(StreamStateError, match="are of different streams"):
         merge_states([half[0].get_state(), BatchStream(tiny_config, data, 4, 8, "voco").get_state()])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"row_length": 41}, r"with row_length 40 \(here 41\)"),
+    ({"pack_window": 6}, r"with pack_window 5 \(here 6\)"),
+    ({"template": "vicuna_v1"}, r"with template short \(here vicuna_v1\)"),
+    ({"fit": "square"}, r"with fit pad \(here square\)"),
+])
+def test_states_of_a_config_that_makes_other_batches_are_refused(tiny_config, data, change, message):
+    state = json.loads(json.dumps(BatchStream(tiny_config, data, 2, 7, "voco").get_state()))
+    with pytest.raises(StreamStateError, match=message):
+        BatchStream(tiny_config, dataclasses.replace(data, **change), 2, 7, "voco").set_state(state)
+
+
+def test_states_of_other_data_are_refused_wherever_they_lie(tiny_config, data, llava_data, tmp_path):
+    """A copy elsewhere goes on; an edit of as many records, another weight in a mixture and other units do not."""
+    state = json.loads(json.dumps(BatchStream(tiny_config, data, 2, 7, "voco").get_state()))
+    (tmp_path / "copy.json").write_bytes((llava_data / "records.json").read_bytes())
+    free = {"path": str(tmp_path / "copy.json"), "num_threads": 3, "max_skipped_share": 0.5}
+    BatchStream(tiny_config, dataclasses.replace(data, **free), 2, 7, "voco").set_state(state)
+    edited = rewrite(llava_data, tmp_path, lambda records: records[0]["conversations"][1].update(value="tan"))
+    with pytest.raises(StreamStateError, match="of another stream, with content"):
+        BatchStream(tiny_config, dataclasses.replace(data, path=edited), 2, 7, "voco").set_state(state)
+    mixed = [dataclasses.replace(data, mixture=(PartConfig(path=data.path, image_root=data.image_root, weight=weight),))
+             for weight in (1.0, 1.01)]
+    state = json.loads(json.dumps(BatchStream(tiny_config, mixed[0], 2, 7, "voco").get_state()))
+    BatchStream(tiny_config, mixed[0], 2, 7, "voco").set_state(state)
+    with pytest.raises(StreamStateError, match=r"with mixture .*'weight': 1\.0"):
+        BatchStream(tiny_config, mixed[1], 2, 7, "voco").set_state(state)
+    more = dataclasses.replace(tiny_config, voco=dataclasses.replace(tiny_config.voco, num_vocos=3))
+    with pytest.raises(StreamStateError, match="with unit"):
+        BatchStream(more, mixed[0], 2, 7, "voco").set_state(state)
 
 
 def test_a_file_that_went_since_the_state_was_saved_stops_the_run_by_name(tiny_config, data, llava_data, tmp_path):

@@ -5,7 +5,10 @@ that share it change a batch. See `lanes.py` for how.
 """
 
 import collections
+import dataclasses
+import hashlib
 import itertools
+import json
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,18 +18,21 @@ import grain
 import numpy as np
 
 from vocojax.config import ConfigError, ModelConfig
-from vocojax.data.config import DataConfig
+from vocojax.data.config import DataConfig, PartConfig
 from vocojax.data.images import ImageError
 from vocojax.data.lanes import Lane, Plan, RowReport, StreamStateError
 from vocojax.data.packing import Row, RowShape, empty_rows, pack_row, row_of, row_shape
 from vocojax.data.prepared import PreparedSource, unit_shape
-from vocojax.data.sources import open_source
+from vocojax.data.sources import identity, open_source
 from vocojax.data.tally import SkippedTooMany, Tally
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.layout import Visibility
 
 __all__ = ["BatchStream", "SkippedTooMany", "StreamStateError", "merge_states", "open_tokenizer", "unit_shape"]
 BATCHES_AHEAD = 2  # that wait for the step
+# Fields of a data config that change no batch, or where files lie but not what is in them.
+FREE = ("path", "image_root", "tokenizer", "num_threads", "num_workers", "keep_in_memory", "max_skipped_share",
+        "video_seconds")
 
 
 def open_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
@@ -74,6 +80,8 @@ class BatchStream:
         self.tally = Tally(data.max_skipped_share)
         self.shape: RowShape = row_shape(data, model.vision.image_size, model.unit_tokens, *visibilities)
         self._source = PreparedSource(open_source(data), model, data, self.tokenizer)
+        self._identity = {**_identity(data, model, self.tokenizer), "lanes": self.lanes, "seed": seed,
+                          "records": len(self._source)}
         self._data, self._rows_per_lane = data, rows // self.lanes
         if len(self._source) == 0:
             raise ConfigError("data", f"has no record in {data.path or data.source}")
@@ -95,7 +103,7 @@ class BatchStream:
     def get_state(self) -> dict[str, Any]:
         """Where this process's lanes stand, and what they counted, as JSON-able values."""
         return {
-            **self._identity(),
+            **self._identity,
             "state": {str(lane): {**state, "counts": self.tally.get_state(lane)}
                       for lane, state in self._states.items()},
         }
@@ -108,13 +116,13 @@ class BatchStream:
             of processes, see `merge_states`.
 
         Raises:
-          StreamStateError: another number of lanes or records, another seed, or a lane is missing.
+          StreamStateError: another seed, other data, or a config that makes other batches; or a lane is missing.
         """
-        here = self._identity()
+        here = self._identity
         other = [f"{key} {state.get(key)} (here {value})" for key, value in here.items() if state.get(key) != value]
         if other:
             raise StreamStateError(f"the saved data state is of another stream, with {', '.join(other)}: resume with "
-                                   "the data, seed and data.lanes (by default the batch_size) that it began with")
+                                   "the data and config (lanes: by default the batch_size) that it began with")
         missing = [lane for lane in self._own if str(lane) not in state["state"]]
         if missing:
             raise StreamStateError(f"the saved data state lacks the lanes {missing} of {self.lanes}: merge the states "
@@ -129,10 +137,6 @@ class BatchStream:
     def close(self) -> None:
         """Ends the threads and worker processes that make batches."""
         self._close()
-
-    def _identity(self) -> dict[str, int]:
-        """What a state must agree in with the stream that takes it."""
-        return {"lanes": self.lanes, "records": len(self._source), "seed": self.seed}
 
     def _start(self) -> None:
         workers = min(max(self._data.num_workers, 1), len(self._own))
@@ -153,6 +157,19 @@ class BatchStream:
                                  f"{dict(self.tally.skipped())})")
 
 
+def _identity(data: DataConfig, model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a state must agree in with the stream that takes it, beside lanes, records and seed; JSON-able."""
+    parts = [{**_fixed(part), "content": identity(part)} for part in data.mixture]
+    vocabulary = json.dumps(tokenizer.huggingface.get_vocab(), sort_keys=True).encode()
+    return {**_fixed(data), "mixture": parts, "content": identity(data),
+            "vocabulary": hashlib.blake2b(vocabulary, digest_size=8).hexdigest(),
+            "unit": [model.unit_tokens, model.unit_vocos, model.vision.image_size]}
+
+
+def _fixed(config: DataConfig | PartConfig) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
+
+
 def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The states of all processes of a stream as one, which `BatchStream.set_state` takes on any number of processes.
 
@@ -162,7 +179,7 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     states = list(states)
     merged: dict[str, Any] = {**states[0], "state": {}}
     for state in states:
-        if any(state[key] != merged[key] for key in merged if key != "state"):
+        if any(state.get(key) != merged[key] for key in merged if key != "state"):
             raise StreamStateError("the data states of the processes are of different streams")
         merged["state"].update(state["state"])
     if len(merged["state"]) != merged["lanes"]:

@@ -1,9 +1,12 @@
 """Sources of samples. One interface: random access and length; `open_source` opens those that a data config names."""
 
+from pathlib import Path
+
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig, PartConfig
 from vocojax.data.images import Fit
 from vocojax.data.sources.base import Sample, Source
+from vocojax.data.sources.columnar import sample_digest
 from vocojax.data.sources.easy_vqa import EasyVqaCaptions, EasyVqaSource
 from vocojax.data.sources.llava import LlavaSource
 from vocojax.data.sources.mixture import MixtureSource
@@ -11,7 +14,7 @@ from vocojax.data.sources.shikra import ShikraSource
 from vocojax.data.sources.video_chatgpt import VideoChatGptSource
 from vocojax.data.sources.webvid import WebVidSource
 
-__all__ = ["EasyVqaSource", "LlavaSource", "Sample", "Source", "open_source"]
+__all__ = ["EasyVqaSource", "LlavaSource", "Sample", "Source", "identity", "open_source"]
 
 
 def open_source(data: DataConfig) -> Source:
@@ -20,6 +23,12 @@ def open_source(data: DataConfig) -> Source:
         return _open(data, data.fit, "data")
     parts = [(_open(part, data.fit, f"data.mixture[{i}]"), part.weight) for i, part in enumerate(data.mixture)]
     return MixtureSource(parts)
+
+
+def identity(part: DataConfig | PartConfig) -> str:
+    """Of what a source reads: changes when its file does, wherever that lies; '' for the data of a package."""
+    path = Path(part.path) / "manifest.json" if part.source == "tfds" else Path(part.path)
+    return sample_digest(path) if part.path and path.is_file() else ""
 
 
 def _open(part: DataConfig | PartConfig, fit: Fit, key: str) -> Source:

@@ -8,28 +8,29 @@ import grain
 
 from vocojax.data.sources.base import Sample, Source
 
+CHOICE = 0  # seed of the choice of records for the part of a weight that is no whole number
+
 
 class MixtureSource:
     """An epoch of several sources: each record of a source is in it `weight` times.
 
-    A weight of 2 has every record twice; one of 0.25 has a quarter of the records, chosen by the seed. The stream
+    A weight of 2 has every record twice; one of 0.25 has a quarter of the records, always the same. The stream
     shuffles the epoch as a whole, so the share of a source among the rows is that of its weighted length.
 
     Args:
       sources: with their weights, > 0.
-      seed: of the choice of records for the part of a weight that is no whole number.
 
     Raises:
       ValueError: a weight that is not positive.
     """
 
-    def __init__(self, sources: Sequence[tuple[Source, float]], seed: int = 0):
+    def __init__(self, sources: Sequence[tuple[Source, float]]):
         self._parts: list[tuple[Source, grain.MapDataset]] = []
         for source, weight in sources:
             if not weight > 0:
                 raise ValueError(f"the weight of a source must be > 0, got {weight}")
             length = max(1, round(weight * len(source))) if len(source) else 0
-            order = grain.MapDataset.range(max(len(source), 1)).shuffle(seed).repeat()
+            order = grain.MapDataset.range(max(len(source), 1)).shuffle(CHOICE).repeat()
             self._parts.append((source, order[:length] if length else order[:0]))
         self._ends = list(itertools.accumulate(len(order) for _, order in self._parts))
 

@@ -18,16 +18,19 @@ class WebVidSource:
       video_root: directory of the `page_dir`s.
 
     Raises:
-      ValueError: the file has no such columns.
+      ValueError: the file is no CSV, or has no such columns.
     """
 
     def __init__(self, path: str | Path, video_root: str | Path):
         with Path(path).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
-            missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-            if missing:
-                raise ValueError(f"{path}: no WebVid CSV: it lacks the columns {', '.join(missing)}")
-            self._rows = [tuple(row[column] for column in COLUMNS) for row in reader]
+            try:
+                missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+                if missing:
+                    raise ValueError(f"{path}: no WebVid CSV: it lacks the columns {', '.join(missing)}")
+                self._rows = [tuple(row[column] for column in COLUMNS) for row in reader]
+            except csv.Error as error:
+                raise ValueError(f"{path}: no WebVid CSV: {error} at line {reader.line_num}") from error
         self._root = Root(video_root)
 
     def __len__(self) -> int:
