@@ -15,13 +15,15 @@ from absl import app, flags
 from vocojax.data.sources.easy_vqa import EasyVqaSource
 from vocojax.evaluation.agreement import agreement
 from vocojax.inference.assistant import Assistant
-from vocojax.terminal import show_own_messages
+from vocojax.terminal import refuse_empty, require_writable, show_own_messages
 from vocojax.training.checkpoints import CheckpointError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run of training.", required=True)
 PAIRS = flags.DEFINE_integer("pairs", 10_000, "Random (image, question) pairs.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the pairs.")
 JSON = flags.DEFINE_string("json", None, "Where to write the figures.")
+refuse_empty("checkpoint")
+require_writable("json")
 
 
 def main(argv: list[str]) -> None:

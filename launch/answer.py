@@ -16,10 +16,10 @@ from vocojax.config import ConfigError
 from vocojax.convert.mapping import ConvertError
 from vocojax.inference.ask import Question, answer_all, read_questions
 from vocojax.inference.assistant import Assistant
-from vocojax.inference.mesh import local_mesh
+from vocojax.inference.mesh import parse_mesh
 from vocojax.inference.sampling import SEEDS, SamplingConfig
 from vocojax.inference.store import Store
-from vocojax.terminal import show_own_messages
+from vocojax.terminal import refuse_empty, show_own_messages
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights in any layout, or a run of training.", required=True)
 STORE = flags.DEFINE_string("store", None, "Directory of the store, local or gs://.", required=True)
@@ -38,22 +38,22 @@ STOP = flags.DEFINE_multi_string("stop", [], "Ends an answer; repeatable.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the question; those of --questions count on from it.",
                             lower_bound=0, upper_bound=SEEDS - 1)
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the model; default: as stored.")
-MESH = flags.DEFINE_list("mesh", None, "data,fsdp,tensor over this process's devices (-1 for the rest); default: one.")
+MESH = flags.DEFINE_string("mesh", None, "data,fsdp,tensor of this process's devices (-1 for the rest); default: one.")
+refuse_empty("checkpoint", "store", "image", "question", "questions")
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    if bool(QUESTIONS.value) == bool(QUESTION.value and IMAGE.value):
-        raise app.UsageError("give --image and --question, or --questions=FILE.jsonl")
+    if [bool(flag.value) for flag in (IMAGE, QUESTION, QUESTIONS)] not in ([True, True, False], [False, False, True]):
+        raise app.UsageError("give --image and --question, or --questions=FILE.jsonl without them")
     show_own_messages()
     try:
         sampling = SamplingConfig(MAX_NEW_TOKENS.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, PENALTY.value,
                                   tuple(STOP.value))
         questions = (read_questions(QUESTIONS.value, SEED.value) if QUESTIONS.value
                      else [Question(tuple(IMAGE.value), QUESTION.value, SEED.value)])
-        mesh = local_mesh(*map(int, MESH.value)) if MESH.value else None
-        assistant = Assistant.from_pretrained(CHECKPOINT.value, mesh=mesh, dtype=DTYPE.value)
+        assistant = Assistant.from_pretrained(CHECKPOINT.value, mesh=parse_mesh(MESH.value), dtype=DTYPE.value)
         store = Store(STORE.value, STORAGE.value)
         if not QUESTIONS.value:
             cache = assistant.recall(store, IMAGE.value, VOCOS.value)

@@ -18,9 +18,9 @@ from vocojax.convert.mapping import ConvertError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.cache import CacheError
 from vocojax.inference.collection import Outcome, compress_files, find_files, int8_loss
-from vocojax.inference.mesh import local_mesh
+from vocojax.inference.mesh import parse_mesh
 from vocojax.inference.store import Store
-from vocojax.terminal import show_own_messages
+from vocojax.terminal import refuse_empty, require_writable, show_own_messages
 from vocojax.training import distributed
 
 IMAGES = flags.DEFINE_multi_string("images", None, "Glob of image files; repeatable.", required=True)
@@ -32,11 +32,13 @@ MAX_GIB = flags.DEFINE_float("max_gib", None, "Beyond it the least recently used
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images that run at once.", lower_bound=1)
 THREADS = flags.DEFINE_integer("threads", 8, "Threads that read images.", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the model; default: as stored.")
-MESH = flags.DEFINE_list("mesh", None, "data,fsdp,tensor over this process's devices (-1 for the rest); default: one.")
+MESH = flags.DEFINE_string("mesh", None, "data,fsdp,tensor of this process's devices (-1 for the rest); default: one.")
 JSON = flags.DEFINE_string("json", None, "Where to write the counts and the bad files.")
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where it is not detected.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, where not detected.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, where not detected.")
+refuse_empty("images", "checkpoint", "store")
+require_writable("json")
 
 PATIENCE = 7 * 24 * 3600.0  # seconds that a process waits for slower ones: they need not finish together
 
@@ -48,21 +50,18 @@ def main(argv: list[str]) -> None:
     try:
         distributed.initialize(distributed.find_cluster(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value))
         paths = find_files(IMAGES.value, jax.process_index(), jax.process_count())
-        if not paths and jax.process_count() == 1:
-            sys.exit(f"error: --images: no file matches {' '.join(IMAGES.value)}")
-        mesh = local_mesh(*map(int, MESH.value)) if MESH.value else None
-        assistant = Assistant.from_pretrained(CHECKPOINT.value, mesh=mesh, dtype=DTYPE.value)
+        assistant = Assistant.from_pretrained(CHECKPOINT.value, mesh=parse_mesh(MESH.value), dtype=DTYPE.value)
         max_bytes = None if MAX_GIB.value is None else int(MAX_GIB.value * 2**30)
         store = Store(STORE.value, STORAGE.value, max_bytes)
         outcome = compress_files(assistant, store, paths, BATCH_SIZE.value, THREADS.value)
         good = [path for path in paths if path not in outcome.bad][: BATCH_SIZE.value]
         if STORAGE.value == "int8" and good:
-            print(int8_loss(assistant, assistant.compress(good), PROBE.value))
+            print(int8_loss(assistant, assistant.compress(good, BATCH_SIZE.value), PROBE.value))
+        outcomes = distributed.to_first("outcome", dataclasses.asdict(outcome), PATIENCE)
+        distributed.from_first("all are done", None, PATIENCE)
     except (ConvertError, ConfigError, CacheError, distributed.ClusterError, distributed.MissingProcesses, OSError,
             ValueError) as error:
         sys.exit(f"error: {error}")
-    outcomes = distributed.to_first("outcome", dataclasses.asdict(outcome), PATIENCE)
-    distributed.from_first("all are done", None, PATIENCE)
     if outcomes is None:
         return
     outcome = sum((Outcome(**one) for one in outcomes), Outcome())

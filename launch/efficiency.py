@@ -2,8 +2,9 @@
 
     python launch/efficiency.py --config=configs/voco.py --vocos=1,8,128 --text=32,64,128 --json=efficiency.json
 
-FLOPs come from the compiled programs; no parameter of the config's model is made to count them. Times are of the same
-model on an accelerator, and of one of width 512 with 8 layers on a CPU; the last line says which.
+FLOPs are counted in the programs compiled for the CPU, whatever device is there; no parameter of the config's model is
+made to count them. Times are of the same model on an accelerator, and of one of width 512 with 8 layers on a CPU; the
+last line says which.
 """
 
 import json
@@ -14,13 +15,14 @@ from ml_collections import config_flags
 
 from vocojax.config import ConfigError, ModelConfig, build
 from vocojax.inference.efficiency import efficiency, format_rows
-from vocojax.terminal import show_own_messages
+from vocojax.terminal import require_writable, show_own_messages
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A stage's config, of which only `model` is read.")
 VOCOS = flags.DEFINE_list("vocos", ["1", "8", "128"], "Numbers of VoCo tokens.")
 TEXT = flags.DEFINE_list("text", ["32", "64", "128"], "Numbers of text tokens.")
 JSON = flags.DEFINE_string("json", None, "Where to write all figures.")
 flags.mark_flag_as_required("config")
+require_writable("json")
 
 
 def main(argv: list[str]) -> None:
@@ -44,6 +46,7 @@ def main(argv: list[str]) -> None:
     print(f"\n{summary['vocos']} VoCo tokens, {summary['text']} text tokens: cache -{summary['cache_saved']:.2%} of "
           f"the full one, FLOPs -{summary['flops_saved']:.2%} of no cache and {summary['flops_over_text_only']:.4f} x "
           f"text alone, time to the first token {summary['measured_first_token_ratio']:.2%} of no cache")
+    print(f"FLOPs: {report['flops_counted_in']}")
     print(f"times: {measured['device']}, model: " + (model if isinstance(model, str) else (
         f"reduced to width {model['decoder']['width']}, {model['decoder']['depth']} layers, random parameters")))
 

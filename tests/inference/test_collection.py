@@ -3,22 +3,27 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 from vocojax.config import ConfigError
+from vocojax.inference import assistant as assistant_module
 from vocojax.inference.ask import Question, answer_all, read_questions
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.cache import VocoCache
 from vocojax.inference.collection import compress_files, find_files, int8_loss
-from vocojax.inference.mesh import local_mesh
+from vocojax.inference.mesh import local_mesh, parse_mesh
 from vocojax.inference.sampling import SamplingConfig
 from vocojax.inference.store import Store
+from vocojax.terminal import refuse_empty, require_writable
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = SamplingConfig(max_new_tokens=4)
@@ -44,6 +49,10 @@ def test_every_process_takes_its_share(photos):
     shares = [find_files(patterns, index, 3) for index in range(3)]
     assert len(everything) == 10 and sorted(itertools.chain(*shares)) == everything
     assert [len(share) for share in shares] == [4, 3, 3]
+    assert find_files([f"{photos}/0.png"], 1, 2) == []
+    for index in range(2):
+        with pytest.raises(FileNotFoundError, match=r"no file matches .*/none\*"):
+            find_files([f"{photos}/none*"], index, 2)
 
 
 def test_a_run_goes_on_where_it_stopped_and_reports_bad_files(assistant, photos, tmp_path):
@@ -129,6 +138,62 @@ def test_a_mesh_is_of_the_devices_that_there_are():
             local_mesh(*sizes)
 
 
+def test_a_mesh_flag_is_read_strictly():
+    assert parse_mesh(None) is None
+    assert parse_mesh("1") == parse_mesh("-1,1,1") == local_mesh()
+    for text in ("", "1,1,1,1", "a", "1,,1", "1.5"):
+        with pytest.raises(ConfigError, match=re.escape(f"--mesh must be whole numbers data,fsdp,tensor such as 4,1,2 "
+                                                        f"(-1 for the rest), got {text!r}")):
+            parse_mesh(text)
+
+
+def test_a_model_of_several_units_per_image_is_refused_by_name(assistant, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"fit": "anyres", "template": "short"}}))
+    message = rf"{tmp_path}: data\.fit must make one unit of an image.* train with 'pad'.* got 'anyres'"
+    with pytest.raises(ConfigError, match=message):
+        Assistant.from_run(tmp_path)
+    processor = SimpleNamespace(fit="anyres")
+    monkeypatch.setattr(assistant_module.Processor, "from_pretrained", lambda _: processor)
+    with pytest.raises(ConfigError, match=message):
+        Assistant.from_pretrained(tmp_path)
+
+
+def test_flags_are_checked_where_they_are_given(tmp_path):
+    for name, define in (("of_a_test", flags.DEFINE_string), ("several_of_a_test", flags.DEFINE_multi_string)):
+        define(name, None, "")
+        refuse_empty(name)
+    flags.DEFINE_string("file_of_a_test", None, "")
+    require_writable("file_of_a_test")
+    given = flags.FLAGS
+    given.of_a_test, given.several_of_a_test, given.file_of_a_test = "x", ["x", "y"], str(tmp_path / "new.json")
+    with pytest.raises(flags.IllegalFlagValueError, match="--of_a_test=: must not be empty"):
+        given.of_a_test = ""
+    with pytest.raises(flags.IllegalFlagValueError, match="must not be empty"):
+        given.several_of_a_test = ["x", ""]
+    for path in ("", tmp_path, tmp_path / "missing" / "x"):
+        with pytest.raises(flags.IllegalFlagValueError, match="must name a file that can be written, in a directory"):
+            given.file_of_a_test = str(path)
+    assert not list(tmp_path.iterdir())
+    for name in ("of_a_test", "several_of_a_test", "file_of_a_test"):
+        delattr(given, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "given", "message"), [
+    ("compress", ["--images=x", "--checkpoint=c", "--store="], "flag --store=: must not be empty"),
+    ("compress", ["--images=x", "--checkpoint=c", "--store=s", "--json=/missing/x"], "--json=/missing/x: must name"),
+    ("compress", ["--images=x", "--checkpoint=c", "--store=s"], "error: no file matches x"),
+    ("answer", ["--checkpoint=c", "--store=s", "--questions=q", "--question=what?"], "without them"),
+    ("answer", ["--checkpoint=c", "--store=s", "--question=what?", "--image=a.png", "--seed=-1"], "--seed"),
+    ("agreement", ["--checkpoint=c", "--json=/missing/x"], "--json=/missing/x: must name a file"),
+    ("efficiency", ["--config=configs/voco.py", "--json=/missing/x"], "--json=/missing/x: must name a file"),
+])
+def test_launch_scripts_refuse_nonsense_at_once(script, given, message):
+    run = subprocess.run([sys.executable, f"launch/{script}.py", *given], cwd=ROOT, text=True, capture_output=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"})
+    assert run.returncode != 0 and message in run.stderr and "Traceback" not in run.stderr
+
+
 @pytest.mark.slow
 def test_the_launch_scripts_on_one_device_on_a_mesh_and_on_two_processes(assistant, photos, tmp_path):
     """The same caches and answers every time; two processes with one store share the files."""
@@ -176,4 +241,4 @@ def test_the_launch_scripts_on_one_device_on_a_mesh_and_on_two_processes(assista
     assert json.loads(line) == {"image": f"{photos}/4.png", "question": ask, "id": 1,
                                 "answer": loaded.read(expected, [ask], [[4]], SamplingConfig(max_new_tokens=6))[0]}
     refused = start("compress", f"--images={photos}/none*", f"--store={one}")
-    assert "error: --images: no file matches" in refused.communicate(timeout=300)[1] and refused.returncode == 1
+    assert "error: no file matches" in refused.communicate(timeout=300)[1] and refused.returncode == 1

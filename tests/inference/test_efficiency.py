@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vocojax.config import PRESETS
-from vocojax.inference.efficiency import Case, count_flops, efficiency, measurable, summarise
+from vocojax.inference.efficiency import Case, cache_bytes, count_flops, efficiency, measurable, summarise
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -26,6 +26,13 @@ def test_flops_are_those_of_the_formula(tiny_config):
     assert count_flops(tiny_config, Case("text only", 0, 24)) == by_hand(tiny_config, 24, 24)
     assert count_flops(tiny_config, Case("VoCo cache", 2, 24)) == by_hand(tiny_config, 24, 26)
     assert count_flops(tiny_config, Case("full cache", 0, 24)) == by_hand(tiny_config, 24, 24 + 6)
+
+
+def test_the_cache_of_the_seven_billion_is_half_a_mebibyte_per_token():
+    config = PRESETS["clip_l_336_vicuna_7b"]
+    one, full = (cache_bytes(config, vocos) for vocos in (1, 0))
+    assert (one, cache_bytes(config, 8), full) == (2**19, 8 * 2**19, 578 * 2**19)
+    assert 1 - one / full >= 0.998
 
 
 @pytest.mark.slow
@@ -54,6 +61,7 @@ def test_the_report_has_every_row_once(tiny_config):
     assert no_cache["flops"] > full["flops"] > voco["flops"]
     assert voco["flops_to_compress"] > full["flops_to_compress"] > 0
     assert report["summary"]["cache_saved"] == 1 - 2 / 6 and report["measured"]["model"] == "the same"
+    assert report["flops_counted_in"] == "the programs compiled for the CPU, with dense attention"
     json.dumps(report)
 
 

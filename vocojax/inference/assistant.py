@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from vocojax.config import require
 from vocojax.data.conversation import Conversation, Template, Turn, template
 from vocojax.data.images import Fit, load_image
 from vocojax.data.loader import unit_shape
@@ -60,9 +61,14 @@ class Assistant:
     def from_run(
         cls, workdir: str | Path, visibility: Visibility | None = None, dtype: DTypeLike = jnp.float32
     ) -> "Assistant":
-        """Loads a run of `training.stage.train`; visibility defaults to the one it was trained with."""
+        """Loads a run of `training.stage.train`; visibility defaults to the one it was trained with.
+
+        Raises:
+          ConfigError: the run was trained with several units per image.
+        """
         config = run_config(workdir)
         data = config["data"]
+        _require_one_unit(data["fit"], workdir)
         return cls(
             model=load_model(workdir, dtype),
             tokenizer=Tokenizer.from_directory(Path(workdir) / "tokenizer"),
@@ -83,8 +89,10 @@ class Assistant:
 
         Raises:
           ConvertError: names the file and the remedy.
+          ConfigError: the model was trained with several units per image.
         """
         processor = Processor.from_pretrained(directory)
+        _require_one_unit(processor.fit, directory)
         model = VocoLlama.from_pretrained(directory, mesh=mesh, dtype=dtype)
         return cls(model, processor.tokenizer, processor.template, fit=processor.fit, mesh=mesh)
 
@@ -289,3 +297,9 @@ class Assistant:
     def _devices(self) -> contextlib.AbstractContextManager[object]:
         """The mesh in force while something runs."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+
+def _require_one_unit(fit: Fit, where: str | Path) -> None:
+    require(fit != "anyres", f"{where}: data.fit",
+            "must make one unit of an image, as an assistant does: train with 'pad', 'pad_white', 'crop' or 'square'",
+            fit)

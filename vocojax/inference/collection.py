@@ -52,9 +52,15 @@ class Int8Loss(NamedTuple):
 
 def find_files(patterns: Sequence[str], index: int = 0, count: int = 1) -> list[str]:
     """The files that match any of the patterns (`**` goes into directories), sorted, and of them every `count`-th from
-    `index` on: a process's own share."""
+    `index` on: a process's own share.
+
+    Raises:
+      FileNotFoundError: there is none at all; a share may be empty.
+    """
     found = sorted({path for pattern in patterns for path in glob.glob(pattern, recursive=True)
                     if Path(path).is_file()})
+    if not found:
+        raise FileNotFoundError(f"no file matches {' '.join(patterns)}")
     return found[index::count]
 
 

@@ -7,7 +7,8 @@ Every row is a prompt of one image and T tokens of text, laid out by `layout.py`
     VoCo cache     the text behind the keys and values of N VoCo tokens
     text only      the same number of text tokens without any image: the floor
 
-FLOPs are counted in the compiled program of exactly that call, with dense attention, so that masked pairs count too.
+FLOPs are counted in the program of exactly that call, compiled for the CPU on every device: its text spells out every
+matrix product, where a GPU's or TPU's calls kernels. Attention is dense, so that masked pairs count too.
 Cache bytes are those of the arrays that `compress.run_units` returns. Times are measured, all rows in turns.
 """
 
@@ -33,7 +34,7 @@ from vocojax.inference.sampling import SamplingConfig
 from vocojax.layout import Encoded, Span, UnitShape, lay_out_sample, lay_out_unit
 from vocojax.models.llama import KeyValues
 from vocojax.models.parameters import abstract
-from vocojax.models.voco import VocoLlama
+from vocojax.models.voco import Rows, VocoLlama
 
 Tree = TypeVar("Tree")
 Create = Callable[[Callable[[], Any]], Any]  # makes what a function returns: `jax.eval_shape` its shapes alone
@@ -102,6 +103,7 @@ def efficiency(
     return {
         "rows": rows,
         "summary": summarise(rows, vocos[0], texts[0]),
+        "flops_counted_in": "the programs compiled for the CPU, with dense attention",
         "model": dataclasses.asdict(config),
         "measured": {
             "model": "the same" if measured == config else dataclasses.asdict(measured),
@@ -148,15 +150,26 @@ def count_flops(config: ModelConfig, case: Case) -> int:
 
 
 def _compressed(config: ModelConfig, vocos: int) -> dict[str, int]:
-    """Bytes and FLOPs of an image's cache in bfloat16: of its VoCo tokens, or with none of the whole unit."""
+    """Bytes of an image's cache, and FLOPs of making it."""
+    model, rows, keep = _unit(config, vocos)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        flops = matmul_flops(run_units.lower(model, rows, keep, "reference").compile())
+    return {"cache_bytes": cache_bytes(config, vocos), "flops": flops}
+
+
+def cache_bytes(config: ModelConfig, vocos: int) -> int:
+    """Bytes of an image's cache in bfloat16: of its VoCo tokens, or with none of the whole unit."""
+    model, rows, keep = _unit(config, vocos)
+    cache = jax.eval_shape(lambda model, rows: run_units(model, rows, keep), model, rows)
+    return sum(x.size * x.dtype.itemsize for x in cache)
+
+
+def _unit(config: ModelConfig, vocos: int) -> tuple[VocoLlama, Rows, int]:
+    """Shapes of a model and of one image's unit, and how many of its tokens are kept."""
     unit = lay_out_unit("unit", _Letters(config.voco.token_id), UnitShape(config.unit_tokens, vocos))
     rows = jax.eval_shape(lambda: _on_device(whole_rows([unit], [[_image(config)]], config, "voco", len(unit))))
     model = _model(config, vocos, jnp.bfloat16, _state(config, jnp.bfloat16, jax.eval_shape))
-    keep = vocos or len(unit)
-    cache = jax.eval_shape(lambda model, rows: run_units(model, rows, keep), model, rows)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        flops = matmul_flops(run_units.lower(model, rows, keep, "reference").compile())
-    return {"cache_bytes": sum(x.size * x.dtype.itemsize for x in cache), "flops": flops}
+    return model, rows, vocos or len(unit)
 
 
 def _measure(config: ModelConfig, cases: Sequence[Case]) -> dict[Case, tuple[float, float]]:

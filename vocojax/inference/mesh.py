@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vocojax.config import ConfigError
+from vocojax.config import ConfigError, require
 from vocojax.kernels.interval_attention.sharding import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
@@ -27,6 +27,20 @@ def local_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         raise ConfigError("mesh", f"data x fsdp x tensor must be the {devices.size} devices of this process, got "
                           f"{data} x {fsdp} x {tensor}")
     return Mesh(devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse_mesh(sizes: str | None) -> Mesh | None:
+    """The mesh that a launch script's `--mesh=data,fsdp,tensor` asks for; None, one device, where it is not given.
+
+    Raises:
+      ConfigError: it is not one to three whole numbers, or they don't multiply to the number of devices.
+    """
+    if sizes is None:
+        return None
+    numbers = sizes.split(",")
+    require(len(numbers) <= len(AXES) and all(number.strip().removeprefix("-").isdecimal() for number in numbers),
+            "--mesh", "must be whole numbers data,fsdp,tensor such as 4,1,2 (-1 for the rest)", sizes)
+    return local_mesh(*map(int, numbers))
 
 
 def row_multiple() -> int:
