@@ -127,8 +127,9 @@ def test_any_number_of_processes_and_any_mesh_train_alike(quickstart_stage, tmp_
     runs.run(stage, tmp_path / "one")
     one = loss_curve(tmp_path / "one")
     for name, processes, devices, mesh in (
-        ("two", 2, 1, MeshConfig(-1, 1, 1)), ("four", 4, 2, MeshConfig(2, 2, 2)),
-        ("eight devices of one", 1, 8, MeshConfig(2, 2, 2)), ("tensor over two", 2, 1, MeshConfig(1, 1, 2)),
+        ("two", 2, 1, MeshConfig()), ("four", 4, 2, MeshConfig(data=2, fsdp=2, tensor=2)),
+        ("eight devices of one", 1, 8, MeshConfig(data=2, fsdp=2, tensor=2)),
+        ("slices", 1, 8, MeshConfig(slice=2, data=2, fsdp=2)), ("tensor over two", 2, 1, MeshConfig(data=1, tensor=2)),
     ):
         runs.run(dataclasses.replace(stage, mesh=mesh), tmp_path / name, processes, devices)
         curve = loss_curve(tmp_path / name)
@@ -143,7 +144,9 @@ def test_a_run_goes_on_with_other_processes_on_another_mesh(quickstart_stage, tm
     runs.run(stage, tmp_path / "one")
     whole = loss_curve(tmp_path / "one")
     workdir = tmp_path / "moved"
-    for processes, devices, mesh, last in ((1, 8, MeshConfig(2, 2, 2), 3), (2, 2, MeshConfig(1, 4, 1), 6)):
+    for processes, devices, mesh, last in (
+        (1, 8, MeshConfig(data=2, fsdp=2, tensor=2), 3), (2, 2, MeshConfig(data=1, fsdp=4), 6),
+    ):
         runs.run(dataclasses.replace(stage, mesh=mesh), workdir, processes, devices)
         for (_, mine), (_, theirs) in zip(loss_curve(workdir), whole, strict=True):
             assert abs(mine - theirs) <= 1e-5 * theirs

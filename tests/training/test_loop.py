@@ -44,11 +44,11 @@ def fresh():
     return TrainState(jnp.int32(0), {"w": jnp.float32(0)}, {}, {"m": jnp.float32(0)}, {})
 
 
-def run(workdir, steps=7, place=jax.device_put, **changes):
+def run(workdir, steps=7, place=jax.device_put, first_step=0, **changes):
     stream = Counting()
     with Checkpoints(workdir, CheckpointConfig(every=3), "d") as checkpoints:
         shown = loop.LoopConfig("counting", steps, 2, **changes)
-        return stream, loop.run(shown, workdir, loop.Task(step, stream, place), fresh(), 0, checkpoints)
+        return stream, loop.run(shown, workdir, loop.Task(step, stream, place), fresh(), first_step, checkpoints)
 
 
 def test_the_state_saved_is_that_of_the_data_behind_the_step(tmp_path):
@@ -69,6 +69,12 @@ def test_a_batch_that_is_not_on_the_device_is_an_error(tmp_path):
 
 def test_a_trace_of_some_steps(tmp_path):
     run(tmp_path, run=RunConfig(profile=(2, 3)))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_run_that_goes_on_inside_its_trace_traces_the_rest(tmp_path):
+    """And one that ends inside it writes what there is."""
+    run(tmp_path, first_step=2, run=RunConfig(profile=(2, 30)))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 

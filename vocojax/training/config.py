@@ -67,7 +67,7 @@ class CheckpointConfig:
     keep: int = 2
     keep_every: int = 0
     keep_best: int = 0
-    best_metric: str = "loss"
+    best_metric: Literal["loss", "cross_entropy", "kl", "accuracy", "grad_norm"] = "loss"
     best_is: Literal["lowest", "highest"] = "lowest"
 
     def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ class RunConfig:
         require(self.hang_seconds > 0, "hang_seconds", "must be > 0", self.hang_seconds)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each mesh axis; -1 for one of them means all that are left.
 

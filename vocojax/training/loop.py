@@ -136,6 +136,8 @@ class _Loop:
         self._last: dict[str, float] = {}  # what was last reported
         self._batch: Any = None
         self._first = True
+        self._traces = False
+        stack.callback(self.stop_profile)
         self._since = time.perf_counter()
         self._waited = self._lost = 0.0  # seconds since the last report: for data; for what is no step
 
@@ -213,11 +215,16 @@ class _Loop:
         self._watchdog.beat()
 
     def start_profile(self, number: int) -> None:
-        if self._config.run.profile and number == self._config.run.profile[0]:
+        """Begins the trace if one is asked for; a run that goes on inside its steps traces those that are left."""
+        first, last = self._config.run.profile or (0, -1)
+        if first <= number <= last and not self._traces:
             jax.profiler.start_trace(str(run_path(self._workdir) / "profile"))
+            self._traces = True
 
-    def stop_profile(self, number: int) -> None:
-        if self._config.run.profile and number == self._config.run.profile[1]:
+    def stop_profile(self, number: int | None = None) -> None:
+        """Writes the trace behind its last step, or now."""
+        if self._traces and (number is None or number == self._config.run.profile[1]):
+            self._traces = False
             jax.block_until_ready(self._pending)
             jax.profiler.stop_trace()
 

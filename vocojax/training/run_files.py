@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ PACKAGES = ("vocojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 # Keys of a stage's config that may change when a run goes on.
 MUTABLE_KEYS = ("log_every", "checkpoint", "run", "data.num_threads", "data.num_workers", "data.keep_in_memory",
                 "attention", "remat", "mesh")
+# Keys that may differ between the processes of a run; in all others they must agree, or would wait for each other.
+HOST_KEYS = ("data.num_threads", "data.num_workers", "data.keep_in_memory")
 
 
 class CheckpointError(RuntimeError):
@@ -44,18 +46,19 @@ def run_path(workdir: str | os.PathLike) -> epath.Path:
     return path if is_remote(path) else epath.Path(Path(workdir).absolute())
 
 
-def lasting(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the keys that may change when a run goes on."""
-    def strip(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        return {name: strip(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
-                for name, value in values.items() if prefix + name not in MUTABLE_KEYS}
-
-    return strip(config, "")
+def strip(values: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """A config without some keys."""
+    return {name: strip(value, keys, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+            for name, value in values.items() if prefix + name not in keys}
 
 
 def digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of what of a config may not change."""
-    return hashlib.sha256(json.dumps(lasting(config), sort_keys=True).encode()).hexdigest()
+    """SHA-256 of what of a config may not change when a run goes on."""
+    return _digest(strip(config, MUTABLE_KEYS))
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def write_run_files(workdir: str | Path, config: Mapping[str, Any]) -> None:
@@ -81,7 +84,7 @@ def write_run_files(workdir: str | Path, config: Mapping[str, Any]) -> None:
         seen = json.loads(path.read_text())
     except (OSError, ValueError):
         seen = None
-    told = distributed.from_all("configs", [digest(config), seen is not None])
+    told = distributed.from_all("configs", [_digest(strip(config, HOST_KEYS)), seen is not None])
     if blind := [index for index, (_, sees) in enumerate(told) if not sees]:
         raise CheckpointError(f"workdir {workdir} of process 0 is not seen by processes {blind}: it must be a "
                               "directory that all share, or a bucket")
@@ -93,7 +96,7 @@ def _changed(path: epath.Path, config: Mapping[str, Any]) -> str:
     checkpoints = path.parent / "checkpoints"
     if not path.exists() or not checkpoints.is_dir() or not any(e.name.isdecimal() for e in checkpoints.iterdir()):
         return ""
-    changed = differing_keys(lasting(json.loads(path.read_text())), lasting(config))
+    changed = differing_keys(strip(json.loads(path.read_text()), MUTABLE_KEYS), strip(config, MUTABLE_KEYS))
     if not changed:
         return ""
     return (f"{path.parent} holds a run with another config (differing: {', '.join(changed)}): "
