@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tempfile
 
@@ -10,7 +11,7 @@ import numpy as np
 from vocojax.kernels.static_cost import report, tpu
 from vocojax.kernels.static_cost.layouts import Layout
 from vocojax.kernels.static_cost.tpu import Job
-from vocojax.training.config import StageConfig
+from vocojax.training.config import MeshConfig, StageConfig
 
 ROWS = 8  # rows of a layout whose mean stands for all
 TEXT = (64, 400)  # tokens of a sample's text, as LLaVA's instructions have them
@@ -47,7 +48,8 @@ def visible_pairs(layout: Layout) -> float:
 def kernel_seconds(config: StageConfig, topology: str, rows: int) -> dict[str, float]:
     """Seconds of one call of the forward and of the backward kernel on `rows` rows of a TPU, by the kernel's name."""
     decoder = config.model.decoder
-    forward, backward = _mean_row(config, topology.partition(":")[0])
+    alike = dataclasses.replace(config, remat="full", accumulate=1, mesh=MeshConfig())  # same rows for all
+    forward, backward = _mean_row(alike, topology.partition(":")[0])
     share = rows * decoder.num_heads / config.mesh.tensor / report.HEADS
     return {"interval_attention_forward": forward * share, "interval_attention_backward": backward * share}
 

@@ -143,9 +143,15 @@ def compare_remat(config: StageConfig, topology: Topology, *, fast: bool = False
 def search(config: StageConfig, topology: Topology) -> list[dict[str, Any]]:
     """Reports, without code generation, of rows per device x policy x mesh, the fastest that fits first.
 
-    The batch stays the config's where it divides; what does not fit with few rows is not tried with more.
+    The batch stays the config's; what it does not divide into, and more rows of what does not fit, are not tried.
+
+    Raises:
+      ConfigError: the batch divides over no mesh, or no mesh goes with the config.
     """
-    return _ranked(_searched(config, topology))
+    if not (reports := _ranked(_searched(config, topology))):
+        raise ConfigError("batch_size", f"must divide over the {_count(topology)} devices of {topology.name} on some "
+                          f"mesh, got {config.batch_size}")
+    return reports
 
 
 def _searched(config: StageConfig, topology: Topology) -> Iterator[dict[str, Any]]:
