@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from vocojax.config import ConfigError
 from vocojax.data.loader import BatchStream
 from vocojax.evaluation.report import loss_curve
 from vocojax.models.parameters import parameters_of
-from vocojax.training import checkpoints
+from vocojax.training import checkpoints, run_files
 from vocojax.training.checkpoints import CheckpointError, load_model
 from vocojax.training.config import CheckpointConfig, DistillConfig, config_to_dict, stage_config
 from vocojax.training.loop import NonFiniteLoss
@@ -60,9 +61,19 @@ def test_a_run_that_never_trained_does_not_hold_its_config(stage, tmp_path):
     train(dataclasses.replace(stage, steps=1), tmp_path)
 
 
-def test_a_bucket_needs_the_package_that_opens_it(stage):
+def test_a_bucket_needs_the_package_that_opens_it(stage, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
     with pytest.raises(CheckpointError, match=r"workdir 'gs://bucket/run' can't be reached: .*vocojax\[gcs\]"):
         train(stage, "gs://bucket/run")
+
+
+def test_a_bucket_that_is_not_reached_is_one_line(stage, monkeypatch):
+    def unreachable(path):
+        raise OSError("Cannot connect to host storage.googleapis.com:443")
+
+    monkeypatch.setattr(run_files.epath.Path, "exists", unreachable, raising=False)
+    with pytest.raises(CheckpointError, match=r"workdir 'gs://bucket/run' can't be reached: Cannot connect to host"):
+        run_files.run_path("gs://bucket/run")
 
 
 def test_run_files_say_what_ran(stage, tmp_path):

@@ -43,6 +43,9 @@ def run_path(workdir: str | os.PathLike) -> epath.Path:
     except ImportError as error:
         raise CheckpointError(f"workdir {str(workdir)!r} can't be reached: {error}. Install the package that opens it "
                               "(gs://: pip install 'vocojax[gcs]'), or mount the bucket") from error
+    except OSError as error:
+        raise CheckpointError(f"workdir {str(workdir)!r} can't be reached: {error}. Check the network and the "
+                              "credentials that the machine has") from error
     return path if is_remote(path) else epath.Path(Path(workdir).absolute())
 
 
