@@ -91,6 +91,23 @@ def test_traffic_leaves_out_other_memories():
     assert product == [("decoder", 8192, 2 * (8 * 16 + 16 * 32), 5)]
 
 
+@pytest.mark.parametrize(
+    ("shape", "op"),
+    [("((f32[16,32]), f32[2,32])", "reduce-scatter-start"), ("((f32[2,32]), f32[16,32])", "all-gather-start"),
+     ("f32[2,32]", "reduce-scatter")],
+)
+def test_a_collective_counts_its_whole_array(shape, op):
+    """2,048 bytes, whether its text names operand and result or the result alone."""
+    text = f"""
+ENTRY %main (p: f32[16,32]) -> f32[2,32] {{
+  %p = f32[16,32] parameter(0)
+  ROOT %c = {shape} {op}(%p), replica_groups=[1,8]<=[8]
+}}
+"""
+    costs = add_up(hlo.parse(text), devices=8)
+    assert sum((costs.synchronous + costs.asynchronous).values()) == 2048
+
+
 def test_shapes_and_groups():
     assert hlo.array_bytes("(bf16[2,3]{1,0}, f32[4]{0:T(128)S(1)}, pred[])") == 12 + 16 + 1
     assert hlo.array_bytes("(bf16[2,3]{1,0}, f32[4]{0:T(128)S(1)})", hbm_only=True) == 12

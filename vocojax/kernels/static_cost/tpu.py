@@ -105,17 +105,23 @@ class TileCosts:
     vmem_bytes: int
 
 
+# What libtpu wants to be told where there is no TPU, and several processes compile.
+DEVICELESS = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
 def compile_jobs(topology: str, jobs: list[Job], folder: str) -> list[list[Compiled]]:
     """The kernels of every job (forward first), compiled for one device of `topology` by a child process."""
     arguments = [sys.executable, "-m", "vocojax.kernels.static_cost.tpu", topology, folder]
     flags = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=(final_bundles|original)"
     environment = {
         **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        **DEVICELESS,
         "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} {flags}",
     }
     text = json.dumps([dataclasses.asdict(job) for job in jobs])

@@ -22,6 +22,7 @@ from typing import Any
 
 from vocojax.config import ConfigError
 from vocojax.kernels.static_cost.gpu_targets import TARGETS
+from vocojax.kernels.static_cost.tpu import DEVICELESS
 from vocojax.training.config import StageConfig, config_to_dict, stage_config
 
 
@@ -103,11 +104,7 @@ def compile_step(config: StageConfig, topology: Topology, *, fast: bool = False,
             flags += " --xla_gpu_enable_triton_gemm=false"  # its tiles are chosen by timing them on a device
         environment = {
             **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            **DEVICELESS,
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
         }
         command = [sys.executable, "-m", "vocojax.training.compile_report.compiling", topology.name, folder]

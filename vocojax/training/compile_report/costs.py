@@ -103,12 +103,13 @@ def _add_collective(
     size = group_size(instruction, devices)
     moved = array_bytes(instruction.shape)
     asynchronous = instruction.op.endswith("-start")
-    if asynchronous:  # the shape holds operand and result
-        moved = moved * (size / (size + 1) if kind == "all-gather" else 0.5)
-    if kind == "reduce-scatter":
+    is_cut = kind in ("all-gather", "reduce-scatter")  # one of operand and result is a part of the other
+    if asynchronous:  # the shape holds both
+        moved = moved * (size / (size + 1) if is_cut else 0.5)
+    elif kind == "reduce-scatter":
         moved *= size
     if computation in module.fused:
-        caller = _callers(module)[computation]
+        caller = module.callers[computation]
         if "all-reduce-scatter" in computation or "all-reduce-scatter" in caller:
             kind = "reduce-scatter"
         elif caller.startswith("async-collective-start") or "-start" in caller:
@@ -119,14 +120,6 @@ def _add_collective(
     if not asynchronous:
         factor = 2 if kind == "all-reduce" else 1
         costs.waits[scope_of(instruction, module)] += int(runs * moved * factor)
-
-
-def _callers(module: Module) -> dict[str, str]:
-    """The instruction that each fused computation is the inside of."""
-    if not hasattr(module, "_callers"):
-        calls = {c: i.name for body in module.computations.values() for i in body for c in i.called}
-        module._callers = calls  # type: ignore[attr-defined]
-    return module._callers  # type: ignore[attr-defined]
 
 
 def _flops(module: Module, instruction: Instruction, shapes: dict[str, str]) -> float:

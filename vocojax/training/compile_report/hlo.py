@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -60,6 +61,11 @@ class Module:
 
     def __post_init__(self) -> None:
         self._visit(self.entry, 1)
+
+    @functools.cached_property
+    def callers(self) -> dict[str, str]:
+        """The instruction that each called computation is the inside of."""
+        return {called: i.name for body in self.computations.values() for i in body for called in i.called}
 
     def _visit(self, name: str, times: int) -> None:
         self.runs[name] += times
