@@ -8,7 +8,8 @@ import pytest
 
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig
-from vocojax.training.compile_report import attention, hlo
+from vocojax.kernels.static_cost import hlo
+from vocojax.training.compile_report import attention
 from vocojax.training.compile_report.compiling import Compiled, Topology, hbm_bytes
 from vocojax.training.compile_report.costs import add_up
 from vocojax.training.compile_report.report import Device, compile_report, estimate, memory
@@ -106,24 +107,6 @@ ENTRY %main (p: f32[16,32]) -> f32[2,32] {{
 """
     costs = add_up(hlo.parse(text), devices=8)
     assert sum((costs.synchronous + costs.asynchronous).values()) == 2048
-
-
-def test_shapes_and_groups():
-    assert hlo.array_bytes("(bf16[2,3]{1,0}, f32[4]{0:T(128)S(1)}, pred[])") == 12 + 16 + 1
-    assert hlo.array_bytes("(bf16[2,3]{1,0}, f32[4]{0:T(128)S(1)})", hbm_only=True) == 12
-    groups = {"replica_groups={{0,1},{2,3}}": 2, "replica_groups=[4,16]<=[64]": 16, "": 64,
-              "replica_groups=mesh['a'=4,'b'=2] {'a'}": 4}
-    for text, size in groups.items():
-        assert hlo.group_size(hlo.Instruction("x", "", "all-gather", (), text, False), 64) == size
-    with pytest.raises(ValueError, match="no ENTRY computation"):
-        hlo.parse("HloModule nothing")
-
-
-def test_flops_of_a_convolution_skip_the_padding():
-    """A batch axis written as a spatial one: of 4 x 4 pairs of positions only the 4 on the diagonal meet."""
-    text = "%a, %b), window={size=4 stride=3 pad=3_3 lhs_dilate=4}, dim_labels=0bf_0io->0bf"
-    product = hlo.Instruction("c", "f32[4,8,32]", "convolution", ("a", "b"), text, True)
-    assert hlo.product_flops(product, {"a": "f32[4,8,16]", "b": "f32[4,16,32]"}) == 2 * 4 * 8 * 16 * 32
 
 
 def test_hbm_is_what_is_allocated_in_it():

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from vocojax.training.compile_report.hlo import Instruction, Module, array_bytes, arrays, group_size, product_flops
+from vocojax.kernels.static_cost.hlo import Instruction, Module, array_bytes, arrays, group_size, product_flops
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 SCOPES = ("vision", "head", "optimizer", "decoder")  # `jax.named_scope`s of the step, the innermost names first

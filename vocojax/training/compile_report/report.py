@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from vocojax.config import ConfigError
+from vocojax.kernels.static_cost import hlo
 from vocojax.kernels.static_cost.gpu_targets import TARGETS
 from vocojax.kernels.static_cost.tpu import CHIPS
 from vocojax.models.stack import REMAT_POLICIES
-from vocojax.training.compile_report import attention, hlo
+from vocojax.training.compile_report import attention
 from vocojax.training.compile_report.compiling import Compiled, Topology, compile_step
 from vocojax.training.compile_report.costs import Costs, add_up
 from vocojax.training.config import StageConfig

@@ -1,4 +1,4 @@
-"""Reads XLA's scheduled HLO text: instructions by computation, and how often each computation runs."""
+"""Reads XLA's optimised HLO text: instructions by computation, what they call, and how often each computation runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(
-    r"(?:calls|to_apply|condition|body|called_computations|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)"
+    r"\b(?:calls|to_apply|condition|body|called_computations|(?:branch|true|false)_computations?)"
+    r"=\{?((?:%[\w.\-]+(?:, )?)+)"
 )
 
 
@@ -32,6 +33,9 @@ class Instruction:
     text: str  # everything behind the opening parenthesis
     root: bool
 
+    def __str__(self) -> str:
+        return f"%{self.name} = {self.shape} {self.op}({self.text}"
+
     @property
     def called(self) -> list[str]:
         """Names of the computations it calls."""
@@ -42,6 +46,12 @@ class Instruction:
         """What XLA's TPU cost model says of it; 0 where it says nothing."""
         match = re.search(r'"estimated_cycles":"(\d{1,15})"', self.text)
         return int(match[1]) if match else 0
+
+    @property
+    def known_trips(self) -> int | None:
+        """How often a while loop runs, if XLA notes it."""
+        match = re.search(r'known_trip_count":\{"n":"(\d+)"', self.text)
+        return int(match[1]) if match else None
 
     @property
     def scope(self) -> str:
@@ -78,8 +88,8 @@ class Module:
 
     def trips(self, loop: Instruction) -> int:
         """How often a while loop runs: as XLA notes, or else the largest constant of its condition."""
-        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
-            return int(known[1])
+        if (known := loop.known_trips) is not None:
+            return known
         condition = re.search(r"condition=%([\w.\-]+)", loop.text)
         constants = [
             int(number)

@@ -1,0 +1,48 @@
+"""The reader of HLO text, on small texts."""
+
+import pytest
+
+from vocojax.kernels.static_cost import hlo
+
+CONDITIONAL = """
+%yes (x: f32[8]) -> f32[8] {
+  ROOT %x = f32[8]{0} parameter(0)
+}
+
+%no (y: f32[8]) -> f32[8] {
+  ROOT %y = f32[8]{0} parameter(0)
+}
+
+ENTRY %main (p: pred[], a: f32[8]) -> f32[8] {
+  %p = pred[] parameter(0)
+  %a = f32[8]{0} parameter(1)
+  ROOT %c = f32[8]{0} conditional(%p, %a, %a), true_computation=%yes, false_computation=%no
+}
+"""
+
+
+def test_both_ways_of_naming_branches_are_read():
+    other = CONDITIONAL.replace("true_computation=%yes, false_computation=%no", "branch_computations={%no, %yes}")
+    for text, called in ((CONDITIONAL, ["yes", "no"]), (other, ["no", "yes"])):
+        module = hlo.parse(text)
+        (branch,) = [i for i in module.computations[module.entry] if i.op == "conditional"]
+        assert branch.called == called and branch.operands == ("p", "a", "a")
+        assert module.runs == {"main": 1, "yes": 1, "no": 1}
+
+
+def test_shapes_and_groups():
+    assert hlo.array_bytes("(bf16[2,3]{1,0}, f32[4]{0:T(128)S(1)}, pred[])") == 12 + 16 + 1
+    assert hlo.array_bytes("(bf16[2,3]{1,0}, f32[4]{0:T(128)S(1)})", hbm_only=True) == 12
+    groups = {"replica_groups={{0,1},{2,3}}": 2, "replica_groups=[4,16]<=[64]": 16, "": 64,
+              "replica_groups=mesh['a'=4,'b'=2] {'a'}": 4}
+    for text, size in groups.items():
+        assert hlo.group_size(hlo.Instruction("x", "", "all-gather", (), text, False), 64) == size
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        hlo.parse("HloModule nothing")
+
+
+def test_flops_of_a_convolution_skip_the_padding():
+    """A batch axis written as a spatial one: of 4 x 4 pairs of positions only the 4 on the diagonal meet."""
+    text = "%a, %b), window={size=4 stride=3 pad=3_3 lhs_dilate=4}, dim_labels=0bf_0io->0bf"
+    product = hlo.Instruction("c", "f32[4,8,32]", "convolution", ("a", "b"), text, True)
+    assert hlo.product_flops(product, {"a": "f32[4,8,16]", "b": "f32[4,16,32]"}) == 2 * 4 * 8 * 16 * 32
