@@ -133,14 +133,18 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @needs_libtpu
-def test_a_compiled_kernel_does_the_products_that_theory_says(tmp_path):
-    ((forward, backward),) = tpu.compile_jobs("v5e:1x1", [tpu.Job("ours", 256, heads=2)], str(tmp_path))
-    assert forward.name == "interval_attention_forward" and forward.parallel
+@pytest.mark.parametrize(("chip", "cores", "heads"), [("v5e:1x1", 1, (2, 2)), ("v4:1x1x1", 2, (2, 1))])
+def test_a_compiled_kernel_does_the_products_that_theory_says(chip, cores, heads, tmp_path):
+    """A chip is one device, also where two cores share the work. The backward pass takes one head at a time on v4."""
+    ((forward, backward),) = tpu.compile_jobs(chip, [tpu.Job("ours", 256, heads=2)], str(tmp_path))
+    assert forward.name == "interval_attention_forward"
+    assert all(kernel.parallel and kernel.cores == cores for kernel in (forward, backward))
     flops_per_cycle = 4 * 128 * 128 * 2  # four matrix units of 128 x 128
-    for kernel, products, regions in ((forward, 2, (1, 1)), (backward, 5, (2, 2))):
+    passes = ((forward, heads[0], 2, (1, 1)), (backward, heads[1], 5, (2, 2)))
+    for kernel, at_once, products, regions in passes:
         costs = tpu.tile_costs(kernel)
-        want = 2 * products * 2 * 256 * 256 * 128 / flops_per_cycle
-        assert costs.matrix == (want, want), "a full and a partial tile of two heads"
+        want = at_once * products * 2 * 256 * 256 * 128 / flops_per_cycle
+        assert costs.matrix == (want, want), "a full and a partial tile"
         assert costs.idle < costs.tiles[0] <= costs.tiles[1] and costs.tiles[0] > want
         assert (len(costs.before), len(costs.after)) == regions
 

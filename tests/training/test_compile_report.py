@@ -9,6 +9,7 @@ import pytest
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig
 from vocojax.kernels.static_cost import hlo
+from vocojax.kernels.static_cost.tpu import CHIPS
 from vocojax.training.compile_report import attention
 from vocojax.training.compile_report.compiling import Compiled, Topology, hbm_bytes
 from vocojax.training.compile_report.costs import add_up
@@ -109,6 +110,39 @@ ENTRY %main (p: f32[16,32]) -> f32[2,32] {{
     assert sum((costs.synchronous + costs.asynchronous).values()) == 2048
 
 
+def test_what_slices_exchange_goes_over_the_network():
+    """As libtpu writes a sum over two slices of a part of 1,048,576 bytes that each chip holds: it is sent to the hosts
+    and comes back. In a ring of k slices 2 (k - 1) / k of it pass through a chip's share of the network."""
+    text = """
+ENTRY %main (p: f32[256,8,128]) -> f32[256,8,128] {
+  %p = f32[256,8,128]{2,1,0} parameter(0)
+  %t = token[] after-all()
+  %send.6 = (f32[256,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%p, %t), channel_id=11, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done.6 = token[] send-done(%send.6), channel_id=11, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.6 = (f32[256,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%t), channel_id=10, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %recv-done.6 = (f32[256,8,128]{2,1,0:T(8,128)}, token[]) recv-done(%recv.6), channel_id=10
+}
+"""  # noqa: E501
+    costs = add_up(hlo.parse(text), devices=8)
+    assert dict(costs.between_slices) == {"all-reduce": 1_048_576}
+    assert not costs.synchronous and not costs.asynchronous and not costs.hbm_bytes
+    compiled = Compiled(devices=8, model_flops=1e9)
+    for slices, seconds in ((2, 1.048576), (4, 1.572864)):
+        device = Device(16 << 30, 1e12, 1e9, interconnect=1e6, hertz=1e6, network=1e6)
+        report = estimate(costs, device, compiled, tokens=100, attention_seconds=0, slices=slices)
+        assert report["estimated_seconds"] == pytest.approx(seconds)
+        assert report["seconds"]["between_slices"] == report["scope_seconds"]["between slices"]
+        assert report["between_slices_bytes"] == {"all-reduce": 1_048_576}
+
+
+def test_a_chip_s_share_of_the_network():
+    """Cloud TPU's pages: 6.4 and 25.6 Tbit/s for a pod of 256 v5e and v6e, 50 Gbit/s for a chip of v5p."""
+    share = {"TPU v5 lite": 6.4e12 / 8 / 256, "TPU v6 lite": 25.6e12 / 8 / 256, "TPU v5": 50e9 / 8}
+    assert {kind: CHIPS[kind].network for kind in share} == share
+    v5p = Device.of(Topology("v5p:2x2x1*2"), Compiled(device_kind="TPU v5", cores=2))
+    assert v5p.network == 6.25e9 and Topology("v5p:2x2x1*2").count == 8
+
+
 def test_hbm_is_what_is_allocated_in_it():
     assignment = (
         "allocation 0: size 100, page 0, parameter 3, shape |f32[25]| at ShapeIndex {}, maybe-live-out:\n"
@@ -174,19 +208,35 @@ def test_pod_configs_have_the_released_hyper_parameters(size):
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu (extra `tpu`)")
 
 
-@needs_libtpu
-def test_a_tiny_step_is_compiled_for_a_topology(tiny_config):
+@pytest.fixture
+def tiny_stage(tiny_config) -> StageConfig:
     data = DataConfig(path="-", image_root="-", tokenizer="-", row_length=128, images_per_row=1, max_targets=16)
-    stage = StageConfig(
+    return StageConfig(
         name="tiny", model=tiny_config, data=data, train=("projector/.*", "decoder/.*"), freeze=("vision/.*",), steps=1,
         mesh=MeshConfig(data=1, fsdp=-1), batch_size=4, attention="chunked",
     )
-    report = compile_report(stage, Topology("v5e:2x2"), fast=True)
+
+
+@needs_libtpu
+def test_a_tiny_step_is_compiled_for_a_topology(tiny_stage):
+    report = compile_report(tiny_stage, Topology("v5e:2x2"), fast=True)
     assert report["fits"] and not report["error"] and report["devices"] == 4
     assert report["tokens_per_device"] == 128 and report["estimated_seconds"] > 0 and 0 < report["mfu_bound"] < 1
     assert sum(report["hbm_bytes_per_device"].values()) == report["peak_bytes"] < 1 << 30
     assert report["collective_bytes"]["all-gather"] > 0
     assert "fits" in table(report) and "fsdp 4" in comparison([report])
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_tiny_step_is_compiled_for_two_slices(tiny_stage):
+    """Between slices go the parts of the gradient, in fp32, and a few sums."""
+    stage = dataclasses.replace(tiny_stage, mesh=MeshConfig(slice=2, data=1, fsdp=-1), batch_size=8)
+    report = compile_report(stage, Topology("v5e:2x2*2"), fast=True)
+    assert report["devices"] == 8 and report["fits"]
+    parameters = report["hbm_bytes_per_device"]["parameters"]
+    assert parameters <= report["between_slices_bytes"]["all-reduce"] <= 1.05 * parameters + 16384
+    assert "all-reduce, between slices" in table(report)
 
 
 @needs_libtpu

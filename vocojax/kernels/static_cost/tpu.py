@@ -31,8 +31,11 @@ class Chip:
         tflops: peak bfloat16 TFLOP/s.
         bandwidth: HBM bytes per second.
         cores: TensorCores.
-        memory: HBM bytes.
+        memory: HBM bytes that libtpu leaves to a program (what it says is available where one does not fit).
         interconnect: bytes per second that a chip gets from a collective over a whole torus.
+        network: bytes per second that a chip sends to other slices, over its share of the data centre's network: Cloud
+            TPU's pages say 6.4 Tbit/s for the 256 chips of v5e, 25.6 for those of v6e, 50 Gbit/s for a chip of v5p; of
+            v4 they say nothing, it has as many chips per host as v5p.
     """
 
     machine: str
@@ -42,14 +45,15 @@ class Chip:
     cores: int
     memory: int
     interconnect: float
+    network: float
 
 
 GIB = 1 << 30
 CHIPS = {
-    "TPU v4": Chip("v5", 1.05, 275, 1228e9, 2, 32 * GIB, 270e9),
-    "TPU v5 lite": Chip("v5", 1.50, 197, 819e9, 1, 16 * GIB, 180e9),
-    "TPU v5": Chip("v5", 1.75, 459, 2765e9, 2, 95 * GIB, 540e9),
-    "TPU v6 lite": Chip("v6", 1.75, 918, 1640e9, 1, 32 * GIB, 360e9),
+    "TPU v4": Chip("v5", 1.05, 275, 1228e9, 2, int(30.75 * GIB), 270e9, 6.25e9),
+    "TPU v5 lite": Chip("v5", 1.50, 197, 819e9, 1, int(15.75 * GIB), 180e9, 3.125e9),
+    "TPU v5": Chip("v5", 1.75, 459, 2765e9, 2, int(95.73 * GIB), 540e9, 6.25e9),
+    "TPU v6 lite": Chip("v6", 1.75, 918, 1640e9, 1, int(31.24 * GIB), 360e9, 12.5e9),
 }
 
 
@@ -115,6 +119,20 @@ DEVICELESS = {
 }
 
 
+def topology_devices(topology: str) -> list[Any]:
+    """The devices of `v5p:4x4x4` or `v5e:16x16*2` (two slices), to compile for; a chip is one, whatever its cores. Only
+    for a process that has no other use for XLA's TPU client."""
+    from jax.experimental import topologies
+
+    shape, _, slices = topology.partition("*")
+    options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
+    if shape.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # what later generations are without asking
+    if set(shape.partition(":")[2].split("x")) == {"1"}:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # less than the host that libtpu takes for granted before 0.0.52
+    return topologies.get_topology_desc(shape, platform="tpu", **options).devices
+
+
 def compile_jobs(topology: str, jobs: list[Job], folder: str) -> list[list[Compiled]]:
     """The kernels of every job (forward first), compiled for one device of `topology` by a child process."""
     arguments = [sys.executable, "-m", "vocojax.kernels.static_cost.tpu", topology, folder]
@@ -161,12 +179,9 @@ def tile_costs(kernel: Compiled) -> TileCosts:
 def _compile_here(topology: str, folder: str, jobs: list[Job]) -> list[list[Compiled]]:
     """The child's part of `compile_jobs`."""
     import jax
-    from jax.experimental import topologies
 
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache leaves no dumps
-    # A single chip is less than the host that libtpu takes for granted before 0.0.52.
-    alone = {"chips_per_host_bounds": (1, 1, 1)} if set(topology.partition(":")[2].split("x")) == {"1"} else {}
-    device: Any = topologies.get_topology_desc(topology, platform="tpu", **alone).devices[0]
+    device: Any = topology_devices(topology)[0]
     on = jax.sharding.SingleDeviceSharding(device)
     compiled = []
     for job in jobs:

@@ -9,6 +9,7 @@ the environment (`launch/xla_flags.sh`).
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import resource
@@ -22,7 +23,7 @@ from typing import Any
 
 from vocojax.config import ConfigError
 from vocojax.kernels.static_cost.gpu_targets import TARGETS
-from vocojax.kernels.static_cost.tpu import DEVICELESS
+from vocojax.kernels.static_cost.tpu import DEVICELESS, topology_devices
 from vocojax.training.config import StageConfig, config_to_dict, stage_config
 
 
@@ -48,24 +49,29 @@ class Topology:
         return self.name.partition(":")[0]
 
     @property
+    def slices(self) -> int:
+        return int(self.name.partition("*")[2] or 1)
+
+    @property
+    def count(self) -> int:
+        """Of its devices."""
+        shape = self.name.partition(":")[2].partition("*")[0]
+        return self.slices * math.prod(int(size) for size in shape.split("x"))
+
+    @property
     def is_gpu(self) -> bool:
         return self.kind in TARGETS
 
     def devices(self) -> list[Any]:
         """Its devices, to compile for. Only for a process that has no other use for XLA's TPU or GPU client."""
+        if not self.is_gpu:
+            return topology_devices(self.name)
         from jax.experimental import topologies
 
-        if self.is_gpu:
-            count = self.name.partition(":")[2]
-            return topologies.get_topology_desc(
-                platform="cuda", topology_name=self.name, topology=f"1x1x{count}",
-                target_config=TARGETS[self.kind].config(),
-            ).devices
-        shape, _, slices = self.name.partition("*")
-        options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
-        if self.kind == "v4":
-            options["chip_config_name"] = "megacore"  # a device is a chip, not a core
-        return topologies.get_topology_desc(shape, platform="tpu", **options).devices
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name=self.name, topology=f"1x1x{self.count}",
+            target_config=TARGETS[self.kind].config(),
+        ).devices
 
 
 @dataclass

@@ -13,6 +13,7 @@ SCOPES = ("vision", "head", "optimizer", "decoder")  # `jax.named_scope`s of the
 _NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done",
     "slice-done", "after-all", "opt-barrier", "iota", "async-done", "async-update",
+    "send", "send-done", "recv", "recv-done",
 }  # fmt: skip
 
 
@@ -23,7 +24,9 @@ class Costs:
     cycles: XLA's estimate for everything but kernels and collectives, by scope; empty before code is generated.
     roofline: (FLOPs, HBM bytes) of every instruction, with how often it runs, by scope.
     kernels: calls of Pallas kernels by name.
-    synchronous, asynchronous: bytes that collectives move, by kind, alone or beside computation.
+    synchronous, asynchronous: bytes that collectives inside a slice move, by kind, alone or beside computation.
+    waits: the synchronous ones' by scope, a sum's twice.
+    between_slices: bytes of arrays that slices exchange over the data centre's network, by kind.
     """
 
     cycles: Counter[str] = field(default_factory=Counter)
@@ -31,7 +34,8 @@ class Costs:
     kernels: Counter[str] = field(default_factory=Counter)
     synchronous: Counter[str] = field(default_factory=Counter)
     asynchronous: Counter[str] = field(default_factory=Counter)
-    waits: Counter[str] = field(default_factory=Counter)  # synchronous bytes by scope
+    waits: Counter[str] = field(default_factory=Counter)
+    between_slices: Counter[str] = field(default_factory=Counter)
 
     @property
     def flops(self) -> float:
@@ -60,6 +64,7 @@ def add_up(module: Module, devices: int) -> Costs:
             continue
         for instruction in instructions:
             _add_collective(costs, module, name, instruction, runs, devices)
+            _add_exchange(costs, instruction, runs)
             if name in module.fused or instruction.op in _NO_TRAFFIC:
                 continue
             scope = scope_of(instruction, module)
@@ -120,6 +125,14 @@ def _add_collective(
     if not asynchronous:
         factor = 2 if kind == "all-reduce" else 1
         costs.waits[scope_of(instruction, module)] += int(runs * moved * factor)
+
+
+def _add_exchange(costs: Costs, instruction: Instruction, runs: int) -> None:
+    """libtpu leaves what goes between slices to its runtime on the hosts: the program sends an array there, which says
+    what is to become of it (`ALL_REDUCE`), and receives the result. Inside a slice it is reduced or gathered before."""
+    if instruction.op == "send" and (kind := re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)):
+        sent = array_bytes(arrays(instruction.shape)[0])
+        costs.between_slices[kind[1].lower().replace("_", "-")] += int(runs * sent)
 
 
 def _flops(module: Module, instruction: Instruction, shapes: dict[str, str]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +25,15 @@ ROWS_TRIED = (1, 2, 4, 8, 16, 32)  # rows per device and part of a batch, for --
 
 @dataclass(frozen=True)
 class Device:
-    """What bounds a device of a topology: bytes of HBM, peak FLOP/s, bytes per second of HBM and of its links."""
+    """What bounds a device of a topology: bytes of HBM, peak FLOP/s, bytes per second of HBM, of its links to others,
+    its clock, and bytes per second of the network to other slices."""
 
     memory: int
     flops: float
     bandwidth: float
     interconnect: float
     hertz: float
+    network: float = math.inf
 
     @classmethod
     def of(cls, topology: Topology, compiled: Compiled) -> Device:
@@ -41,7 +44,7 @@ class Device:
         chip = CHIPS[compiled.device_kind]
         share = compiled.cores / chip.cores
         return cls(int(chip.memory * share), chip.tflops * 1e12 * share, chip.bandwidth * share,
-                   chip.interconnect * share, chip.ghz * 1e9)
+                   chip.interconnect * share, chip.ghz * 1e9, chip.network * share)
 
 
 def compile_report(config: StageConfig, topology: Topology, *, fast: bool = False) -> dict[str, Any]:
@@ -76,7 +79,8 @@ def compile_report(config: StageConfig, topology: Topology, *, fast: bool = Fals
     if not compiled.hlo:
         return report | {"estimated_seconds": None, "mfu_bound": None, "collective_bytes": {}}
     costs = add_up(hlo.parse(compiled.hlo), compiled.devices)
-    return report | estimate(costs, device, compiled, tokens, _attention(config, topology, costs, device, rows))
+    attention_seconds = _attention(config, topology, costs, device, rows)
+    return report | estimate(costs, device, compiled, tokens, attention_seconds, topology.slices)
 
 
 def memory(compiled: Compiled, device: Device) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def memory(compiled: Compiled, device: Device) -> dict[str, Any]:
 
 
 def estimate(
-    costs: Costs, device: Device, compiled: Compiled, tokens: int, attention_seconds: float
+    costs: Costs, device: Device, compiled: Compiled, tokens: int, attention_seconds: float, slices: int = 1
 ) -> dict[str, Any]:
     """Seconds of a step, added up, and what follows from them."""
     source = "estimated_cycles" if costs.cycles.total() else "roofline"
@@ -100,9 +104,15 @@ def estimate(
     )
     compute = sum(scopes.values())
     waits = {scope: moved / device.interconnect for scope, moved in costs.waits.items()}
-    seconds = compute + attention_seconds + sum(waits.values())
+    # Every slice gets all others' sums in a ring, and nothing is taken as hidden: the optimizer waits for the norm of
+    # the whole gradient.
+    turns = {"all-reduce": 2 * (slices - 1) / slices}
+    exchange = sum(turns.get(kind, 1) * moved for kind, moved in costs.between_slices.items()) / device.network
+    seconds = compute + attention_seconds + sum(waits.values()) + exchange
     scopes["decoder"] = scopes.get("decoder", 0.0) + attention_seconds
     scopes = {scope: scopes.get(scope, 0.0) + waits.get(scope, 0.0) for scope in {*scopes, *waits}}
+    if exchange:
+        scopes["between slices"] = exchange
     vision = scopes.get("vision", 0.0)
     kinds = {*costs.synchronous, *costs.asynchronous}
     return {
@@ -113,10 +123,11 @@ def estimate(
         "decoder_tokens_per_second_per_device": tokens / (seconds - vision),
         "vision_share": vision / seconds,
         "seconds": {"compute": compute, "attention": attention_seconds, "interconnect": sum(waits.values()),
-                    "hbm_traffic": costs.hbm_bytes / device.bandwidth},
+                    "between_slices": exchange, "hbm_traffic": costs.hbm_bytes / device.bandwidth},
         "scope_seconds": dict(sorted(scopes.items(), key=lambda entry: -entry[1])),
         "collective_bytes": {kind: costs.synchronous[kind] + costs.asynchronous[kind] for kind in sorted(kinds)},
         "synchronous_bytes": dict(sorted(costs.synchronous.items())),
+        "between_slices_bytes": dict(sorted(costs.between_slices.items())),
         "flops": costs.flops,
         "hbm_traffic_bytes": costs.hbm_bytes,
         "kernel_calls": dict(costs.kernels),
@@ -150,13 +161,13 @@ def search(config: StageConfig, topology: Topology) -> list[dict[str, Any]]:
       ConfigError: the batch divides over no mesh, or no mesh goes with the config.
     """
     if not (reports := _ranked(_searched(config, topology))):
-        raise ConfigError("batch_size", f"must divide over the {_count(topology)} devices of {topology.name} on some "
+        raise ConfigError("batch_size", f"must divide over the {topology.count} devices of {topology.name} on some "
                           f"mesh, got {config.batch_size}")
     return reports
 
 
 def _searched(config: StageConfig, topology: Topology) -> Iterator[dict[str, Any]]:
-    devices = _count(topology)
+    devices = topology.count
     for (data, tensor), policy in itertools.product(_meshes(devices), REMAT_POLICIES):
         ways = devices // tensor
         for rows in ROWS_TRIED:
@@ -176,14 +187,6 @@ def _searched(config: StageConfig, topology: Topology) -> Iterator[dict[str, Any
 def _meshes(devices: int) -> list[tuple[int, int]]:
     """(data, tensor): all parameters spread over all devices, twice over half of them, and heads split in two."""
     return [(data, tensor) for data, tensor in ((1, 1), (2, 1), (1, 2)) if devices % (data * tensor) == 0]
-
-
-def _count(topology: Topology) -> int:
-    shape, _, slices = topology.name.partition(":")[2].partition("*")
-    count = int(slices or 1)
-    for size in shape.split("x"):
-        count *= int(size)
-    return count
 
 
 def _ranked(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
