@@ -2,8 +2,7 @@
 
 On several hosts the same command runs on each. TPU pods, SLURM and MPI say themselves who is who; elsewhere say
 --coordinator_address=HOST:PORT --num_processes=N --process_id=I (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
-JAX_PROCESS_ID). SIGTERM saves and exits with 0, or --stopped_status; the same command goes on. A run of one process has
-nothing to save until the first step begins, and SIGTERM then ends it at once.
+JAX_PROCESS_ID). SIGTERM saves what is new and exits with 0, or --stopped_status; the same command goes on.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from vocojax.training import distributed
 from vocojax.training.checkpoints import CheckpointError
 from vocojax.training.config import stage_config
 from vocojax.training.loop import NonFiniteLoss
-from vocojax.training.preemption import Preempted
+from vocojax.training.preemption import Preempted, leave_on_sigterm
 from vocojax.training.stage import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage's ml_collections file.")
@@ -41,6 +40,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    leave_on_sigterm(STOPPED_STATUS.value)
     show_own_messages()
     try:
         source = config_flags.get_config_filename(flags.FLAGS["config"])

@@ -15,7 +15,7 @@ import jax
 from vocojax.training import distributed
 from vocojax.training.config import StageConfig
 from vocojax.training.distributed import Cluster
-from vocojax.training.preemption import Preempted
+from vocojax.training.preemption import Preempted, leave_on_sigterm
 from vocojax.training.stage import train
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -25,6 +25,7 @@ HEARTBEAT = 10
 
 
 def _child(stage: StageConfig, workdir: str, log: str, cluster: Cluster | None, devices: int) -> None:
+    leave_on_sigterm(0)  # before there is a log, for who waits for one
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -34,6 +35,7 @@ def _child(stage: StageConfig, workdir: str, log: str, cluster: Cluster | None, 
     status = 0
     try:
         distributed.initialize(cluster, 60, HEARTBEAT)
+        print("starts", flush=True)
         train(stage, workdir)
     except Preempted as stopped:
         print(stopped)

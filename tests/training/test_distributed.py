@@ -1,9 +1,11 @@
 """Several processes as one run: who is found, who is missed, and the same losses however many there are."""
 
 import dataclasses
+import json
 import shutil
 import socket
 import threading
+import time
 
 import pytest
 import runs
@@ -82,6 +84,40 @@ def test_a_start_names_who_is_missing():
 def test_a_start_names_who_is_there_twice():
     assert set(meet((3, 0), (3, 1), (3, 1))) == {"two processes have the id 1, one of them at ::ffff:127.0.0.1"}
     assert "was told of 3 processes, process 0 of 2" in meet((2, 0), (3, 1))[0]
+
+
+def test_a_start_names_who_left_and_takes_back_who_came_again():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = probe.getsockname()
+    answers = []
+
+    def told(count):
+        try:
+            answers.append(distributed._rendezvous(Cluster(f"127.0.0.1:{address[1]}", count, 0), 20.0))
+        except MissingProcesses as error:
+            answers.append(str(error).partition(": ")[2])
+
+    def arrive(index, count):
+        while True:
+            try:
+                connection = socket.create_connection(address, 5)
+            except ConnectionRefusedError:
+                continue
+            connection.sendall(json.dumps({"process_id": index, "num_processes": count}).encode() + b"\n")
+            return connection
+
+    for comings in ((1, 2), (1, 1, 2)):  # process 1 leaves at once, the first time it comes
+        count = 3
+        first = threading.Thread(target=told, args=(count,))
+        first.start()
+        arrive(comings[0], count).close()
+        time.sleep(0.1)
+        staying = [arrive(index, count) for index in comings[1:]]
+        first.join()
+        for connection in staying:
+            connection.close()
+    assert answers == ["process 1 of 3 left before all had arrived; look at the log there", None]
 
 
 class Device:

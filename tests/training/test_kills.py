@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import time
@@ -39,7 +40,7 @@ def whole(easy_vqa, tmp_path_factory):
 
 
 def steps_on_disk(workdir):
-    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal())
 
 
 def assert_goes_on(stage, workdir, whole, **how):
@@ -50,40 +51,44 @@ def assert_goes_on(stage, workdir, whole, **how):
     assert not list((workdir / "checkpoints").glob("*tmp*"))
 
 
-@pytest.fixture(scope="module")
-def hits():
-    """How many kills of each trial fell into the writing of a checkpoint; most of the odd trials' should."""
-    counts: dict[int, int] = {}
-    yield counts
-    aimed = [count for trial, count in counts.items() if trial % 2]
-    assert 3 * sum(map(bool, aimed)) >= len(aimed), counts
+def stop_while_writing(child, directory, number, delay):
+    """Freezes the child within the writing of a checkpoint, of the `number`-th one or the first later one that it can
+    be caught in, about `delay` seconds after the beginning; False if it ended before."""
+    partial = lambda: {path.name for path in directory.glob("*tmp*")}
+    seen: set[str] = set()
+    while child.is_alive():
+        runs.wait_until(lambda: not partial() <= seen, child)
+        seen.update(partial())
+        if len(seen) < number:
+            continue
+        time.sleep(delay)
+        runs.kill(child, signal.SIGSTOP)
+        time.sleep(0.02)  # until none of its threads runs
+        if partial():
+            return True
+        runs.kill(child, signal.SIGCONT)
+        delay /= 2
+    return False
 
 
 @pytest.mark.parametrize("trial", range(20))
-def test_sigkill_at_random(trial, easy_vqa, whole, tmp_path, hits):
-    """Two kills per run: of odd trials the first one while a checkpoint is being written."""
+def test_sigkill_at_random(trial, easy_vqa, whole, tmp_path):
+    """Two kills per run: of odd trials the first one within the writing of a checkpoint."""
     chance = random.Random(trial)
     workdir = tmp_path / "run"
-    writing = workdir / "checkpoints"
-    hits[trial] = 0
     for attempt in range(2):
         (child,) = runs.start(easy_vqa, workdir)
         if trial % 2 and attempt == 0:
-            number = chance.randrange(1, 8)
-            seen: set[str] = set()
-
-            def in_writing(seen=seen, number=number):
-                seen.update(p.name for p in writing.glob("*tmp*"))
-                return len(seen) >= number
-
-            runs.wait_until(in_writing, child)
-            time.sleep(chance.uniform(0, 0.03))
-        else:
-            runs.wait_until(lambda: (workdir / "metrics.jsonl").exists(), child)
-            time.sleep(chance.uniform(0, 2.5))
+            number, delay = chance.randrange(1, 8), chance.uniform(0, 0.03)
+            assert stop_while_writing(child, workdir / "checkpoints", number, delay), runs.logs(workdir)
+            runs.kill(child)
+            assert runs.finish([child]) == [-signal.SIGKILL]
+            assert list((workdir / "checkpoints").glob("*tmp*"))
+            continue
+        runs.wait_until(lambda: (workdir / "metrics.jsonl").exists(), child)
+        time.sleep(chance.uniform(0, 2.5))
         runs.kill(child)
         assert runs.finish([child]) in ([-signal.SIGKILL], [0])
-        hits[trial] += bool(list(writing.glob("*tmp*"))) if writing.exists() else 0
     assert_goes_on(easy_vqa, workdir, whole)
 
 
@@ -99,6 +104,35 @@ def test_sigterm_saves_and_exits_with_0(trial, easy_vqa, whole, tmp_path):
     (last,) = (step for step in steps_on_disk(workdir) if step == max(steps_on_disk(workdir)))
     assert 3 <= last < STEPS and loss_curve(workdir) == whole[:last]
     assert_goes_on(stage, workdir, whole)
+
+
+@pytest.mark.parametrize(("processes", "resumed"), [(1, False), (1, True), (2, False), (2, True)])
+def test_sigterm_at_any_moment(processes, resumed, easy_vqa, whole, tmp_path):
+    """From the first one on: all processes end with 0 and say whether there was something to save."""
+    stage = dataclasses.replace(easy_vqa, mesh=MeshConfig(data=-1))
+    workdir, behind, said = tmp_path / "run", 0, []
+
+    def stopped(is_time):
+        for log in tmp_path.glob("*.log"):
+            log.unlink()
+        children = runs.start(stage, workdir, processes)
+        runs.wait_until(is_time, children[-1])
+        runs.kill(children[-1], signal.SIGTERM)
+        assert runs.finish(children, limit=120) == [0] * processes, runs.logs(workdir)
+        return max(steps_on_disk(workdir), default=0)
+
+    if resumed:
+        behind = stopped(lambda: (workdir / "checkpoints" / "8").exists())
+    for wait in (0.0, 0.7, 1.4, 2.1):
+        started = lambda wait=wait: "starts" in runs.logs(workdir) and time.sleep(wait) is None
+        before, behind = behind, stopped(started)
+        said += [(before, behind, text) for text in ("nothing new to save", "and saved;") if text in runs.logs(workdir)]
+    assert said[0][2] == "nothing new to save"
+    for before, behind, text in said:
+        assert before == behind if text == "nothing new to save" else before < behind < STEPS, said
+    runs.run(stage, workdir, processes)
+    for (_, mine), (_, theirs) in zip(loss_curve(workdir), whole, strict=True):
+        assert mine == theirs if processes == 1 else abs(mine - theirs) <= 1e-5 * theirs
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -124,33 +158,48 @@ def test_one_of_two_processes(number, easy_vqa, whole, tmp_path):
         assert abs(mine - theirs) <= 1e-5 * theirs
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 16 MiB; mounting needs root."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = os.geteuid() == 0 and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)], capture_output=True).returncode == 0
-    if not mounted:
-        pytest.skip("mounting a tmpfs is not permitted")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-def test_a_full_disk(easy_vqa, whole, tmp_path, small_disk):
-    """The run ends with a clear message, earlier checkpoints are whole, and with room it goes on."""
-    workdir = small_disk  # its log lies beside it
-    (child,) = runs.start(easy_vqa, workdir)
-    runs.wait_until(lambda: (workdir / "checkpoints" / "8").exists(), child)
-    # Someone else's file takes what is left.
-    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+@contextlib.contextmanager
+def full_disk(workdir, child):
+    """Someone else's file takes what is left of a small disk."""
+    with (workdir / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
         while True:
             filler.write(bytes(4096))
-    assert runs.finish([child]) == [1]
-    log = runs.logs(workdir)
-    assert "THE DISK IS FULL" in log and "are intact" in log, log
-    kept = steps_on_disk(workdir)
-    assert 8 in kept
-    (small_disk / "filler").unlink()
+    yield
+    (workdir / "filler").unlink()
+
+
+@contextlib.contextmanager
+def write_limit(workdir, child):
+    """No file of the child's may grow beyond 64 KiB (its log stays below): the kernel refuses the write()."""
+    resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (2**16, 2**16))
+    yield
+
+
+@pytest.fixture(params=[full_disk, write_limit])
+def writes_fail(request, tmp_path):
+    """(a work directory, what makes writes in it fail); a small disk is a tmpfs of 16 MiB, which needs root."""
+    workdir = tmp_path / "disk"
+    workdir.mkdir()
+    if request.param is not full_disk:
+        yield workdir, request.param
+        return
+    mounted = os.geteuid() == 0 and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(workdir)], capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("mounting a tmpfs is not permitted")
+    yield workdir, request.param
+    subprocess.run(["umount", "--lazy", str(workdir)], check=True)
+
+
+def test_a_full_disk(easy_vqa, whole, writes_fail):
+    """The run ends with a clear message, earlier checkpoints are whole, and with room it goes on."""
+    workdir, fail = writes_fail  # the run's log lies beside it
+    (child,) = runs.start(easy_vqa, workdir)
+    runs.wait_until(lambda: (workdir / "checkpoints" / "8").exists(), child)
+    with fail(workdir, child):
+        assert runs.finish([child]) == [1], runs.logs(workdir)
+        log = runs.logs(workdir)
+        assert "THE DISK IS FULL" in log and "are intact" in log, log
+        assert 8 in steps_on_disk(workdir)
     assert_goes_on(easy_vqa, workdir, whole)
     assert json.loads((workdir / "goodput.json").read_text())["starts"] == 2

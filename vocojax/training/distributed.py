@@ -19,6 +19,8 @@ from jax._src import clusters  # what `jax.distributed.initialize` detects a clu
 from jax._src.distributed import global_state  # likewise the only way to JAX's key-value store
 from jax.sharding import NamedSharding
 
+from vocojax.training.preemption import handed_to_jax
+
 LOG = logging.getLogger(__name__)
 START_SECONDS = 300.0
 EXCHANGE_SECONDS = 600.0
@@ -95,17 +97,18 @@ def initialize(cluster: Cluster | None, limit: float = START_SECONDS, heartbeat:
       heartbeat: seconds without a sign of life after which a process counts as dead and the others stop.
 
     Raises:
-      MissingProcesses: names those that did not arrive within the limit.
+      MissingProcesses: names those that did not arrive within the limit, or left before all had arrived.
       ClusterError: two processes have the same id, or they disagree on how many there are.
     """
     if cluster is None or cluster.num_processes == 1:
         return
     _rendezvous(cluster, limit)
-    jax.distributed.initialize(
-        cluster.coordinator, cluster.num_processes, cluster.process_id,
-        local_device_ids=cluster.local_device_ids, cluster_detection_method="deactivate",
-        initialization_timeout=int(limit), heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=60,
-    )
+    with handed_to_jax():
+        jax.distributed.initialize(
+            cluster.coordinator, cluster.num_processes, cluster.process_id,
+            local_device_ids=cluster.local_device_ids, cluster_detection_method="deactivate",
+            initialization_timeout=int(limit), heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=60,
+        )
     LOG.info("process %d of %d, %d of %d devices", jax.process_index(), jax.process_count(),
              jax.local_device_count(), jax.device_count())
 
@@ -198,9 +201,11 @@ def _get(key: str, limit: float, awaited: Sequence[int], topic: str) -> str:
 
 
 def _missing_message(missing: Sequence[int], count: int, topic: str, limit: float) -> str:
-    named = ", ".join(map(str, missing))
-    which = f"process {named}" if len(missing) == 1 else f"processes {named}"
-    return f"{topic}: {which} of {count} did not arrive within {limit:g} s; look at the log there"
+    return f"{topic}: {_named(missing, count)} did not arrive within {limit:g} s; look at the log there"
+
+
+def _named(processes: Sequence[int], count: int) -> str:
+    return f"process{'es' * (len(processes) > 1)} {', '.join(map(str, processes))} of {count}"
 
 
 def _rendezvous(cluster: Cluster, limit: float) -> None:
@@ -214,6 +219,10 @@ def _rendezvous(cluster: Cluster, limit: float) -> None:
     if verdict["missing"]:
         raise MissingProcesses(_missing_message(verdict["missing"], cluster.num_processes,
                                                 f"start at {cluster.coordinator}", limit))
+    if verdict["left"]:
+        which = _named(verdict["left"], cluster.num_processes)
+        raise MissingProcesses(f"start at {cluster.coordinator}: {which} left before all had arrived; look at the log "
+                               "there")
     if verdict["problem"]:
         raise ClusterError(verdict["problem"])
 
@@ -240,14 +249,15 @@ def _receive_all(cluster: Cluster, deadline: float, limit: float) -> dict[str, A
             if said["num_processes"] != cluster.num_processes:
                 problem = (f"process {index} at {address[0]} was told of {said['num_processes']} processes, "
                            f"process 0 of {cluster.num_processes}")
-            elif index in arrived or index == 0:
+            elif index == 0 or (index in arrived and not _has_left(arrived[index])):
                 problem = f"two processes have the id {index}, one of them at {address[0]}"
             if problem:
                 strays.append(connection)
             else:
                 arrived[index] = connection
         missing = [] if problem else sorted(set(range(1, cluster.num_processes)) - arrived.keys())
-        verdict = {"missing": missing, "problem": problem}
+        left = [] if problem or missing else [i for i, connection in sorted(arrived.items()) if _has_left(connection)]
+        verdict = {"missing": missing, "left": left, "problem": problem}
         for connection in [*arrived.values(), *strays]:
             with connection:
                 try:
@@ -271,7 +281,20 @@ def _report(cluster: Cluster, deadline: float, limit: float) -> dict[str, Any]:
         except OSError:
             pass
         time.sleep(0.2)
-    return {"missing": [0], "problem": ""}
+    return {"missing": [0], "left": [], "problem": ""}
+
+
+def _has_left(connection: socket.socket) -> bool:
+    """Whether a process that has said who it is, and says nothing more, has closed its end."""
+    try:
+        connection.settimeout(0)
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(5.0)
 
 
 def _read_line(connection: socket.socket, limit: float = 5.0) -> dict[str, Any] | None:

@@ -91,12 +91,17 @@ def run(
       CheckpointError: a checkpoint could not be written.
     """
     with ExitStack() as stack:
-        stop_request = stack.enter_context(StopRequest())
+        stop_request = StopRequest()
+        if first_step < config.steps and stop_request.reached():
+            raise Preempted(f"{workdir}: told to stop before its next step; there is nothing new to save, and the same "
+                            "command starts again")
         loop = _Loop(config, workdir, task, checkpoints, first_step, useful_seconds, stack)
         for number in range(first_step + 1, config.steps + 1):
             loop.start_profile(number)
             state = loop.take_step(number, state)
-            stops = stop_request.reached(number)
+            if number == first_step + 1:  # compiled: from here on there is something to save
+                stack.enter_context(stop_request.listening())
+            stops = stop_request.reached()
             saves = stops or number == config.steps or checkpoints.due(number)
             logs = number % config.log_every == 0
             if logs and not saves:

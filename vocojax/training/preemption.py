@@ -1,8 +1,21 @@
-"""The request to stop: SIGTERM, which is also how a TPU's preemption, Kubernetes and SLURM announce themselves."""
+"""The request to stop: SIGTERM, which is also how a TPU's preemption, Kubernetes and SLURM announce themselves.
 
+A run meets it in one of three ways:
+
+* until its first step there is nothing new to save, and `leave_on_sigterm` ends the process at once;
+* a run of one process then notes it and stops behind the step in progress (`StopRequest`);
+* several processes agree: from `jax.distributed.initialize` on JAX's own service takes the signal, wherever it arrives,
+  and finds a moment that none has passed yet, at which all stop. Threads of the runtimes settle it over the network:
+  no device and no step waits for them.
+"""
+
+import contextlib
 import logging
+import os
 import signal
+import socket
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -13,37 +26,87 @@ LOG = logging.getLogger(__name__)
 
 
 class Preempted(RuntimeError):
-    """The run was told to stop and has saved its state; the same command goes on with it."""
+    """The run was told to stop and what there is to save is saved; the same command goes on with it."""
+
+
+def leave_on_sigterm(status: int) -> None:
+    """Lets SIGTERM end this process with `status`, whatever it is at, until something else takes the signal.
+
+    For a run that has nothing new to save: what it writes before its first step is whole or not there. A thread watches
+    for the signal, since Python's own handlers wait until a compilation or a transfer returns. Main thread only.
+    """
+    def taken(number: int, frame: FrameType | None) -> None:
+        """Stands for the thread: what is no longer the handler has left the signal to something else."""
+
+    def watch() -> None:
+        while True:
+            if ours.recv(1)[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is taken:
+                LOG.warning("SIGTERM: there is nothing new to save; the same command starts again")
+                logging.shutdown()
+                os._exit(status)
+
+    def forget() -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    ours, told = socket.socketpair()
+    told.setblocking(False)
+    signal.signal(signal.SIGTERM, taken)
+    signal.set_wakeup_fd(told.detach(), warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=forget)  # a worker that is terminated is not this process
+    threading.Thread(target=watch, name="SIGTERM", daemon=True).start()
+
+
+@contextlib.contextmanager
+def handed_to_jax() -> Iterator[None]:
+    """In this context JAX's service comes to take SIGTERM; it is also told of one that arrived too early for it."""
+    if not _is_main():
+        yield
+        return
+    early: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: early.append(number))
+    try:
+        yield
+    except BaseException:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        raise
+    if early:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StopRequest:
-    """A context in which SIGTERM asks the run to stop instead of ending it.
-
-    With several processes JAX's own service takes the signal wherever it arrives and finds a step that none has passed
-    yet, at which all stop.
-    """
+    """Whether a run was told to stop."""
 
     def __init__(self) -> None:
         self._asked = False
-        self._before: Any = None
-        # A signal has a handler only in the main thread.
-        self._own = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        self._calls = 0
 
-    def reached(self, step: int) -> bool:
-        """Whether the run is to stop behind this step; to be asked behind every one, by all processes."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+    def reached(self) -> bool:
+        """Whether the run is to stop here; to be asked by all processes, in the same places."""
+        if jax.process_count() == 1:
+            return self._asked
+        # The service takes a process that has not asked yet to be at 0. Numbers of steps would not do: of a run that
+        # goes on behind step 100 it would choose 1 then, which never comes.
+        self._calls += 1
+        return multihost_utils.reached_preemption_sync_point(self._calls)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """In this context SIGTERM asks a run of one process to stop."""
+        if jax.process_count() > 1 or not _is_main():
+            yield
+            return
+        before: Any = signal.signal(signal.SIGTERM, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        LOG.warning("%s: saving behind the step in progress", signal.Signals(number).name)
+        LOG.warning("SIGTERM: saving behind the step in progress")
 
-    def __enter__(self) -> "StopRequest":
-        if self._own:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._own:
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+def _is_main() -> bool:
+    """Whether this is the main thread, which alone may set handlers of signals."""
+    return threading.current_thread() is threading.main_thread()

@@ -1,0 +1,81 @@
+"""SIGTERM at moments when there is nothing to save, and the agreement of several processes on where to stop."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# A worker that is terminated leaves the process alone; then one call that no handler of Python's can interrupt.
+BUSY = """
+import hashlib, os, signal, time
+from vocojax.training.preemption import StopRequest, leave_on_sigterm
+leave_on_sigterm(75)
+worker = os.fork()
+if worker == 0:
+    time.sleep(60)
+    os._exit(0)
+time.sleep(0.5)
+os.kill(worker, signal.SIGTERM)
+assert os.WTERMSIG(os.waitpid(worker, 0)[1]) == signal.SIGTERM
+stop = StopRequest()
+with stop.listening():
+    assert not stop.reached()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    assert stop.reached()
+print("ready", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+# One of two processes, which asks every 10 ms, at first after some time, until it is to stop.
+ASKING = """
+import sys, time
+from vocojax.training import distributed
+from vocojax.training.preemption import StopRequest, leave_on_sigterm
+address, index, wait = sys.argv[1:]
+leave_on_sigterm(1)
+distributed.initialize(distributed.Cluster(address, 2, int(index)), 60, 10)
+print("joined", flush=True)
+time.sleep(float(wait))
+stop, asked = StopRequest(), 1
+while not stop.reached():
+    asked += 1
+    if asked == 20:
+        print("under way", flush=True)
+    time.sleep(0.01 * (1 + int(index)))
+print(asked, flush=True)
+"""
+
+
+def python(script, *arguments):
+    return subprocess.Popen([sys.executable, "-c", script, *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+def test_it_ends_at_once_with_the_status_asked_for_whatever_the_main_thread_is_at():
+    with python(BUSY) as process:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 75
+        assert "SIGTERM: there is nothing new to save; the same command starts again" in process.stderr.read()
+
+
+@pytest.mark.parametrize(("wait", "told_at"), [("2.5", "joined"), ("0", "under way")])
+def test_two_processes_stop_in_the_same_place(wait, told_at):
+    """Also if one was told before any had asked: both then stop the first time that they ask."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with python(ASKING, address, "0", wait) as one, python(ASKING, address, "1", wait) as other:
+        for line in other.stdout:
+            if line.strip() == told_at:
+                other.send_signal(signal.SIGTERM)
+                break
+        stopped = [process.communicate(timeout=60)[0].split()[-1] for process in (one, other)]
+        assert (one.returncode, other.returncode) == (0, 0)
+    assert stopped[0] == stopped[1]
+    assert (stopped[0] == "1") == (told_at == "joined")
