@@ -26,9 +26,9 @@ from vocojax.evaluation.benchmarks.easy_vqa import Answers, EasyVqaBenchmark
 from vocojax.evaluation.retention import Score, format_table, table
 from vocojax.inference.assistant import Assistant
 from vocojax.layout import Visibility, lay_out_sample
-from vocojax.training.checkpoints import write_atomically
 from vocojax.training.config import StageConfig, stage_config
 from vocojax.training.contrastive import ContrastiveConfig, pretrain_vision
+from vocojax.training.run_files import write_atomically
 from vocojax.training.stage import train
 
 UPPER, LOWER = "Upper Bound", "Lower Bound"

@@ -29,8 +29,8 @@ from vocojax.kernels.interval_attention import IntervalMask
 from vocojax.models.parameters import parameters_of
 from vocojax.models.voco import Rows, VocoLlama
 from vocojax.training.checkpoints import Checkpoints
-from vocojax.training.checkpoints import load_model as load_run
 from vocojax.training.config import CheckpointConfig
+from vocojax.training.run_weights import load_model as load_run
 from vocojax.training.step import TrainState
 
 W = checkpoints.WORDS

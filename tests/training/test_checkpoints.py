@@ -14,16 +14,21 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vocojax.convert.mapping import ConvertError
+from vocojax.convert.pretrained import load_model as load_converted
 from vocojax.data.loader import BatchStream
 from vocojax.evaluation.report import loss_curve
 from vocojax.models.parameters import parameters_of
-from vocojax.training.checkpoints import CheckpointError, Checkpoints, load_model
-from vocojax.training.checkpoints import _saved_leaves as saved_leaves
-from vocojax.training.checksums import checksums
-from vocojax.training.config import CheckpointConfig
+from vocojax.training.checkpoints import CheckpointError, Checkpoints
+from vocojax.training.checksums import checksums, host_checksum
+from vocojax.training.config import CheckpointConfig, OptimizerConfig
 from vocojax.training.preemption import Preempted
+from vocojax.training.run_weights import load_model, saved_leaves
 from vocojax.training.stage import train
 from vocojax.training.step import TrainState
+
+# Any dataclass will do for a run's config.
+RUN, OTHER = OptimizerConfig(), OptimizerConfig(learning_rate=1.0)
 
 
 def tiny_state(step, frozen=True):
@@ -37,7 +42,7 @@ def on_disk(workdir):
 
 
 def write(workdir, steps, config, metric=lambda step: {"loss": 1.0}):
-    with Checkpoints(workdir, config, "digest") as checkpoints:
+    with Checkpoints(workdir, config, RUN) as checkpoints:
         for step in steps:
             checkpoints.save(step, tiny_state(step), {"data": step}, metric(step))
 
@@ -75,7 +80,7 @@ def test_what_does_not_train_is_written_once(tmp_path):
     write(tmp_path, (1,), CheckpointConfig())
     (frozen,) = tmp_path.glob("frozen/_METADATA")
     before = frozen.stat().st_mtime_ns
-    with Checkpoints(tmp_path, CheckpointConfig(), "digest") as checkpoints:
+    with Checkpoints(tmp_path, CheckpointConfig(), RUN) as checkpoints:
         step, state, progress = checkpoints.restore(tiny_state(0))
         checkpoints.save(2, state, {"data": 2})
     assert frozen.stat().st_mtime_ns == before and (step, progress["data"]) == (1, 1)
@@ -89,7 +94,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_put_aside(item, tmp_path, caplo
     for step in (2, 3):
         damage(tmp_path / "checkpoints" / str(step) / item)
     caplog.set_level(logging.ERROR, "vocojax")
-    with Checkpoints(tmp_path, CheckpointConfig(), "digest") as checkpoints:
+    with Checkpoints(tmp_path, CheckpointConfig(), RUN) as checkpoints:
         step, state, _ = checkpoints.restore(tiny_state(0))
         assert step == 1 and state.trained["a"].tolist() == [1, 1, 1]
         checkpoints.save(2, tiny_state(2), {})
@@ -101,7 +106,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_put_aside(item, tmp_path, caplo
 def test_nothing_is_moved_if_nothing_can_be_restored(tmp_path):
     write(tmp_path, (1, 2), CheckpointConfig())
     other = tiny_state(0)._replace(trained={"a": jnp.zeros(5)})
-    with Checkpoints(tmp_path, CheckpointConfig(), "digest") as checkpoints, pytest.raises(
+    with Checkpoints(tmp_path, CheckpointConfig(), RUN) as checkpoints, pytest.raises(
         CheckpointError, match=r"no checkpoint can be restored \(step 2: .*; step 1: .*\). All are left as they are"
     ):
         checkpoints.restore(other)
@@ -110,8 +115,8 @@ def test_nothing_is_moved_if_nothing_can_be_restored(tmp_path):
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     write(tmp_path, (1,), CheckpointConfig())
-    with Checkpoints(tmp_path, CheckpointConfig(), "other") as checkpoints, pytest.raises(
-        CheckpointError, match="was written with another config"
+    with Checkpoints(tmp_path, CheckpointConfig(), OTHER) as checkpoints, pytest.raises(
+        CheckpointError, match=r"was written with another config \(differing: learning_rate\)"
     ):
         checkpoints.restore(tiny_state(0))
 
@@ -121,7 +126,7 @@ def test_a_half_written_one_is_never_picked(tmp_path):
     partial = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     partial.mkdir()
     (partial / "progress").mkdir()
-    with Checkpoints(tmp_path, CheckpointConfig(), "digest") as checkpoints:
+    with Checkpoints(tmp_path, CheckpointConfig(), RUN) as checkpoints:
         assert checkpoints.latest == 1
         assert checkpoints.restore(tiny_state(0))[0] == 1
         checkpoints.save(2, tiny_state(2), {})
@@ -137,6 +142,18 @@ def test_any_changed_bit_changes_the_checksum(index, bit, dtype):
     bits.reshape(-1)[index] ^= np.array(1 << bit % (8 * width), bits.dtype)
     one, other = checksums({"x": jnp.asarray(array)}), checksums({"x": jnp.asarray(bits.view(array.dtype))})
     assert one.keys() == {"x"} and one != other
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 90), min_size=0, max_size=3), st.sampled_from(["float32", "bfloat16", "int8"]))
+def test_a_checksum_is_the_same_without_a_device(shape, dtype):
+    array = np.random.default_rng(0).integers(-100, 100, shape).astype(jnp.dtype(dtype))
+    assert host_checksum(array) == checksums(array)[""]
+
+
+def test_a_checksum_in_parts_is_that_of_the_whole():
+    array = np.arange(700_000, dtype=np.float32)
+    assert host_checksum(array) == checksums(array)[""]
 
 
 def test_checksums_know_where_an_element_is():
@@ -169,6 +186,38 @@ def test_sigterm_saves_and_the_run_goes_on(stage, tmp_path, monkeypatch):
     assert 0 < goodput["useful_seconds"] < goodput["wall_seconds"]
     for name, value in parameters_of(load_model(tmp_path / "whole")).items():
         assert (value == parameters_of(load_model(tmp_path / "stopped"))[name]).all()
+
+
+def test_weights_of_a_run_are_compared_with_their_checksums(stage, tmp_path):
+    """Wherever a byte is flipped, who loads a run gets what was saved or is told."""
+    run = tmp_path / "run"
+    train(dataclasses.replace(stage, steps=1), run)
+    whole = parameters_of(load_model(run))
+    step = run / "checkpoints" / "1"
+    parts = (step / "parameters", step / "progress", run / "frozen")
+    sizes = {path: path.stat().st_size for part in parts for path in part.rglob("*") if path.is_file()}
+    files = sorted((path for path in sizes if sizes[path]), key=lambda path: -sizes[path])
+    assert len(files) > 8
+    told = set()
+    for number, file in enumerate(files[:8]):
+        content = file.read_bytes()
+        changed = bytearray(content)
+        changed[len(changed) * (number + 1) // 10] ^= 4
+        file.write_bytes(changed)
+        for load, error in ((load_model, CheckpointError), (load_converted, ConvertError)):
+            try:
+                for name, value in parameters_of(load(run)).items():
+                    assert (value == whole[name]).all(), (file, name)
+            except error as problem:
+                told.add(number)
+                assert "DAMAGED" in str(problem) or "not a readable Orbax checkpoint" in str(problem), problem
+        file.write_bytes(content)
+    assert {0, 1} <= told
+    damage(step / "parameters")
+    second = dataclasses.replace(stage, steps=1, init_from=str(run))
+    with pytest.raises(CheckpointError, match=r"parameters IS DAMAGED: .*\. Its own run, started again, puts"):
+        train(second, tmp_path / "second")
+    assert on_disk(tmp_path / "run") == [1]
 
 
 def test_a_damaged_newest_one_costs_its_steps_only(stage, tmp_path):

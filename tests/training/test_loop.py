@@ -46,7 +46,7 @@ def fresh():
 
 def run(workdir, steps=7, place=jax.device_put, first_step=0, **changes):
     stream = Counting()
-    with Checkpoints(workdir, CheckpointConfig(every=3), "d") as checkpoints:
+    with Checkpoints(workdir, CheckpointConfig(every=3)) as checkpoints:
         shown = loop.LoopConfig("counting", steps, 2, **changes)
         return stream, loop.run(shown, workdir, loop.Task(step, stream, place), fresh(), first_step, checkpoints)
 

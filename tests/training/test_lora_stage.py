@@ -25,9 +25,9 @@ from vocojax.evaluation.report import loss_curve
 from vocojax.models.parameters import parameters_of, with_parameters
 from vocojax.models.voco import Rows
 from vocojax.training import checkpoints
-from vocojax.training.checkpoints import load_model
 from vocojax.training.config import MeshConfig, config_to_dict, stage_config
 from vocojax.training.program import make_model, make_program
+from vocojax.training.run_weights import load_model
 from vocojax.training.sharding import make_mesh
 from vocojax.training.stage import train
 
@@ -155,7 +155,7 @@ import jax, numpy as np
 from flax import nnx
 from vocojax.models.parameters import abstract, variables_of
 from vocojax.models.voco import VocoLlama
-from vocojax.training.checkpoints import load_parameters
+from vocojax.training.run_weights import load_parameters
 from vocojax.training.config import stage_config
 from vocojax.training.sharding import make_mesh, parameter_shardings
 from vocojax.training.stage import train

@@ -13,10 +13,11 @@ from vocojax.config import ConfigError
 from vocojax.data.loader import BatchStream
 from vocojax.evaluation.report import loss_curve
 from vocojax.models.parameters import parameters_of
-from vocojax.training import checkpoints, run_files
-from vocojax.training.checkpoints import CheckpointError, load_model
+from vocojax.training import checkpoints, run_files, run_weights
+from vocojax.training.checkpoints import CheckpointError
 from vocojax.training.config import CheckpointConfig, DistillConfig, config_to_dict, stage_config
 from vocojax.training.loop import NonFiniteLoss
+from vocojax.training.run_weights import load_model, load_parameters
 from vocojax.training.stage import train
 
 
@@ -24,18 +25,22 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, tmp_path, monkeypatch):
-    config = dataclasses.replace(stage, steps=6)
-    train(config, tmp_path / "whole")
+def killed_at(last):
     save = checkpoints.Checkpoints.save
 
-    def kill_at_four(self, step, *rest):
-        if step == 4:
+    def kill(self, step, *rest):
+        if step == last:
             raise Killed
         save(self, step, *rest)
 
+    return kill
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, tmp_path, monkeypatch):
+    config = dataclasses.replace(stage, steps=6)
+    train(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.Checkpoints, "save", kill_at_four)
+        patch.setattr(checkpoints.Checkpoints, "save", killed_at(4))
         with pytest.raises(Killed):
             train(config, tmp_path / "killed")
     assert loss_curve(tmp_path / "killed")[-1][0] == 4
@@ -71,7 +76,7 @@ def test_a_bucket_that_is_not_reached_is_one_line(stage, monkeypatch):
     def unreachable(path):
         raise OSError("Cannot connect to host storage.googleapis.com:443")
 
-    monkeypatch.setattr(run_files.epath.Path, "exists", unreachable, raising=False)
+    monkeypatch.setattr(type(run_files.epath.Path("gs://bucket/run")), "exists", unreachable)
     with pytest.raises(CheckpointError, match=r"workdir 'gs://bucket/run' can't be reached: Cannot connect to host"):
         run_files.run_path("gs://bucket/run")
 
@@ -89,6 +94,39 @@ def test_a_run_with_another_config_is_refused(stage, tmp_path):
     with pytest.raises(CheckpointError, match=r"holds a run with another config \(differing: seed, steps\)"):
         train(dataclasses.replace(stage, steps=4, seed=1), tmp_path)
     train(dataclasses.replace(stage, steps=2, log_every=1, checkpoint=CheckpointConfig(every=1)), tmp_path)
+
+
+def test_a_run_older_than_a_key_of_the_config_goes_on(stage, tmp_path):
+    """A key that its files lack counts as the default; other differences are still refused by name."""
+    train(dataclasses.replace(stage, steps=4), tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoints.Checkpoints, "save", killed_at(4))
+        train(stage, tmp_path / "run")
+    newer = (("visibility",), ("data", "frames"), ("optimizer", "eps"), ("model", "decoder", "rope_theta"))
+    progress = tmp_path / "run" / "checkpoints" / "2" / "progress" / "metadata"
+    about = json.loads(progress.read_text())
+    forget(about["config"], newer)
+    del about["data"]["frames"], about["sha256"]
+    progress.write_text(json.dumps({**about, "sha256": run_weights.sha256(about)}))
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(forget(json.loads(path.read_text()), newer)))
+    for changed, key in (({"visibility": "causal"}, "visibility"), ({"seed": 3}, "seed")):
+        with pytest.raises(CheckpointError, match=rf"another config \(differing: {key}\)"):
+            train(dataclasses.replace(stage, **changed), tmp_path / "run")
+    train(stage, tmp_path / "run")
+    assert loss_curve(tmp_path / "run") == loss_curve(tmp_path / "whole")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "given_up": 1}))
+    with pytest.raises(CheckpointError, match=r"another config \(differing: given_up\)"):
+        train(stage, tmp_path / "run")
+
+
+def forget(values, keys):
+    for *parts, last in keys:
+        inner = values
+        for part in parts:
+            inner = inner[part]
+        del inner[last]
+    return values
 
 
 def test_a_stage_starts_from_an_earlier_one(stage, tmp_path):
@@ -152,7 +190,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(stage, tm
 def test_frozen_parameters_are_held_in_their_dtype(stage, tmp_path):
     train(dataclasses.replace(stage, steps=1, frozen_dtype="bfloat16", dtype="bfloat16"), tmp_path)
     wanted = {"vision/patch_embedding": jax.ShapeDtypeStruct((768, 16), jnp.float32)}
-    stored = checkpoints.load_parameters(tmp_path, wanted)["vision/patch_embedding"]
+    stored = load_parameters(tmp_path, wanted)["vision/patch_embedding"]
     assert (stored == stored.astype(jnp.bfloat16)).all()
 
 

@@ -14,9 +14,13 @@ from typing import Any
 import ml_dtypes  # noqa: F401 (teaches numpy the name bfloat16)
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from vocojax.convert.mapping import ConvertError, Shape
 from vocojax.convert.weights import Index, Weights
+from vocojax.training.checksums import host_checksum
+from vocojax.training.run_files import CheckpointError
+from vocojax.training.run_weights import damaged, saved_checksums
 
 _CHUNK_BYTES = 128 * 2**20  # at most, for the files that a parameter is cut into; stacked ones are cut by layers too
 
@@ -38,7 +42,7 @@ class OrbaxWeights:
     One whole parameter is held in memory: slices of the one last read cost nothing.
 
     Raises:
-      ConvertError: there is no complete checkpoint.
+      ConvertError: there is no complete checkpoint; or what is read is not what a run saved.
     """
 
     def __init__(self, directory: Path):
@@ -48,6 +52,10 @@ class OrbaxWeights:
             raise ConvertError(f"{directory}/checkpoints: holds no complete checkpoint")
         newest = (directory / "checkpoints" / str(max(steps)) / "parameters").absolute()
         self.where = str(newest)
+        try:
+            self._checksums = saved_checksums(epath.Path(newest.parent))
+        except CheckpointError as error:
+            raise ConvertError(str(error)) from error
         self._checkpointer = ocp.PyTreeCheckpointer()
         self._tree: dict[str, Any] = {}
         self._paths: dict[str, Path] = {}
@@ -55,8 +63,8 @@ class OrbaxWeights:
         for path in filter(Path.exists, (newest, (directory / "frozen").absolute())):
             try:
                 part = dict(self._checkpointer.metadata(path).item_metadata.tree)
-            except (ValueError, KeyError, OSError) as error:
-                raise ConvertError(f"{path}: not a readable Orbax checkpoint: {error}") from None
+            except Exception as error:  # whatever a damaged file makes of Orbax
+                raise ConvertError(f"{path}: not a readable Orbax checkpoint: {error}") from error
             self._tree = part | self._tree
             self._paths = dict.fromkeys(part, path) | self._paths
         self.shapes: dict[str, Shape] = {name: tuple(leaf.shape) for name, leaf in self._tree.items()}
@@ -70,12 +78,23 @@ class OrbaxWeights:
         """A parameter, or the slice of it at `index`."""
         if self._last is None or self._last[0] != name:
             self._last = None  # lets go of the one before first
-            restored = self._checkpointer.restore(self._paths[name], args=ocp.args.PyTreeRestore(
+            self._last = name, self._read_whole(name)
+        return self._last[1] if index is None else self._last[1][index].copy()  # a view would keep the whole alive
+
+
+    def _read_whole(self, name: str) -> np.ndarray:
+        path = self._paths[name]
+        try:
+            value = self._checkpointer.restore(path, args=ocp.args.PyTreeRestore(
                 item={name: np.zeros(0)}, partial_restore=True,
                 restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
-            ))
-            self._last = name, restored[name]
-        return self._last[1] if index is None else self._last[1][index].copy()  # a view would keep the whole alive
+            ))[name]
+        except Exception as error:  # whatever a damaged file makes of Orbax and TensorStore
+            raise ConvertError(str(damaged(path, f"{name} can't be read: {error}"))) from error
+        key = f"{path.name}/{name}"
+        if self._checksums and self._checksums.get(key) != host_checksum(value):
+            raise ConvertError(str(damaged(path, f"not what was saved (checksum): {key}")))
+        return value
 
 
 class _Later:

@@ -118,7 +118,7 @@ class BatchStream:
         Raises:
           StreamStateError: another seed, other data, or a config that makes other batches; or a lane is missing.
         """
-        here = self._identity
+        here, state = self._identity, _with_defaults(state)
         other = [f"{key} {state.get(key)} (here {value})" for key, value in here.items() if state.get(key) != value]
         if other:
             raise StreamStateError(f"the saved data state is of another stream, with {', '.join(other)}: resume with "
@@ -168,6 +168,12 @@ def _identity(data: DataConfig, model: ModelConfig, tokenizer: Tokenizer) -> dic
 
 def _fixed(config: DataConfig | PartConfig) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
+
+
+def _with_defaults(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved state in which the configs' keys that are newer than it have their defaults."""
+    parts = [{**_fixed(PartConfig()), **part} for part in state.get("mixture", [])]
+    return {**_fixed(DataConfig()), **state, "mixture": parts}
 
 
 def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

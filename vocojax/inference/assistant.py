@@ -31,7 +31,8 @@ from vocojax.inference.text import AnswerText
 from vocojax.layout import SampleLayout, UnitShape, Visibility, lay_out_unit
 from vocojax.models.llama import KeyValues
 from vocojax.models.voco import Rows, VocoLlama
-from vocojax.training.checkpoints import load_model, run_config
+from vocojax.training.run_files import run_config
+from vocojax.training.run_weights import load_model
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     WORKDIR/checkpoints/STEP/parameters   what trains, a flat dict by path name
                              optimizer    what training alone needs
-                             progress     JSON: the data stream's state, the config's digest, checksums of all of it
+                             progress     JSON: the data stream's state, the run's config, checksums of all of it
     WORKDIR/frozen                        the other parameters, written once
     WORKDIR/damaged/STEP                  checkpoints that could not be read, moved out of the way
 
@@ -11,8 +11,6 @@ the order of the data) follows from the seed in the config, so that there is no 
 """
 
 import errno
-import hashlib
-import json
 import logging
 import shutil
 import time
@@ -24,29 +22,17 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import nnx
-from jax.typing import DTypeLike
 from orbax.checkpoint import checkpoint_managers as keep
 
-from vocojax.config import ConfigError, LoraConfig, ModelConfig, build
-from vocojax.models.lora import merge_factors, with_factors
-from vocojax.models.parameters import Parameters, abstract, variables_of, with_parameters
-from vocojax.models.voco import VocoLlama
+from vocojax.models.parameters import Parameters
 from vocojax.training import distributed
 from vocojax.training.checksums import checksums
 from vocojax.training.config import CheckpointConfig
-from vocojax.training.run_files import (
-    CheckpointError,
-    is_remote,
-    run_config,
-    run_path,
-    write_atomically,
-    write_run_files,
-)
+from vocojax.training.run_files import CheckpointError, changed_keys, fixed_keys, is_remote, run_path
+from vocojax.training.run_weights import described, first_line, not_saved, read_arrays, read_progress, sha256
 from vocojax.training.step import TrainState
 
-__all__ = ["CheckpointError", "Checkpoints", "load_model", "load_parameters", "run_config", "write_atomically",
-           "write_run_files"]
+__all__ = ["CheckpointError", "Checkpoints"]
 
 LOG = logging.getLogger(__name__)
 _ITEMS = {"parameters": ocp.PyTreeCheckpointHandler, "optimizer": ocp.PyTreeCheckpointHandler,
@@ -59,7 +45,7 @@ class Checkpoints:
     Args:
       workdir: the run's directory.
       config: when to write and what to keep.
-      config_digest: of the run's config; a checkpoint of another config is not restored.
+      run_config: the run's, a dataclass; a checkpoint of another one is not restored.
       clock: seconds, for checkpoints by time.
     """
 
@@ -67,10 +53,10 @@ class Checkpoints:
         self,
         workdir: str | Path,
         config: CheckpointConfig,
-        config_digest: str = "",
+        run_config: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._config, self._digest, self._clock = config, config_digest, clock
+        self._config, self._run_config, self._clock = config, run_config, clock
         self._workdir = run_path(workdir)
         self._frozen_checksums: dict[str, int] | None = None
         self._saved_at = clock()
@@ -128,8 +114,8 @@ class Checkpoints:
     ) -> None:
         self._save_frozen(state.frozen)
         sums = checksums({"parameters": state.trained, "optimizer": state.optimizer})
-        about = {**progress, "config": self._digest, "checksums": sums | (self._frozen_checksums or {})}
-        about["sha256"] = _sha256(about)
+        about = {**progress, "config": fixed_keys(self._run_config), "checksums": sums | (self._frozen_checksums or {})}
+        about["sha256"] = sha256(about)
         best = {} if metrics is None or not self._config.keep_best else {
             self._config.best_metric: float(metrics[self._config.best_metric])}
         self._manager.save(
@@ -182,22 +168,21 @@ class Checkpoints:
         directory, problem = self._workdir / "checkpoints" / str(step), ""
         try:
             # Read by the handlers themselves: a process that fails must not leave the others in a barrier of Orbax's.
-            progress = json.loads((directory / "progress" / "metadata").read_text())
-            if progress["sha256"] != _sha256(progress):
-                raise CheckpointError("progress is not what was saved")
-            trained = _read(directory / "parameters", wanted.trained)
-            optimizer = _read(directory / "optimizer", wanted.optimizer)
-            frozen = _read(self._workdir / "frozen", wanted.frozen) if wanted.frozen else {}
+            progress = read_progress(directory)
+            trained = read_arrays(directory / "parameters", wanted.trained)
+            optimizer = read_arrays(directory / "optimizer", wanted.optimizer)
+            frozen = read_arrays(self._workdir / "frozen", wanted.frozen) if wanted.frozen else {}
         except Exception as error:  # whatever a damaged file makes of Orbax and TensorStore
-            problem = f"{type(error).__name__}: {_first_line(error)}"
+            problem = described(error)
         if problem := next(filter(None, distributed.from_all("restore", problem)), ""):
             return problem, None
-        if progress["config"] != self._digest:
-            raise CheckpointError(f"{directory} was written with another config: use that one, or another --workdir")
+        if changed := changed_keys(progress["config"], self._run_config):
+            raise CheckpointError(f"{directory} was written with another config (differing: {', '.join(changed)}): "
+                                  "use that one, or another --workdir")
         self._frozen_checksums = checksums({"frozen": frozen})
         sums = checksums({"parameters": trained, "optimizer": optimizer}) | self._frozen_checksums
-        if changed := [name for name, value in progress["checksums"].items() if sums.get(name) != value]:
-            return f"not what was saved (checksum): {', '.join(changed[:5])}{' ...' * (len(changed) > 5)}", None
+        if problem := not_saved(sums, progress["checksums"], progress["checksums"]):
+            return problem, None
         number: Any = jax.device_put(jnp.int32(step), wanted.step.sharding)
         return "", (TrainState(number, trained, frozen, optimizer, {}), progress)
 
@@ -260,19 +245,8 @@ class Checkpoints:
                 f" ({shutil.disk_usage(self._workdir).free / 2**20:,.0f} MiB are free)")
             return CheckpointError(f"{self._workdir}: THE DISK IS FULL{free}: a file of the run could not be written; "
                                    f"checkpoints: {intact}. Make room; {remedy}")
-        return CheckpointError(f"{self._workdir}: a checkpoint could not be written: {_first_line(error)}; "
+        return CheckpointError(f"{self._workdir}: a checkpoint could not be written: {first_line(error)}; "
                                f"earlier ones: {intact}; {remedy}")
-
-
-def _sha256(progress: Mapping[str, Any]) -> str:
-    """Of everything in a progress file but this."""
-    rest = {name: value for name, value in progress.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:300] if lines else ""
 
 
 def _open(workdir: epath.Path, **options: Any) -> ocp.CheckpointManager:
@@ -282,69 +256,3 @@ def _open(workdir: epath.Path, **options: Any) -> ocp.CheckpointManager:
         workdir / "checkpoints", item_names=tuple(handlers), item_handlers=handlers,
         options=ocp.CheckpointManagerOptions(**options),
     )
-
-
-def _read(directory: epath.Path, wanted: Any) -> Any:
-    """Arrays in the shapes, dtypes and shardings asked for; a dict may leave out some that are there."""
-    return ocp.PyTreeCheckpointHandler().restore(directory, args=ocp.args.PyTreeRestore(
-        item=wanted, partial_restore=isinstance(wanted, dict),
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-    ))
-
-
-def _saved_leaves(directory: epath.Path) -> dict[str, Any]:
-    """Name -> metadata with shape and dtype of every parameter in a directory."""
-    metadata = ocp.PyTreeCheckpointHandler().metadata(directory)
-    return dict(getattr(metadata, "tree", metadata))
-
-
-def parameter_directories(workdir: str | Path) -> list[epath.Path]:
-    """Where the parameters of a run's newest checkpoint lie: each is in one of them.
-
-    Raises:
-      CheckpointError: there is no complete checkpoint.
-    """
-    path = run_path(workdir)
-    steps = ocp.utils.checkpoint_steps(path / "checkpoints")
-    if not steps:
-        raise CheckpointError(f"{workdir} holds no checkpoint")
-    own = path / "checkpoints" / str(max(steps)) / "parameters"
-    return [own, path / "frozen"] if (path / "frozen").exists() else [own]
-
-
-def load_parameters(workdir: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """Parameters of a run's newest checkpoint, in the shapes, dtypes and shardings asked for; those that LoRA adapted
-    come merged with their factors.
-
-    Raises:
-      CheckpointError: no checkpoint, or parameters that are missing or shaped otherwise (all are named).
-    """
-    parts = [(directory, _saved_leaves(directory)) for directory in parameter_directories(workdir)]
-    saved = {name: leaf for _, leaves in reversed(parts) for name, leaf in leaves.items()}
-    problems = [f"{name} is missing" for name in wanted if name not in saved]
-    problems += [f"{name} has shape {tuple(saved[name].shape)}, expected {leaf.shape}"
-                 for name, leaf in wanted.items() if name in saved and tuple(saved[name].shape) != leaf.shape]
-    if problems:
-        raise CheckpointError(f"{parts[0][0].parent} does not fit the model: {'; '.join(problems)} "
-                              "(init_new names what a stage does not take from it)")
-    item = with_factors(wanted, saved)
-    found: Parameters = {}
-    for directory, leaves in parts:
-        if here := {name: leaf for name, leaf in item.items() if name in leaves and name not in found}:
-            found |= _read(directory, here)
-    if item.keys() == wanted.keys():
-        return {name: found[name] for name in wanted}
-    return merge_factors(found, wanted, build(LoraConfig, run_config(workdir)["lora"], "lora").scale)
-
-
-def load_model(workdir: str | Path, dtype: DTypeLike = jnp.float32) -> VocoLlama:
-    """The model of a run's newest checkpoint; computes in and holds its parameters in `dtype`."""
-    try:
-        config = build(ModelConfig, run_config(workdir)["model"], "model")
-    except (KeyError, ConfigError) as error:
-        raise CheckpointError(f"{workdir}/config.json is not a stage's config: {error}") from error
-    model = abstract(lambda: VocoLlama(config, nnx.Rngs(0), dtype))
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = {name: jax.ShapeDtypeStruct(variable.shape, dtype, sharding=sharding)
-              for name, variable in variables_of(model).items()}
-    return with_parameters(model, load_parameters(workdir, wanted))

@@ -9,6 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_CHUNK = 2**18  # elements whose hashes stay in a core's cache
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -29,8 +32,23 @@ def _checksum(array: jax.Array) -> jax.Array:
     for axis in reversed(range(array.ndim)):
         index += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= array.shape[axis]
-    hashed = bits + index * jnp.uint32(0x9E3779B9)
+    return _hashes(bits, index).sum(dtype=jnp.uint32)
+
+
+def host_checksum(array: np.ndarray) -> int:
+    """The same of an array in host memory, without a device."""
+    bits, total = np.ascontiguousarray(array).reshape(-1).view(f"uint{8 * array.dtype.itemsize}"), 0
+    for start in range(0, bits.size, _CHUNK):
+        part = bits[start:start + _CHUNK].astype(np.uint32)
+        index = np.arange(start, start + part.size, dtype=np.int64).astype(np.uint32)
+        total += int(_hashes(part, index).sum(dtype=np.uint64))
+    return total % 2**32
+
+
+def _hashes(bits: Any, index: Any) -> Any:
+    """uint32 of numpy or JAX."""
+    hashed = bits + index * np.uint32(0x9E3779B9)
     # The finaliser of MurmurHash3, a bijection: other bits at an index are another hash.
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        hashed = (hashed ^ (hashed >> shift)) * jnp.uint32(factor)
-    return (hashed ^ (hashed >> 16)).sum(dtype=jnp.uint32)
+        hashed = (hashed ^ (hashed >> shift)) * np.uint32(factor)
+    return hashed ^ (hashed >> 16)

@@ -25,9 +25,9 @@ from vocojax.models.layers import Linear, parameter
 from vocojax.models.parameters import Parameters, abstract, parameters_of, with_parameters
 from vocojax.training import loop
 from vocojax.training.checkpoints import Checkpoints
-from vocojax.training.config import CheckpointConfig, OptimizerConfig, config_to_dict
+from vocojax.training.config import CheckpointConfig, OptimizerConfig
 from vocojax.training.optimizer import make_optimizer
-from vocojax.training.run_files import digest, write_run_files
+from vocojax.training.run_files import write_run_files
 from vocojax.training.step import TrainState
 
 
@@ -110,7 +110,7 @@ def pretrain_vision(
 ) -> None:
     """Trains a tower on a source of captioned images and leaves a checkpoint whose `vision/...` parameters a stage's
     `init_from` can take. Resumes like a stage."""
-    write_run_files(workdir, config_to_dict(config))
+    write_run_files(workdir, config)
     model = abstract(lambda: ContrastiveModel(config, nnx.Rngs(0)))
     optimizer = make_optimizer(config.optimizer, config.steps)
     stream = _CaptionStream(source, config, tokenizer)
@@ -135,7 +135,7 @@ def pretrain_vision(
         return state._replace(step=state.step + 1, trained=trained, optimizer=optimizer_state), metrics
 
     at_the_end = CheckpointConfig(every=config.steps, keep=1)
-    with Checkpoints(workdir, at_the_end, digest(config_to_dict(config))) as checkpoints:
+    with Checkpoints(workdir, at_the_end, config) as checkpoints:
         state, first_step, useful_seconds = create(jax.random.key(config.seed)), 0, 0.0
         if restored := checkpoints.restore(state):
             first_step, state, progress = restored

@@ -15,8 +15,9 @@ from typing import Any
 
 from etils import epath
 
+from vocojax.config import ConfigError, build
 from vocojax.training import distributed
-from vocojax.training.config import differing_keys
+from vocojax.training.config import config_to_dict, differing_keys
 
 PACKAGES = ("vocojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 # Keys of a stage's config that may change when a run goes on.
@@ -55,17 +56,37 @@ def strip(values: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> d
             for name, value in values.items() if prefix + name not in keys}
 
 
-def digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of what of a config may not change when a run goes on."""
-    return _digest(strip(config, MUTABLE_KEYS))
+def fixed_keys(config: Any) -> dict[str, Any]:
+    """What of a run's config (a dataclass, or None) may not change when the run goes on."""
+    return {} if config is None else strip(config_to_dict(config), MUTABLE_KEYS)
+
+
+def changed_keys(saved: Any, config: Any) -> list[str]:
+    """Dotted keys that may not change and have, since a run wrote down its config.
+
+    A key that it didn't have then counts as the default that it has today; one that there is no more has changed.
+
+    Args:
+      saved: the config as the run wrote it, or `fixed_keys` of it.
+      config: today's, a dataclass.
+    """
+    if config is None or isinstance(saved, str):  # at first checkpoints held a digest; config.json is what counts there
+        return []
+    try:
+        filled = build(type(config), saved)
+    except ConfigError as error:
+        return [error.key]
+    return differing_keys(fixed_keys(filled), fixed_keys(config))
 
 
 def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def write_run_files(workdir: str | Path, config: Mapping[str, Any]) -> None:
+def write_run_files(workdir: str | Path, config: Any) -> None:
     """Writes config.json and versions.json; where there are checkpoints, the config must be the one they began with.
+
+    The config is a dataclass.
 
     Process 0 writes; all processes must have the same config and see the same directory.
 
@@ -79,7 +100,7 @@ def write_run_files(workdir: str | Path, config: Mapping[str, Any]) -> None:
         if not problem:
             path.parent.mkdir(parents=True, exist_ok=True)
             versions = {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}}
-            write_atomically(path, json.dumps(config, indent=2) + "\n")
+            write_atomically(path, json.dumps(config_to_dict(config), indent=2) + "\n")
             write_atomically(path.parent / "versions.json", json.dumps(versions, indent=2) + "\n")
     if problem := distributed.from_first("run files", problem):
         raise CheckpointError(problem)
@@ -87,7 +108,7 @@ def write_run_files(workdir: str | Path, config: Mapping[str, Any]) -> None:
         seen = json.loads(path.read_text())
     except (OSError, ValueError):
         seen = None
-    told = distributed.from_all("configs", [_digest(strip(config, HOST_KEYS)), seen is not None])
+    told = distributed.from_all("configs", [_digest(strip(config_to_dict(config), HOST_KEYS)), seen is not None])
     if blind := [index for index, (_, sees) in enumerate(told) if not sees]:
         raise CheckpointError(f"workdir {workdir} of process 0 is not seen by processes {blind}: it must be a "
                               "directory that all share, or a bucket")
@@ -95,11 +116,11 @@ def write_run_files(workdir: str | Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"processes {other} were started with another config than process 0")
 
 
-def _changed(path: epath.Path, config: Mapping[str, Any]) -> str:
+def _changed(path: epath.Path, config: Any) -> str:
     checkpoints = path.parent / "checkpoints"
     if not path.exists() or not checkpoints.is_dir() or not any(e.name.isdecimal() for e in checkpoints.iterdir()):
         return ""
-    changed = differing_keys(strip(json.loads(path.read_text()), MUTABLE_KEYS), strip(config, MUTABLE_KEYS))
+    changed = changed_keys(json.loads(path.read_text()), config)
     if not changed:
         return ""
     return (f"{path.parent} holds a run with another config (differing: {', '.join(changed)}): "

@@ -16,12 +16,13 @@ from vocojax.data.loader import BatchStream, merge_states
 from vocojax.models.lora import is_factor
 from vocojax.models.parameters import Parameters, parameters_of
 from vocojax.training import distributed, loop
-from vocojax.training.checkpoints import Checkpoints, load_parameters
+from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import StageConfig, config_to_dict, differing_keys
 from vocojax.training.flops import StepFlops
 from vocojax.training.optimizer import matches
 from vocojax.training.program import Program, make_model, make_program, views
-from vocojax.training.run_files import digest, run_config, run_path, write_directory, write_run_files
+from vocojax.training.run_files import run_config, run_path, write_directory, write_run_files
+from vocojax.training.run_weights import load_parameters
 from vocojax.training.sharding import BATCH, make_mesh, shard_batch
 from vocojax.training.step import TrainState
 
@@ -40,9 +41,9 @@ def train(config: StageConfig, workdir: str | Path, bar_position: int = 0) -> No
     Raises:
       ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, Preempted: see where they are defined.
     """
-    write_run_files(workdir, config_to_dict(config))
+    write_run_files(workdir, config)
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint, digest(config_to_dict(config))) as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint, config) as checkpoints:
         _train(config, workdir, mesh, checkpoints, bar_position)
 
 
