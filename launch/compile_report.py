@@ -2,10 +2,14 @@
 
     . launch/xla_flags.sh v5p
     python launch/compile_report.py --config=configs/voco_7b.py --topology=v5p:4x4x4 --json report.json
-    python launch/compile_report.py --config=configs/voco_7b.py --topology=v5e:16x16 --fast --compare-remat
+    python launch/compile_report.py --config=configs/voco_7b.py --topology=v5e:16x16 --config.batch_size=256 --fast \
+        --compare-remat --json policies.json
+    python launch/compile_report.py --config=configs/voco_7b.py --topology=v5e:4x4 --search --policies=full,minimal \
+        --rows=1,2 --meshes=1x16x1 --json search.json
     python launch/compile_report.py --config=configs/voco_7b.py --topology=h100:8 --config.accumulate=8
 
-Needs the extra `tpu` (libtpu) or `cuda` (the CUDA plugin), no device. Paths of data and weights are not read.
+Needs the extra `tpu` (libtpu) or `cuda` (the CUDA plugin), no device. Paths of data and weights are not read. A search
+or comparison that was ended goes on when it is given the same --json file again.
 """
 
 import json
@@ -17,18 +21,24 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vocojax.config import ConfigError
-from vocojax.terminal import show_own_messages
+from vocojax.terminal import require_writable, show_own_messages
 from vocojax.training.compile_report.compiling import Topology
-from vocojax.training.compile_report.report import compare_remat, compile_report, search
+from vocojax.training.compile_report.report import compile_report
+from vocojax.training.compile_report.search import compare_remat, search
 from vocojax.training.compile_report.tables import comparison, table
 from vocojax.training.config import stage_config
+from vocojax.training.run_files import write_atomically
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage's ml_collections file.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5p:4x4x4, v5e:16x16*2 (two slices), h100:8 ...", required=True)
 FAST = flags.DEFINE_bool("fast", False, "Stop at the scheduled program: seconds instead of minutes, times by roofline.")
 REMAT = flags.DEFINE_bool("compare-remat", False, "Report on every rematerialisation policy.")
 SEARCH = flags.DEFINE_bool("search", False, "Try rows per device x policy x mesh (fast) and rank them.")
+POLICIES = flags.DEFINE_list("policies", [], "Policies to compare or search; all by default.")
+ROWS = flags.DEFINE_list("rows", [], "Rows per device and part of a batch to search.")
+MESHES = flags.DEFINE_list("meshes", [], "Meshes to search, data x fsdp x tensor: 1x256x1,2x128x1.")
 JSON = flags.DEFINE_string("json", None, "Where to write all figures.")
+require_writable("json")
 
 
 def main(argv: list[str]) -> None:
@@ -42,16 +52,18 @@ def main(argv: list[str]) -> None:
     try:
         config, topology = stage_config(values, os.path.basename(sys.argv[0])), Topology(TOPOLOGY.value)
         if SEARCH.value or REMAT.value:
-            figures = search(config, topology) if SEARCH.value else compare_remat(config, topology, fast=FAST.value)
-            print(comparison(figures))
-        else:
-            figures = compile_report(config, topology, fast=FAST.value)
-            print(table(figures))
+            found = (
+                search(config, topology, POLICIES.value, ROWS.value, MESHES.value, path=JSON.value)
+                if SEARCH.value else compare_remat(config, topology, POLICIES.value, fast=FAST.value, path=JSON.value)
+            )
+            print(comparison(found.reports, found.skipped))
+            return
+        figures = compile_report(config, topology, fast=FAST.value)
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    print(table(figures))
     if JSON.value:
-        with open(JSON.value, "w") as file:
-            json.dump(figures, file, indent=2)
+        write_atomically(JSON.value, json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

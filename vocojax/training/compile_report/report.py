@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +11,12 @@ from vocojax.config import ConfigError
 from vocojax.kernels.static_cost import hlo
 from vocojax.kernels.static_cost.gpu_targets import TARGETS
 from vocojax.kernels.static_cost.tpu import CHIPS
-from vocojax.models.stack import REMAT_POLICIES
 from vocojax.training.compile_report import attention
 from vocojax.training.compile_report.compiling import Compiled, Topology, compile_step
 from vocojax.training.compile_report.costs import Costs, add_up
 from vocojax.training.config import StageConfig
 
 NVLINK = 450e9  # bytes per second that an H100 sends
-ROWS_TRIED = (1, 2, 4, 8, 16, 32)  # rows per device and part of a batch, for --search
 
 
 @dataclass(frozen=True)
@@ -144,51 +140,3 @@ def _attention(config: StageConfig, topology: Topology, costs: Costs, device: De
     forwards = 1 if config.remat in ("none", "attention_out") else 2
     flops = (4 * forwards + 10) * pairs * decoder.head_width * decoder.depth * config.accumulate
     return flops / (attention.MXU_SHARE * device.flops)
-
-
-def compare_remat(config: StageConfig, topology: Topology, *, fast: bool = False) -> list[dict[str, Any]]:
-    """The report of every rematerialisation policy, the fastest that fits first."""
-    configs = (dataclasses.replace(config, remat=policy) for policy in REMAT_POLICIES)
-    return _ranked(compile_report(c, topology, fast=fast) for c in configs)
-
-
-def search(config: StageConfig, topology: Topology) -> list[dict[str, Any]]:
-    """Reports, without code generation, of rows per device x policy x mesh, the fastest that fits first.
-
-    The batch stays the config's; what it does not divide into, and more rows of what does not fit, are not tried.
-
-    Raises:
-      ConfigError: the batch divides over no mesh, or no mesh goes with the config.
-    """
-    if not (reports := _ranked(_searched(config, topology))):
-        raise ConfigError("batch_size", f"must divide over the {topology.count} devices of {topology.name} on some "
-                          f"mesh, got {config.batch_size}")
-    return reports
-
-
-def _searched(config: StageConfig, topology: Topology) -> Iterator[dict[str, Any]]:
-    devices = topology.count
-    for (data, tensor), policy in itertools.product(_meshes(devices), REMAT_POLICIES):
-        ways = devices // tensor
-        for rows in ROWS_TRIED:
-            if config.batch_size % (rows * ways):
-                continue
-            mesh = dataclasses.replace(config.mesh, data=data, fsdp=-1, tensor=tensor)
-            tried = dataclasses.replace(config, mesh=mesh, remat=policy, accumulate=config.batch_size // (rows * ways))
-            try:
-                report = compile_report(tried, topology, fast=True)
-            except ConfigError:
-                break
-            yield report
-            if not report["fits"]:
-                break
-
-
-def _meshes(devices: int) -> list[tuple[int, int]]:
-    """(data, tensor): all parameters spread over all devices, twice over half of them, and heads split in two."""
-    return [(data, tensor) for data, tensor in ((1, 1), (2, 1), (1, 2)) if devices % (data * tensor) == 0]
-
-
-def _ranked(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    speed = lambda report: report.get("tokens_per_second_per_device") or 0.0
-    return sorted(reports, key=lambda report: (not report["fits"], -speed(report)))

@@ -40,18 +40,29 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def comparison(reports: Sequence[dict[str, Any]]) -> str:
-    """One line per report."""
-    heads = f"{'rows':>9} {'peak GB':>8} {'fits':>5} {'s/step':>8} {'tokens/s':>9} {'MFU':>6}"
-    lines = [f"{'mesh':30} {'remat':14} {heads}"]
-    for report in reports:
-        rows = f"{report['accumulate']} x {report['rows_per_device']}"
-        peak = "-" if report["peak_bytes"] is None else f"{report['peak_bytes'] / GB:.2f}"
-        speed = f"{'-':>8} {'-':>9} {'-':>6}" if report["estimated_seconds"] is None else (
-            f"{report['estimated_seconds']:8.3f} {report['tokens_per_second_per_device']:9,.0f} "
-            f"{report['mfu_bound']:6.1%}")
-        fits = "yes" if report["fits"] else "no"
-        lines.append(f"{_mesh(report):30} {report['remat']:14} {rows:>9} {peak:>8} {fits:>5} {speed}")
+HEADS = (f"{'mesh':30} {'remat':14} {'rows':>9} {'peak GB':>8} {'fits':>5} {'s/step':>8} {'tokens/s':>9} {'MFU':>6}")
+
+
+def line(report: dict[str, Any]) -> str:
+    """One report under `HEADS`; what the compiler said of one that failed."""
+    rows = f"{report['accumulate']} x {report['rows_per_device']}"
+    peak = "-" if report["peak_bytes"] is None else f"{report['peak_bytes'] / GB:.2f}"
+    speed = f"{'-':>8} {'-':>9} {'-':>6}" if report["estimated_seconds"] is None else (
+        f"{report['estimated_seconds']:8.3f} {report['tokens_per_second_per_device']:9,.0f} "
+        f"{report['mfu_bound']:6.1%}")
+    fits = "yes" if report["fits"] else "no"
+    said = f"\n    {report['error']}" if report["error"] else ""
+    return f"{_mesh(report):30} {report['remat']:14} {rows:>9} {peak:>8} {fits:>5} {speed}{said}"
+
+
+def comparison(reports: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]] = ()) -> str:
+    """One line per report, then what was not compiled, by reason."""
+    lines = [HEADS, *map(line, reports)]
+    reasons: dict[str, list[str]] = {}
+    for trial in skipped:
+        name = f"{_mesh(trial)}, {trial['remat']}, {trial['rows_per_device']} rows"
+        reasons.setdefault(trial["skipped"], []).append(name)
+    lines += [f"not tried, as {reason}: {'; '.join(names)}" for reason, names in reasons.items()]
     return "\n".join(lines)
 
 
