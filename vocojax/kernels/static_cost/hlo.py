@@ -152,14 +152,20 @@ def group_size(collective: Instruction, devices: int) -> int:
     return devices
 
 
+def is_product(instruction: Instruction) -> bool:
+    """Whether it is a matrix product, also one that cuBLAS computes."""
+    return instruction.op in ("dot", "convolution") or (
+        instruction.op == "custom-call" and 'custom_call_target="__cublas' in instruction.text)
+
+
 def product_flops(product: Instruction, shapes: dict[str, str]) -> float:
-    """Multiplications and additions of a `dot` or `convolution`; `shapes` are its operands'."""
+    """Multiplications and additions of a product; `shapes` are its operands'."""
     sizes = lambda shape: [int(x) for x in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if x]  # type: ignore[index]
     if len(product.operands) < 2 or any(name not in shapes for name in product.operands[:2]):
         return 0
     out, left, right = (sizes(shape) for shape in (product.shape, *(shapes[name] for name in product.operands[:2])))
-    if product.op == "dot":
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.text)
+    if product.op != "convolution":
+        axes = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', product.text)
         return 2 * math.prod(out) * math.prod(left[int(x)] for x in re.findall(r"\d+", axes[1] if axes else ""))
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", product.text)
     if not labels:

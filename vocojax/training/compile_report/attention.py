@@ -8,7 +8,10 @@ import tempfile
 
 import numpy as np
 
-from vocojax.kernels.static_cost import report, tpu
+from vocojax.kernels.interval_attention import IntervalMask, gpu_blocks
+from vocojax.kernels.interval_attention.block_info import FULL, PARTIAL, block_kinds, padded_vectors
+from vocojax.kernels.static_cost import gpu, report, tpu
+from vocojax.kernels.static_cost.gpu_targets import TARGETS
 from vocojax.kernels.static_cost.layouts import Layout
 from vocojax.kernels.static_cost.tpu import Job
 from vocojax.training.config import MeshConfig, StageConfig
@@ -43,6 +46,35 @@ def visible_pairs(layout: Layout) -> float:
     index = np.arange(layout.length)
     seen = lambda start, stop: ((start[:, None] <= index) & (index <= index[:, None]) & (index[:, None] < stop)).sum()
     return float(np.mean([seen(start, stop) for start, stop in zip(layout.start, layout.stop, strict=True)]))
+
+
+def gpu_kernel_seconds(config: StageConfig, kind: str, rows: int) -> dict[str, float]:
+    """Seconds of one call of each kernel on `rows` rows of a GPU, by the kernel's name: every tile costs what bounds
+    the loop over its kind, spread evenly over the cores. Latency and the tail are left out, so it is a lower bound.
+
+    Raises:
+      FileNotFoundError: ptxas or nvdisasm is not installed.
+    """
+    decoder, layout, target = config.model.decoder, typical_rows(config), TARGETS[kind]
+    architecture = gpu_blocks.architecture(target.description)
+    table = gpu_blocks.chosen(architecture, 2 * decoder.head_width)
+    loops = _gpu_loops(kind)
+    width = decoder.head_width / gpu.WIDTH  # of what was compiled
+    heads = rows * decoder.num_heads / config.mesh.tensor
+    seconds = {}
+    for name, blocks in (("forward", table.forward), ("dq", table.dq), ("dkv", table.dkv)):
+        padded = padded_vectors(IntervalMask(layout.start, layout.stop), blocks.q, blocks.k)
+        kinds = np.asarray(block_kinds(*padded, 0, blocks.q, blocks.k))
+        full, partial = (loop.bound for loop in loops[f"interval_attention_{name}"][:2])
+        cycles = ((kinds == FULL).sum() * full + (kinds == PARTIAL).sum() * partial) / layout.rows
+        seconds[f"interval_attention_{name}"] = float(heads * width * cycles / target.cores / target.ghz / 1e9)
+    return seconds
+
+
+@functools.cache
+def _gpu_loops(kind: str) -> dict[str, list[gpu.Loop]]:
+    gpu.tool("ptxas"), gpu.tool("nvdisasm")  # before anything is compiled
+    return {name: kernel.loops for name, kernel in gpu.kernels(kind, "ours").items()}
 
 
 def kernel_seconds(config: StageConfig, topology: str, rows: int) -> dict[str, float]:

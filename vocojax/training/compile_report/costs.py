@@ -6,7 +6,15 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from vocojax.kernels.static_cost.hlo import Instruction, Module, array_bytes, arrays, group_size, product_flops
+from vocojax.kernels.static_cost.hlo import (
+    Instruction,
+    Module,
+    array_bytes,
+    arrays,
+    group_size,
+    is_product,
+    product_flops,
+)
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 SCOPES = ("vision", "head", "optimizer", "decoder")  # `jax.named_scope`s of the step, the innermost names first
@@ -68,10 +76,9 @@ def add_up(module: Module, devices: int) -> Costs:
             if name in module.fused or instruction.op in _NO_TRAFFIC:
                 continue
             scope = scope_of(instruction, module)
-            kernel = instruction.op == "custom-call" and "tpu_custom_call" in instruction.text
-            if kernel:
-                costs.kernels[re.sub(r"\.\d+$", "", instruction.name)] += runs
-            elif not _collective(instruction):
+            if kernel := _pallas_kernel(instruction):
+                costs.kernels[kernel] += runs
+            elif not _is_exchange(instruction, module):
                 costs.cycles[scope] += runs * instruction.cycles
                 costs.roofline.append(
                     (scope, _flops(module, instruction, shapes), _traffic(module, instruction, shapes), runs)
@@ -87,6 +94,23 @@ def scope_of(instruction: Instruction, module: Module) -> str:
             if re.search(rf"[/(]{scope}[/)]", path):
                 return scope
     return "other"
+
+
+def _pallas_kernel(instruction: Instruction) -> str:
+    """The name of the kernel that is called: on TPU the instruction's own."""
+    if instruction.op != "custom-call":
+        return ""
+    if "tpu_custom_call" in instruction.text:
+        return re.sub(r"\.\d+$", "", instruction.name)
+    name = re.search(r"(\w+)/pallas_call$", instruction.scope)
+    return name[1] if name and "__gpu$xla.gpu.triton" in instruction.text else ""
+
+
+def _is_exchange(instruction: Instruction, module: Module) -> bool:
+    """Whether it starts or ends a collective, also one in a computation of its own."""
+    if instruction.op == "async-start":
+        return any(_collective(i) for called in instruction.called for i in module.computations.get(called, ()))
+    return bool(_collective(instruction)) or instruction.op.removesuffix("-done") in COLLECTIVES
 
 
 def _collective(instruction: Instruction) -> str:
@@ -107,9 +131,10 @@ def _add_collective(
         return
     size = group_size(instruction, devices)
     moved = array_bytes(instruction.shape)
-    asynchronous = instruction.op.endswith("-start")
+    starts = instruction.op.endswith("-start")
+    asynchronous = starts and '"is_sync":true' not in instruction.text
     is_cut = kind in ("all-gather", "reduce-scatter")  # one of operand and result is a part of the other
-    if asynchronous:  # the shape holds both
+    if starts and kind != "all-reduce":  # the shape holds both
         moved = moved * (size / (size + 1) if is_cut else 0.5)
     elif kind == "reduce-scatter":
         moved *= size
@@ -136,7 +161,7 @@ def _add_exchange(costs: Costs, instruction: Instruction, runs: int) -> None:
 
 
 def _flops(module: Module, instruction: Instruction, shapes: dict[str, str]) -> float:
-    if instruction.op in ("dot", "convolution"):
+    if is_product(instruction):
         return product_flops(instruction, shapes)
     if instruction.op != "fusion":
         return 0
@@ -149,22 +174,23 @@ def _traffic(module: Module, instruction: Instruction, shapes: dict[str, str]) -
     inner = {i.name: i for i in body}
     root = next((i for i in body if i.root), instruction)
     parts = root.operands if root.op == "tuple" else (root.name,)
-    moved, updated = 0.0, set()
+    moved = 0.0
     for shape, name in zip(arrays(instruction.shape), parts, strict=False):
         while (i := inner.get(name)) and i is not instruction and i.op in ("bitcast", "convert", "copy"):
             name = i.operands[0]
         if i and i.op == "dynamic-update-slice":  # in place: what moves is the update
             shape = shapes.get(i.operands[1], "")
-            updated.add(i.operands[0])
         moved += array_bytes(shape, hbm_only=True)
     for at, operand in enumerate(instruction.operands):
         if instruction.op in ("dynamic-slice", "slice-start", "gather"):
+            continue
+        if instruction.op == "dynamic-update-slice" and at == 0:
             continue
         if instruction.op != "fusion":
             moved += array_bytes(shapes.get(operand, ""), hbm_only=True)
             continue
         parameter = _parameter(body, at)
-        if parameter and parameter.name not in updated:
+        if parameter:
             moved += _read(module, body, parameter)
     return moved
 
@@ -173,15 +199,19 @@ def _parameter(body: list[Instruction], number: int) -> Instruction | None:
     return next((i for i in body if i.op == "parameter" and i.text.startswith(f"{number})")), None)
 
 
-def _read(module: Module, body: list[Instruction], parameter: Instruction) -> float:
-    """Bytes that a fused computation reads of one of its operands."""
-    whole, read = array_bytes(parameter.shape, hbm_only=True), 0.0
-    for user in (i for i in body if parameter.name in i.operands):
+def _read(module: Module, body: list[Instruction], source: Instruction) -> float:
+    """Bytes that a fused computation reads of one of its operands, or of another name of it."""
+    whole, read = array_bytes(source.shape, hbm_only=True), 0.0
+    for user in (i for i in body if source.name in i.operands):
         if user.op in ("dynamic-slice", "slice", "gather"):
             read += array_bytes(user.shape)
+        elif user.op == "dynamic-update-slice" and user.operands[0] == source.name:
+            continue  # in place: nothing of it is read
+        elif user.op == "bitcast" and not user.root:
+            read += _read(module, body, user)
         elif user.op == "fusion":
             inner = module.computations.get(user.called[0], [])
-            inside = _parameter(inner, user.operands.index(parameter.name))
+            inside = _parameter(inner, user.operands.index(source.name))
             read += _read(module, inner, inside) if inside else whole
         else:
             read += whole

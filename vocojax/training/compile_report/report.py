@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,10 @@ from vocojax.training.compile_report import attention
 from vocojax.training.compile_report.compiling import Compiled, Topology, compile_step
 from vocojax.training.compile_report.costs import Costs, add_up
 from vocojax.training.config import StageConfig
+from vocojax.training.flops import peak_flops
 
+LOG = logging.getLogger(__name__)
+_SENT = {"all-reduce": 2}  # how often a collective's bytes pass through a device's links
 NVLINK = 450e9  # bytes per second that an H100 sends
 
 
@@ -35,8 +39,8 @@ class Device:
     def of(cls, topology: Topology, compiled: Compiled) -> Device:
         if topology.is_gpu:
             target = TARGETS[topology.kind]
-            flops = target.tensor_flops * target.cores * target.ghz * 1e9
-            return cls(target.memory, flops, target.bandwidth, NVLINK, target.ghz * 1e9)
+            peak = peak_flops(target.description) or math.nan
+            return cls(target.memory, peak, target.bandwidth, NVLINK, target.ghz * 1e9)
         chip = CHIPS[compiled.device_kind]
         share = compiled.cores / chip.cores
         return cls(int(chip.memory * share), chip.tflops * 1e12 * share, chip.bandwidth * share,
@@ -104,6 +108,9 @@ def estimate(
     # the whole gradient.
     turns = {"all-reduce": 2 * (slices - 1) / slices}
     exchange = sum(turns.get(kind, 1) * moved for kind, moved in costs.between_slices.items()) / device.network
+    # What runs beside computation is hidden by it, if there is enough of that.
+    beside = sum(_SENT.get(kind, 1) * moved for kind, moved in costs.asynchronous.items()) / device.interconnect
+    waits["other"] = waits.get("other", 0.0) + max(0.0, beside - compute - attention_seconds)
     seconds = compute + attention_seconds + sum(waits.values()) + exchange
     scopes["decoder"] = scopes.get("decoder", 0.0) + attention_seconds
     scopes = {scope: scopes.get(scope, 0.0) + waits.get(scope, 0.0) for scope in {*scopes, *waits}}
@@ -119,7 +126,8 @@ def estimate(
         "decoder_tokens_per_second_per_device": tokens / (seconds - vision),
         "vision_share": vision / seconds,
         "seconds": {"compute": compute, "attention": attention_seconds, "interconnect": sum(waits.values()),
-                    "between_slices": exchange, "hbm_traffic": costs.hbm_bytes / device.bandwidth},
+                    "hidden_interconnect": beside, "between_slices": exchange,
+                    "hbm_traffic": costs.hbm_bytes / device.bandwidth},
         "scope_seconds": dict(sorted(scopes.items(), key=lambda entry: -entry[1])),
         "collective_bytes": {kind: costs.synchronous[kind] + costs.asynchronous[kind] for kind in sorted(kinds)},
         "synchronous_bytes": dict(sorted(costs.synchronous.items())),
@@ -132,9 +140,13 @@ def estimate(
 
 def _attention(config: StageConfig, topology: Topology, costs: Costs, device: Device, rows: int) -> float:
     """Seconds of all attention kernels of a step, calls that rematerialisation repeats included."""
-    if not topology.is_gpu and costs.kernels:
-        each = attention.kernel_seconds(config, topology.name, rows)
-        return sum(calls * each.get(name, 0.0) for name, calls in costs.kernels.items())
+    if costs.kernels:
+        try:
+            each = (attention.gpu_kernel_seconds(config, topology.kind, rows) if topology.is_gpu
+                    else attention.kernel_seconds(config, topology.name, rows))
+            return sum(calls * each.get(name, 0.0) for name, calls in costs.kernels.items())
+        except FileNotFoundError as missing:
+            LOG.warning("attention is estimated by its FLOPs: %s", missing)
     decoder = config.model.decoder
     pairs = rows * attention.visible_pairs(attention.typical_rows(config)) * decoder.num_heads / config.mesh.tensor
     forwards = 1 if config.remat in ("none", "attention_out") else 2
