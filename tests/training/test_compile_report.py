@@ -2,12 +2,10 @@
 
 import dataclasses
 import importlib.util
-import json
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from stages import load
 
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig
@@ -17,11 +15,8 @@ from vocojax.training.compile_report import attention
 from vocojax.training.compile_report.compiling import Compiled, Topology, hbm_bytes
 from vocojax.training.compile_report.costs import Costs, add_up
 from vocojax.training.compile_report.report import Device, compile_report, estimate, memory
-from vocojax.training.compile_report.search import compare_remat, search
 from vocojax.training.compile_report.tables import comparison, table
-from vocojax.training.config import MeshConfig, StageConfig, stage_config
-
-ROOT = Path(__file__).parent.parent.parent
+from vocojax.training.config import MeshConfig, StageConfig
 
 # A loop of five turns around a gather, a product in a fusion and a kernel; behind it a reduce-scatter in disguise.
 PROGRAM = """
@@ -231,111 +226,12 @@ def test_a_topology_that_is_none_is_refused(name):
         Topology(name)
 
 
-class Compiler:
-    """In place of XLA: 4 GB of parameters, a policy's memory per row, 3 GB for the sum of a cut batch's gradients."""
-
-    def __init__(self, limit: float = 16):
-        self.limit, self.asked = limit, []
-        self.per_row = {"full": 1, "attention_out": 2, "minimal": 6, "none": 9, "offload": 1}
-
-    def __call__(self, config, topology, fast=False):
-        rows = config.batch_size // config.accumulate // (config.mesh.data * config.mesh.fsdp)
-        self.asked.append((config.mesh.data, config.mesh.tensor, config.remat, rows))
-        if config.mesh.tensor > 1:
-            raise ConfigError("heads", "must divide")
-        peak = 4 + rows * self.per_row[config.remat] + 3 * (config.accumulate > 1)
-        return {"fits": peak <= self.limit, "peak_bytes": peak, "hbm_limit": self.limit, "error": "", "mfu_bound": 0.5,
-                "hbm_bytes_per_device": {"parameters": 4, "temporaries": peak - 4}, "estimated_seconds": 1.0,
-                "tokens_per_second_per_device": 100.0 * rows}
-
-
-@pytest.fixture
-def compiler(monkeypatch) -> Compiler:
-    compiler = Compiler()
-    monkeypatch.setattr("vocojax.training.compile_report.search.compile_report", compiler)
-    return compiler
-
-
-def test_a_search_leaves_out_what_cannot_fit(compiler, capsys):
-    """On one mesh of 4 devices, 32 rows: 8 per device in one go take no sum of gradients, so they are tried although 4
-    don't fit; a policy that keeps more than one that did not fit is not."""
-    found = search(load("voco_7b", batch_size=32), Topology("v5e:2x2"), meshes=["1x4x1"])
-    tried = {policy: [rows for *_, name, rows in compiler.asked if name == policy] for policy in compiler.per_row}
-    assert tried == {"full": [1, 2, 4, 8], "attention_out": [1, 2, 4, 8], "minimal": [1, 2, 8], "none": [1],
-                     "offload": [1, 2, 4, 8]}
-    best = found.reports[0]
-    assert best["fits"] and best["rows_per_device"] == 8 and best["remat"] in ("full", "offload")
-    reasons = {(trial["remat"], trial["rows_per_device"]): trial["skipped"] for trial in found.skipped}
-    assert reasons["minimal", 4] == reasons["none", 4] == "minimal with 2 rows does not fit this mesh"
-    assert reasons["full", 16] == "batch_size 32 is no multiple of 64"
-    said = comparison(found.reports, found.skipped)
-    assert "not tried, as batch_size 32 is no multiple of 64: fsdp 4, full, 16 rows" in said
-    assert capsys.readouterr().out.count("fsdp 4") == len(compiler.asked)
-
-
-def test_a_search_goes_on_where_it_was_ended(compiler, monkeypatch, tmp_path):
-    """Errors of a setting are kept and listed; another question's file is refused; narrower searches add to a file."""
-    path = str(tmp_path / "search.json")
-    stage, topology = load("voco_7b", batch_size=32), Topology("v5e:2x2")
-    run = lambda stage=stage, **space: search(stage, topology, path=path, **space)
-    with monkeypatch.context() as patch:
-        broken = lambda *_, **__: compiler(*_, **__) if len(compiler.asked) < 3 else (_ for _ in ()).throw(OSError)
-        patch.setattr("vocojax.training.compile_report.search.compile_report", broken)
-        with pytest.raises(OSError):
-            run(policies=["full"])
-    assert len(json.loads(Path(path).read_text())["reports"]) == 3
-    found = run(policies=["full"])
-    assert len(compiler.asked) == len(set(compiler.asked)) == len(found.reports) == 4 + 4 + 1
-    (failed,) = [report for report in found.reports if report["error"]]
-    assert failed["mesh"]["tensor"] == 2 and "heads must divide" in comparison([failed])
-    assert found.skipped[-1]["skipped"] == "this mesh can't be built: heads must divide"
-    assert len(run(policies=["offload"], rows=["2"], meshes=["2x2x1"]).reports) == 10
-    before = Path(path).read_text()
-    with pytest.raises(ConfigError, match=r"another question \(differing: config.seed\)"):
-        run(dataclasses.replace(stage, seed=1))
-    assert Path(path).read_text() == before
-    Path(path).write_text("[]")
-    with pytest.raises(ConfigError, match="must name a new file or one of a search"):
-        run()
-
-
-def test_all_policies_are_compared(compiler):
-    stage = load("voco_7b", batch_size=32, accumulate=4)
-    stage = dataclasses.replace(stage, mesh=MeshConfig(data=1, fsdp=4))
-    found = compare_remat(stage, Topology("v5e:2x2"))
-    assert [(report["remat"], report["fits"]) for report in found.reports] == [
-        ("full", True), ("attention_out", True), ("offload", True), ("minimal", False), ("none", False)]
-
-
-@pytest.mark.parametrize(("space", "message"), [
-    ({"policies": ["fulll"]}, "policies must be some of full, .*got fulll"),
-    ({"rows": ["1", "0"]}, "rows must be numbers"),
-    ({"meshes": ["1x8x1"]}, "meshes must be data x fsdp x tensor = 4 devices of a slice of v5e:2x2, as 1x4x1"),
-    ({"rows": ["3"]}, "batch_size must be a multiple"),
-])
-def test_what_cannot_be_searched_is_refused(compiler, space, message):
-    with pytest.raises(ConfigError, match=message):
-        search(load("voco_7b", batch_size=32), Topology("v5e:2x2"), **space)
-    assert not compiler.asked
-
-
 def test_typical_rows_hold_what_a_stage_packs():
     config = load("voco_7b")
     layout = attention.typical_rows(config)
     causal = attention.typical_rows(dataclasses.replace(config, visibility="causal"))
     assert layout.start.shape == (8, 2048)
     assert attention.visible_pairs(layout) < attention.visible_pairs(causal) < 2048 * 2049 / 2
-
-
-def load(name: str, **changes) -> StageConfig:
-    """A config file of the repository, with paths that nobody reads."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    values = module.get_config()
-    values.data.update(tokenizer="-", path="-", image_root="-")
-    values.update(changes)
-    return stage_config(values, name)
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
@@ -346,20 +242,6 @@ def test_pod_configs_have_the_released_hyper_parameters(size):
     assert alignment.optimizer.learning_rate == 1e-3
     assert alignment.batch_size * alignment.data.images_per_row == 256
     assert alignment.train == ("projector/.*",)
-
-
-@pytest.fixture
-def with_flags(monkeypatch):
-    """Sets the compiler flags of a generation as `launch/xla_flags.sh` does."""
-
-    def set_flags(topology: str) -> None:
-        generation = topology.partition(":")[0]
-        script = f'. launch/xla_flags.sh {generation} && printf "%s\\n%s" "$XLA_FLAGS" "$LIBTPU_INIT_ARGS"'
-        run = subprocess.run(["bash", "-c", script], cwd=ROOT, env={}, capture_output=True, text=True, check=True)
-        for name, value in zip(("XLA_FLAGS", "LIBTPU_INIT_ARGS"), run.stdout.split("\n"), strict=True):
-            monkeypatch.setenv(name, value)
-
-    return set_flags
 
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu (extra `tpu`)")
@@ -394,46 +276,3 @@ def test_a_tiny_step_is_compiled_for_two_slices(tiny_stage):
     parameters = report["hbm_bytes_per_device"]["parameters"]
     assert parameters <= report["between_slices_bytes"]["all-reduce"] <= 1.05 * parameters + 16384
     assert "all-reduce, between slices" in table(report)
-
-
-@needs_libtpu
-@pytest.mark.slow
-@pytest.mark.parametrize(("topology", "changes"), [
-    ("v5e:4x4", {"accumulate": 8}),
-    ("v4:2x2x2", {"accumulate": 8}),
-    ("v5p:2x2x1", {"accumulate": 16}),
-    ("v5p:4x4x4", {}),
-    ("v5e:16x16", {"batch_size": 256}),
-])
-def test_7b_fits(topology, changes, with_flags):
-    with_flags(topology)
-    report = compile_report(load("voco_7b", **changes), Topology(topology), fast=True)
-    assert report["fits"], report["error"]
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda13_plugin"), reason="needs the CUDA plugin (extra `cuda`)")
-@pytest.mark.slow
-def test_7b_fits_eight_gpus(with_flags):
-    """Of 16 x 2,048 tokens per GPU and step every one costs 6 FLOPs per weight and, as all is computed twice, another 2
-    per weight but those of `down`, whose product nobody reads again."""
-    with_flags("h100")
-    report = compile_report(load("voco_7b", accumulate=8), Topology("h100:8"))
-    assert report["fits"], report["error"]
-    assert 0.3 < report["mfu_bound"] < 0.75
-    decoder = 32768 * (8 * 6_476_005_376 - 2 * 32 * 4096 * 11008)
-    assert decoder < report["flops"] < 1.06 * decoder, "the rest is the head, projector and vision tower"
-    assert report["kernel_calls"] == {
-        "interval_attention_forward": 512, "interval_attention_dq": 256, "interval_attention_dkv": 256}
-    assert report["collective_bytes"]["all-reduce"] < 0.01 * report["collective_bytes"]["reduce-scatter"]
-    assert report["compiler"]["cpu_seconds"] <= 200 and report["compiler"]["memory_gib"] <= 3
-
-
-@needs_libtpu
-@pytest.mark.slow
-def test_the_compiler_needs_little_for_7b(with_flags):
-    with_flags("v5p")
-    report = compile_report(load("voco_7b"), Topology("v5p:4x4x4"))
-    assert report["fits"] and report["estimated_from"] == "estimated_cycles"
-    assert report["compiler"]["cpu_seconds"] <= 200 and report["compiler"]["memory_gib"] <= 3
-    gathered, scattered = (report["collective_bytes"][kind] for kind in ("all-gather", "reduce-scatter"))
-    assert report["collective_bytes"]["all-reduce"] < 0.01 * scattered < 0.01 * gathered

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import tempfile
 
+import jax.numpy as jnp
 import numpy as np
 
 from vocojax.kernels.interval_attention import IntervalMask, gpu_blocks
@@ -58,12 +59,13 @@ def gpu_kernel_seconds(config: StageConfig, kind: str, rows: int) -> dict[str, f
     decoder, layout, target = config.model.decoder, typical_rows(config), TARGETS[kind]
     architecture = gpu_blocks.architecture(target.description)
     table = gpu_blocks.chosen(architecture, 2 * decoder.head_width)
+    mask = IntervalMask(jnp.asarray(layout.start), jnp.asarray(layout.stop))
     loops = _gpu_loops(kind)
     width = decoder.head_width / gpu.WIDTH  # of what was compiled
     heads = rows * decoder.num_heads / config.mesh.tensor
     seconds = {}
     for name, blocks in (("forward", table.forward), ("dq", table.dq), ("dkv", table.dkv)):
-        padded = padded_vectors(IntervalMask(layout.start, layout.stop), blocks.q, blocks.k)
+        padded = padded_vectors(mask, blocks.q, blocks.k)
         kinds = np.asarray(block_kinds(*padded, 0, blocks.q, blocks.k))
         full, partial = (loop.bound for loop in loops[f"interval_attention_{name}"][:2])
         cycles = ((kinds == FULL).sum() * full + (kinds == PARTIAL).sum() * partial) / layout.rows

@@ -1,0 +1,102 @@
+"""Searches over settings, with a stand-in for the compiler."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from stages import load
+
+from vocojax.config import ConfigError
+from vocojax.training.compile_report.compiling import Topology
+from vocojax.training.compile_report.search import compare_remat, search
+from vocojax.training.compile_report.tables import comparison
+from vocojax.training.config import MeshConfig
+
+
+class Compiler:
+    """In place of XLA: 4 GB of parameters, a policy's memory per row, 3 GB for the sum of a cut batch's gradients."""
+
+    def __init__(self, limit: float = 16):
+        self.limit, self.asked = limit, []
+        self.per_row = {"full": 1, "attention_out": 2, "minimal": 6, "none": 9, "offload": 1}
+
+    def __call__(self, config, topology, fast=False):
+        rows = config.batch_size // config.accumulate // (config.mesh.data * config.mesh.fsdp)
+        self.asked.append((config.mesh.data, config.mesh.tensor, config.remat, rows))
+        if config.mesh.tensor > 1:
+            raise ConfigError("heads", "must divide")
+        peak = 4 + rows * self.per_row[config.remat] + 3 * (config.accumulate > 1)
+        return {"fits": peak <= self.limit, "peak_bytes": peak, "hbm_limit": self.limit, "error": "", "mfu_bound": 0.5,
+                "hbm_bytes_per_device": {"parameters": 4, "temporaries": peak - 4}, "estimated_seconds": 1.0,
+                "tokens_per_second_per_device": 100.0 * rows}
+
+
+@pytest.fixture
+def compiler(monkeypatch) -> Compiler:
+    compiler = Compiler()
+    monkeypatch.setattr("vocojax.training.compile_report.search.compile_report", compiler)
+    return compiler
+
+
+def test_a_search_leaves_out_what_cannot_fit(compiler, capsys):
+    """On one mesh of 4 devices, 32 rows: 8 per device in one go take no sum of gradients, so they are tried although 4
+    don't fit; a policy that keeps more than one that did not fit is not."""
+    found = search(load("voco_7b", batch_size=32), Topology("v5e:2x2"), meshes=["1x4x1"])
+    tried = {policy: [rows for *_, name, rows in compiler.asked if name == policy] for policy in compiler.per_row}
+    assert tried == {"full": [1, 2, 4, 8], "attention_out": [1, 2, 4, 8], "minimal": [1, 2, 8], "none": [1],
+                     "offload": [1, 2, 4, 8]}
+    best = found.reports[0]
+    assert best["fits"] and best["rows_per_device"] == 8 and best["remat"] in ("full", "offload")
+    reasons = {(trial["remat"], trial["rows_per_device"]): trial["skipped"] for trial in found.skipped}
+    assert reasons["minimal", 4] == reasons["none", 4] == "minimal with 2 rows does not fit this mesh"
+    assert reasons["full", 16] == "batch_size 32 is no multiple of 64"
+    said = comparison(found.reports, found.skipped)
+    assert "not tried, as batch_size 32 is no multiple of 64: fsdp 4, full, 16 rows" in said
+    assert capsys.readouterr().out.count("fsdp 4") == len(compiler.asked)
+
+
+def test_a_search_goes_on_where_it_was_ended(compiler, monkeypatch, tmp_path):
+    """Errors of a setting are kept and listed; another question's file is refused; narrower searches add to a file."""
+    path = str(tmp_path / "search.json")
+    stage, topology = load("voco_7b", batch_size=32), Topology("v5e:2x2")
+    run = lambda stage=stage, **space: search(stage, topology, path=path, **space)
+    with monkeypatch.context() as patch:
+        broken = lambda *_, **__: compiler(*_, **__) if len(compiler.asked) < 3 else (_ for _ in ()).throw(OSError)
+        patch.setattr("vocojax.training.compile_report.search.compile_report", broken)
+        with pytest.raises(OSError):
+            run(policies=["full"])
+    assert len(json.loads(Path(path).read_text())["reports"]) == 3
+    found = run(policies=["full"])
+    assert len(compiler.asked) == len(set(compiler.asked)) == len(found.reports) == 4 + 4 + 1
+    (failed,) = [report for report in found.reports if report["error"]]
+    assert failed["mesh"]["tensor"] == 2 and "heads must divide" in comparison([failed])
+    assert found.skipped[-1]["skipped"] == "this mesh can't be built: heads must divide"
+    assert len(run(policies=["offload"], rows=["2"], meshes=["2x2x1"]).reports) == 10
+    before = Path(path).read_text()
+    with pytest.raises(ConfigError, match=r"another question \(differing: config.seed\)"):
+        run(dataclasses.replace(stage, seed=1))
+    assert Path(path).read_text() == before
+    Path(path).write_text("[]")
+    with pytest.raises(ConfigError, match="must name a new file or one of a search"):
+        run()
+
+
+def test_all_policies_are_compared(compiler):
+    stage = load("voco_7b", batch_size=32, accumulate=4)
+    stage = dataclasses.replace(stage, mesh=MeshConfig(data=1, fsdp=4))
+    found = compare_remat(stage, Topology("v5e:2x2"))
+    assert [(report["remat"], report["fits"]) for report in found.reports] == [
+        ("full", True), ("attention_out", True), ("offload", True), ("minimal", False), ("none", False)]
+
+
+@pytest.mark.parametrize(("space", "message"), [
+    ({"policies": ["fulll"]}, "policies must be some of full, .*got fulll"),
+    ({"rows": ["1", "0"]}, "rows must be numbers"),
+    ({"meshes": ["1x8x1"]}, "meshes must be data x fsdp x tensor = 4 devices of a slice of v5e:2x2, as 1x4x1"),
+    ({"rows": ["3"]}, "batch_size must be a multiple"),
+])
+def test_what_cannot_be_searched_is_refused(compiler, space, message):
+    with pytest.raises(ConfigError, match=message):
+        search(load("voco_7b", batch_size=32), Topology("v5e:2x2"), **space)
+    assert not compiler.asked
