@@ -95,7 +95,7 @@ class Checkpoints:
 
         Args:
           progress: JSON-able, on process 0.
-          metrics: what `keep_best` chooses by.
+          metrics: what `keep_best` chooses by; without its metric the checkpoint is not among the best.
 
         Raises:
           CheckpointError: this one or the one before could not be written; earlier ones are intact.
@@ -116,8 +116,8 @@ class Checkpoints:
         sums = checksums({"parameters": state.trained, "optimizer": state.optimizer})
         about = {**progress, "config": fixed_keys(self._run_config), "checksums": sums | (self._frozen_checksums or {})}
         about["sha256"] = sha256(about)
-        best = {} if metrics is None or not self._config.keep_best else {
-            self._config.best_metric: float(metrics[self._config.best_metric])}
+        name = self._config.best_metric
+        best = {name: metrics[name]} if self._config.keep_best and metrics and name in metrics else {}
         self._manager.save(
             step, force=True, metrics=best or None,
             args=ocp.args.Composite(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vocojax.config import ConfigError, LoraConfig, ModelConfig, build, require, require_positive
-from vocojax.data.config import DataConfig
+from vocojax.data.config import DataConfig, SourceName, Split
 from vocojax.layout import Visibility
 from vocojax.models.stack import REMAT_POLICIES
 
@@ -59,7 +59,8 @@ class CheckpointConfig:
 
     every: steps between checkpoints. minutes: after so long without one another is written; 0 is never.
     keep: how many of the newest stay. keep_every: those of multiples of so many steps stay for good; 0 is none.
-    keep_best: how many stay besides for the `lowest` or `highest` mean of best_metric since the last log line.
+    keep_best: how many stay besides for the `lowest` or `highest` best_metric: the mean since the last log line, or of
+      a validation behind the very step.
     """
 
     every: int = 500
@@ -67,7 +68,8 @@ class CheckpointConfig:
     keep: int = 2
     keep_every: int = 0
     keep_best: int = 0
-    best_metric: Literal["loss", "cross_entropy", "kl", "accuracy", "grad_norm"] = "loss"
+    best_metric: Literal["loss", "cross_entropy", "kl", "accuracy", "grad_norm", "validation_loss",
+                         "validation_accuracy"] = "loss"
     best_is: Literal["lowest", "highest"] = "lowest"
 
     def __post_init__(self) -> None:
@@ -75,6 +77,27 @@ class CheckpointConfig:
         require(self.minutes >= 0, "minutes", "must be >= 0", self.minutes)
         require(self.keep_every >= 0, "keep_every", "must be >= 0", self.keep_every)
         require(self.keep_best >= 0, "keep_best", "must be >= 0", self.keep_best)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Held-out data, whose loss and accuracy are logged as validation_loss and validation_accuracy.
+
+    every: steps between validations (the last step has one, too); 0 is never. batches: of batch_size rows; they are the
+      same every time.
+    source, split, path, image_root: the data, as in `DataConfig`; all else is as in the stage's `data`.
+    """
+
+    every: int = 0
+    batches: int = 8
+    source: SourceName = "llava"
+    split: Split = "validation"
+    path: str = ""
+    image_root: str = ""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "every", "must be >= 0", self.every)
+        require_positive(self, "batches")
 
 
 @dataclass(frozen=True)
@@ -141,6 +164,7 @@ class StageConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     run: RunConfig = field(default_factory=RunConfig)
     visibility: Visibility = "voco"
@@ -158,11 +182,15 @@ class StageConfig:
     def __post_init__(self) -> None:
         require(bool(self.name), "name", "must say what the stage is called", self.name)
         require(bool(self.data.tokenizer), "data.tokenizer", "must name a tokenizer directory", self.data.tokenizer)
-        if not self.data.mixture and not self.data.source.startswith("easy_vqa"):
-            require(bool(self.data.path), "data.path", f"must name the file of a {self.data.source} source",
-                    self.data.path)
-            require(bool(self.data.image_root) or self.data.source == "tfds", "data.image_root",
-                    f"must name the directory of a {self.data.source} source's images or videos", self.data.image_root)
+        if not self.data.mixture:
+            _require_files(self.data, "data")
+        if self.validation.every:
+            _require_files(self.validation, "validation")
+        if self.checkpoint.keep_best and self.checkpoint.best_metric.startswith("validation_"):
+            every = self.validation.every
+            require(every > 0 and self.checkpoint.every % every == 0, "checkpoint.every",
+                    f"must be a multiple of validation.every {every} > 0 to keep the best by "
+                    f"{self.checkpoint.best_metric}", self.checkpoint.every)
         require_positive(self, "steps", "batch_size", "accumulate", "log_every")
         require(self.batch_size % self.accumulate == 0, "accumulate", f"must divide batch_size {self.batch_size}",
                 self.accumulate)
@@ -178,6 +206,13 @@ class StageConfig:
                     re.compile(pattern)
                 except re.error as error:
                     raise ConfigError(key, f"has the invalid regex {pattern!r}: {error}") from None
+
+
+def _require_files(data: DataConfig | ValidationConfig, key: str) -> None:
+    if not data.source.startswith("easy_vqa"):
+        require(bool(data.path), f"{key}.path", f"must name the file of a {data.source} source", data.path)
+        require(bool(data.image_root) or data.source == "tfds", f"{key}.image_root",
+                f"must name the directory of a {data.source} source's images or videos", data.image_root)
 
 
 def stage_config(values: Mapping[str, Any], source: str = "") -> StageConfig:

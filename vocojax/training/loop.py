@@ -43,13 +43,15 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """name: shown in the progress bar, on line `position`; steps: in all, those of earlier runs included."""
+    """name: shown in the progress bar, on line `position`; steps: in all, those of earlier runs included;
+    validate_every: steps between validations, behind the last one too; 0 is none."""
 
     name: str
     steps: int
     log_every: int
     position: int = 0
     run: RunConfig = field(default_factory=RunConfig)
+    validate_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Task:
     step: jitted (state, batch) -> (state, metrics), which donates the state; metrics hold at least `loss`; `tokens`
       gives tokens/s. place: puts a batch of the stream on the devices. merge: the streams' states of all processes as
       one. scalars: (sums of metrics over the last steps and their number as `steps`, their seconds) -> values to log.
+      validate: (state, what it calls now and then) -> metrics on other data.
     """
 
     step: Step
@@ -66,6 +69,7 @@ class Task:
     place: Callable[[Mapping[str, Any]], Any]
     merge: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda states: states[0]
     scalars: Callable[[Mapping[str, float], float], Mapping[str, float]] = lambda sums, seconds: {}
+    validate: Callable[[TrainState, Callable[[], None]], dict[str, float]] = lambda state, beat: {}
 
 
 def run(
@@ -109,6 +113,8 @@ def run(
             data_state = loop.data_state() if saves else None
             if number < config.steps and not stops:
                 loop.fetch_batch()
+            if config.validate_every and not stops and (number % config.validate_every == 0 or number == config.steps):
+                loop.validate(number, state)
             loop.report_until(number if saves else loop.logged)
             if logs:
                 loop.logged = number
@@ -139,6 +145,7 @@ class _Loop:
         self.logged = 0  # the last step whose metrics are to be reported
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._last: dict[str, float] = {}  # what was last reported
+        self._validated: dict[int, dict[str, float]] = {}  # the last step that was, and what came of it
         self._batch: Any = None
         self._first = True
         self._traces = False
@@ -175,6 +182,14 @@ class _Loop:
         states = distributed.to_first("data state", self._task.stream.get_state())
         return {} if states is None else self._task.merge(states)
 
+    def validate(self, number: int, state: TrainState) -> None:
+        """Measures the state behind step `number`, and reports up to it."""
+        self._pending[-1][1]["loss"].block_until_ready()
+        before = time.perf_counter()
+        self._validated = {number: self._task.validate(state, self._watchdog.beat)}
+        self._lost += time.perf_counter() - before
+        self.report_until(number)
+
     def report_until(self, number: int) -> None:
         """Fetches and logs the metrics of steps up to `number` that have not been."""
         part = [(n, m) for n, m in self._pending if n <= number]
@@ -198,7 +213,7 @@ class _Loop:
             **self._task.scalars(sums, seconds),
         }
         try:
-            self._log.write(fetched, values)
+            self._log.write([(n, {**metrics, **self._validated.get(n, {})}) for n, metrics in fetched], values)
             if distributed.is_first():
                 self._goodput.write(fetched[-1][0])
         except OSError as error:
@@ -215,7 +230,7 @@ class _Loop:
             self._log.flush()
         except OSError as error:
             raise self._checkpoints.failure(error) from error
-        self._checkpoints.save(number, state, progress, self._last)
+        self._checkpoints.save(number, state, progress, {**self._last, **self._validated.get(number, {})})
         self._lost += time.perf_counter() - before
         self._watchdog.beat()
 

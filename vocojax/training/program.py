@@ -26,7 +26,7 @@ from vocojax.models.voco import VocoLlama
 from vocojax.training.config import StageConfig
 from vocojax.training.optimizer import check_rules, make_optimizer, matches
 from vocojax.training.sharding import BATCH, BATCH_AXES, on_every_device, parameter_shardings, parts_of, replicated
-from vocojax.training.step import Step, TrainState, make_step
+from vocojax.training.step import Evaluate, Step, TrainState, make_evaluation, make_step
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Program:
     model, optimizer: what the state's parameters and moments belong to.
     abstract_state, abstract_batch: `jax.ShapeDtypeStruct`s with shardings: what `step` takes, and a restore fills.
     step: jitted (state, batch) -> (state, metrics); the state is donated.
+    evaluate: jitted (state, batch) -> the sums that the step's objective is made of; compiled if it is called.
     """
 
     mesh: Mesh
@@ -45,6 +46,7 @@ class Program:
     abstract_state: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
     step: Step
+    evaluate: Evaluate
 
     @property
     def abstract_parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -77,7 +79,9 @@ def make_program(config: StageConfig, mesh: Mesh) -> Program:
     spread = functools.partial(on_every_device, mesh=mesh, shardings=shardings) if mesh.size > 1 else lambda g: g
     step = make_step(in_parts(model), teacher and in_parts(teacher), optimizer, config, spread)
     step = jax.jit(step, donate_argnums=0, in_shardings=kept, out_shardings=(kept[0], None))
-    return Program(mesh, model, optimizer, state, batch, step)
+    evaluate = make_evaluation(in_parts(model), teacher and in_parts(teacher), config, spread)
+    evaluate = jax.jit(evaluate, in_shardings=kept, out_shardings=replicated(mesh))
+    return Program(mesh, model, optimizer, state, batch, step, evaluate)
 
 
 def make_model(config: StageConfig, rngs: nnx.Rngs) -> VocoLlama:

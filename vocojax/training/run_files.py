@@ -21,8 +21,8 @@ from vocojax.training.config import config_to_dict, differing_keys
 
 PACKAGES = ("vocojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 # Keys of a stage's config that may change when a run goes on.
-MUTABLE_KEYS = ("log_every", "checkpoint", "run", "data.num_threads", "data.num_workers", "data.keep_in_memory",
-                "attention", "remat", "mesh")
+MUTABLE_KEYS = ("log_every", "checkpoint", "validation", "run", "data.num_threads", "data.num_workers",
+                "data.keep_in_memory", "attention", "remat", "mesh")
 # Keys that may differ between the processes of a run; in all others they must agree, or would wait for each other.
 HOST_KEYS = ("data.num_threads", "data.num_workers", "data.keep_in_memory")
 

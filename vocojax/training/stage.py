@@ -1,6 +1,7 @@
 """A training stage from its config: model, data, optimizer, step and loop put together."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from vocojax.training.run_files import run_config, run_path, write_directory, wr
 from vocojax.training.run_weights import load_parameters
 from vocojax.training.sharding import BATCH, make_mesh, shard_batch
 from vocojax.training.step import TrainState
+from vocojax.training.validation import Validation
 
 LOG = logging.getLogger(__name__)
 
@@ -78,7 +80,10 @@ def _train(
             return {**steps_share, **({} if utilisation is None else {"mfu": utilisation}), **stream.tally.scalars()}
 
         task = loop.Task(program.step, stream, lambda batch: shard_batch(batch, mesh), merge_states, scalars)
-        shown = loop.LoopConfig(config.name, config.steps, config.log_every, bar_position, config.run)
+        if config.validation.every:
+            task = dataclasses.replace(task, validate=Validation(config, program, index, count))
+        shown = loop.LoopConfig(config.name, config.steps, config.log_every, bar_position, config.run,
+                                config.validation.every)
         loop.run(shown, workdir, task, state, first_step, checkpoints, useful_seconds)
 
 

@@ -33,7 +33,28 @@ class TrainState(NamedTuple):
 
 
 Gradient = Callable[[Parameters, TrainState, Batch], tuple[Parameters, TargetSums]]
+Objective = Callable[[Parameters, TrainState, Batch], tuple[jax.Array, TargetSums]]
+Evaluate = Callable[[TrainState, Batch], TargetSums]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_objective(model: VocoLlama, teacher: VocoLlama | None, config: StageConfig) -> Objective:
+    """The function (trained, state, batch) -> (what is minimised, summed over targets; the sums it is made of)."""
+
+    def sums(trained: Parameters, state: TrainState, batch: Batch) -> tuple[jax.Array, TargetSums]:
+        student = with_parameters(model, {**trained, **state.frozen})
+        run = lambda m, view: m(rows_from_batch(batch, view), attention=config.attention, remat=config.remat)[0]
+        guide = None
+        if teacher is not None:
+            guiding = gathered(with_parameters(teacher, state.teacher), stacked=False)
+            hidden = jax.lax.stop_gradient(run(guiding, "teacher_"))
+            guide = Teacher(guiding.decoder, hidden, config.distill.temperature)
+        decoder, hidden_BSE = held_back(student.decoder, run(gathered(student, stacked=False), ""))
+        head = gathered(decoder, stacked=False)
+        out = target_sums(head, hidden_BSE, batch["target_index"], batch["target_ids"], guide)
+        return out.cross_entropy + config.distill.weight * out.kl, out
+
+    return sums
 
 
 def make_step(
@@ -53,20 +74,8 @@ def make_step(
     grad_norm (before clipping), targets, tokens.
     """
 
-    def sums(trained: Parameters, state: TrainState, batch: Batch) -> tuple[jax.Array, TargetSums]:
-        student = with_parameters(model, {**trained, **state.frozen})
-        run = lambda m, view: m(rows_from_batch(batch, view), attention=config.attention, remat=config.remat)[0]
-        guide = None
-        if teacher is not None:
-            guiding = gathered(with_parameters(teacher, state.teacher), stacked=False)
-            hidden = jax.lax.stop_gradient(run(guiding, "teacher_"))
-            guide = Teacher(guiding.decoder, hidden, config.distill.temperature)
-        decoder, hidden_BSE = held_back(student.decoder, run(gathered(student, stacked=False), ""))
-        head = gathered(decoder, stacked=False)
-        out = target_sums(head, hidden_BSE, batch["target_index"], batch["target_ids"], guide)
-        return out.cross_entropy + config.distill.weight * out.kl, out
-
-    gradient = spread(functools.partial(_accumulate, jax.grad(sums, has_aux=True), config.accumulate))
+    objective = make_objective(model, teacher, config)
+    gradient = spread(functools.partial(_accumulate, jax.grad(objective, has_aux=True), config.accumulate))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         count = jnp.maximum((batch["target_ids"] != IGNORE).sum(), 1).astype(jnp.float32)
@@ -87,6 +96,24 @@ def make_step(
         return state._replace(step=state.step + 1, trained=trained, optimizer=optimizer_state), metrics
 
     return step
+
+
+def make_evaluation(
+    model: VocoLlama,
+    teacher: VocoLlama | None,
+    config: StageConfig,
+    spread: Callable[[Gradient], Gradient] = lambda gradient: gradient,
+) -> Evaluate:
+    """The function (state, batch) -> sums over the batch's targets; arguments as of `make_step`."""
+    objective = make_objective(model, teacher, config)
+    without_gradient: Gradient = lambda trained, state, batch: ({}, objective(trained, state, batch)[1])
+    spread_out = spread(functools.partial(_accumulate, without_gradient, config.accumulate))
+
+    def evaluate(state: TrainState, batch: Batch) -> TargetSums:
+        fixed = state._replace(trained={}, frozen={**state.trained, **state.frozen})  # nothing has a gradient
+        return spread_out({}, fixed, batch)[1]
+
+    return evaluate
 
 
 def _accumulate(

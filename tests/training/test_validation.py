@@ -1,0 +1,110 @@
+"""Loss on held-out data: what it is, that it changes nothing, and checkpoints kept by it."""
+
+import dataclasses
+import itertools
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from vocojax.config import ConfigError
+from vocojax.data.loader import BatchStream
+from vocojax.layout import IGNORE
+from vocojax.models.voco import rows_from_batch
+from vocojax.training.config import CheckpointConfig, MeshConfig, ValidationConfig, config_to_dict, stage_config
+from vocojax.training.objectives import gather_targets
+from vocojax.training.run_weights import load_model
+from vocojax.training.stage import train
+
+
+@pytest.fixture
+def held_out(llava_data, tmp_path):
+    """Four of the records."""
+    path = tmp_path / "held_out.json"
+    path.write_text(json.dumps(json.loads((llava_data / "records.json").read_text())[3:7]))
+    return ValidationConfig(every=2, batches=2, path=str(path), image_root=str(llava_data / "images"))
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def loss_of(workdir, stage, validation):
+    """(mean loss, accuracy) per target of a run's model on the first batches, with no code of training's."""
+    model = load_model(workdir)
+    data = dataclasses.replace(stage.data, path=validation.path)
+    stream = BatchStream(stage.model, data, stage.batch_size, stage.seed, "voco")
+    losses, hits = [], []
+    for batch in itertools.islice(stream, validation.batches):
+        batch = {name: jnp.asarray(array) for name, array in batch.items()}
+        hidden_BSE = model(rows_from_batch(batch, ""))[0]
+        logits_BTV = np.asarray(model.decoder.logits(gather_targets(hidden_BSE, batch["target_index"])), np.float64)
+        for logits_V, target in zip(logits_BTV.reshape(-1, logits_BTV.shape[-1]), batch["target_ids"].reshape(-1),
+                                    strict=True):
+            if target != IGNORE:
+                losses.append(np.log(np.exp(logits_V).sum()) - logits_V[target])
+                hits.append(logits_V.argmax() == target)
+    stream.close()
+    return np.mean(losses), np.mean(hits)
+
+
+def test_it_is_the_loss_on_the_same_batches_and_changes_no_step(stage, held_out, tmp_path):
+    stage = dataclasses.replace(stage, steps=5, accumulate=2)
+    train(stage, tmp_path / "without")
+    train(dataclasses.replace(stage, validation=held_out), tmp_path / "with")
+    without, validated = lines(tmp_path / "without"), lines(tmp_path / "with")
+    assert [line["step"] for line in validated if "validation_loss" in line] == [2, 4, 5]
+    for line in validated:
+        if line["step"] == 5:
+            loss, accuracy = loss_of(tmp_path / "with", stage, held_out)
+            np.testing.assert_allclose(line.pop("validation_loss"), loss, rtol=1e-5)
+            assert line.pop("validation_accuracy") == accuracy
+    assert [{k: v for k, v in line.items() if "validation" not in k} for line in validated] == without
+
+
+def test_a_run_is_kept_by_its_validation_and_goes_on_with_another(stage, held_out, tmp_path, monkeypatch):
+    """The best of the checkpoints behind whose step one was; the last steps' are the newest."""
+    told = iter([3.0, 1.0, 2.0, 4.0, 5.0])
+    measure = lambda state, beat: {"validation_loss": next(told)}
+    monkeypatch.setattr("vocojax.training.stage.Validation", lambda *_: measure)
+    stage = dataclasses.replace(stage, steps=8, validation=held_out)
+    best = CheckpointConfig(every=2, keep=1, keep_best=1, best_metric="validation_loss")
+    train(dataclasses.replace(stage, checkpoint=best), tmp_path)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == [4, 8]
+    train(dataclasses.replace(stage, validation=dataclasses.replace(held_out, batches=3)), tmp_path)
+
+
+@pytest.mark.parametrize(("validation", "checkpoint", "message"), [
+    ({"every": 2}, {}, "validation.path must name the file of a llava source"),
+    ({"batches": 0}, {}, "validation.batches must be >= 1, got 0"),
+    ({}, {"keep_best": 1, "best_metric": "validation_loss"},
+     "checkpoint.every must be a multiple of validation.every 0"),
+    ({"every": 4}, {"every": 6, "keep_best": 1, "best_metric": "validation_loss"},
+     "checkpoint.every must be a multiple of validation.every 4"),
+])
+def test_errors_name_the_key(stage, held_out, validation, checkpoint, message):
+    values = config_to_dict(stage)
+    files = {"path": "a.json", "image_root": "images"} if checkpoint else {}
+    values["validation"].update(files | validation)
+    values["checkpoint"].update(checkpoint)
+    with pytest.raises(ConfigError) as error:
+        stage_config(values)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.slow
+def test_processes_and_meshes_agree(quickstart_stage, tmp_path):
+    stage = dataclasses.replace(
+        quickstart_stage, batch_size=8, steps=2, checkpoint=CheckpointConfig(every=2),
+        validation=ValidationConfig(every=1, batches=2, source="easy_vqa", split="test"),
+    )
+    runs.run(stage, tmp_path / "one")
+    one = [line["validation_loss"] for line in lines(tmp_path / "one")]
+    for name, processes, devices, mesh in (
+        ("two", 2, 1, MeshConfig()), ("eight", 1, 8, MeshConfig(data=2, fsdp=2, tensor=2)),
+        ("four", 4, 2, MeshConfig(data=1, fsdp=8)),
+    ):
+        runs.run(dataclasses.replace(stage, mesh=mesh), tmp_path / name, processes, devices)
+        np.testing.assert_allclose([line["validation_loss"] for line in lines(tmp_path / name)], one, rtol=1e-5)

@@ -1,0 +1,82 @@
+"""The loss on held-out data while a run trains: the same batches every time, by the stage's own objective."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from vocojax.config import ConfigError
+from vocojax.data.config import DataConfig
+from vocojax.data.loader import BatchStream
+from vocojax.training.config import StageConfig, ValidationConfig
+from vocojax.training.objectives import TargetSums
+from vocojax.training.program import Program, views
+from vocojax.training.sharding import shard_batch
+from vocojax.training.step import TrainState
+
+IN_FLIGHT = 2  # batches on their way to the device
+
+
+class Validation:
+    """Measures a state on the first `batches` batches of the validation data.
+
+    It shares nothing with the stream that trains. Its threads run only while it does.
+
+    Args:
+      process_index, process_count: which rows of a batch this process makes, as for the training stream.
+
+    Raises:
+      ConfigError: of what the config names.
+    """
+
+    def __init__(self, config: StageConfig, program: Program, process_index: int = 0, process_count: int = 1):
+        self._config, self._program = config, program
+        try:
+            self._stream = BatchStream(
+                config.model, validation_data(config.data, config.validation), config.batch_size, config.seed,
+                *views(config), process_index=process_index, process_count=process_count,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"validation: {error.key}", error.problem) from None
+        self._stream.close()
+        self._start = self._stream.get_state()
+
+    def __call__(self, state: TrainState, beat: Callable[[], None]) -> dict[str, float]:
+        """validation_loss (nats per target, as `loss`) and validation_accuracy of a state, which is left as it is.
+
+        Waits for the device.
+
+        Args:
+          beat: called behind every batch.
+        """
+        mesh = self._program.mesh
+        self._stream.set_state(self._start)
+        totals: list[TargetSums] = []  # behind the last batches
+        try:
+            for _ in range(self._config.validation.batches):
+                batch = shard_batch(next(self._stream), mesh)
+                with jax.transfer_guard("disallow"):
+                    sums = self._program.evaluate(state, batch)
+                    totals = [*totals[-IN_FLIGHT:], _add(totals[-1], sums) if totals else sums]
+                totals[0].num_targets.block_until_ready()
+                beat()
+        finally:
+            self._stream.close()
+        whole = jax.device_get(totals[-1])
+        count = max(int(whole.num_targets), 1)
+        loss = float(whole.cross_entropy) + self._config.distill.weight * float(whole.kl)
+        return {"validation_loss": loss / count, "validation_accuracy": float(whole.correct) / count}
+
+
+@jax.jit
+def _add(one: TargetSums, other: TargetSums) -> TargetSums:
+    return jax.tree.map(jnp.add, one, other)
+
+
+def validation_data(data: DataConfig, validation: ValidationConfig) -> DataConfig:
+    """The data config of the validation: the stage's, with another source; in threads of this process."""
+    return dataclasses.replace(
+        data, mixture=(), source=validation.source, split=validation.split, path=validation.path,
+        image_root=validation.image_root, num_workers=0,
+    )
