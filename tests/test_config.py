@@ -7,7 +7,7 @@ def test_presets_are_the_published_models():
     seven = preset("clip_l_336_vicuna_7b")
     assert seven.vision.num_patches == 576 and seven.unit_tokens == 576 and seven.unit_vocos == 1
     assert preset("clip_l_224_vicuna_7b").vision.num_patches == 256
-    assert (seven.decoder.vocab_size, seven.decoder.num_tokens, seven.voco.token_id) == (32064, 32001, 32000)
+    assert (seven.decoder.vocab_size, seven.decoder.num_tokens, seven.voco.token_id) == (32256, 32001, 32000)
     thirteen = preset("clip_l_336_vicuna_13b").decoder
     assert (thirteen.width, thirteen.depth, thirteen.num_heads, thirteen.mlp_width) == (5120, 40, 40, 13824)
     assert set(PRESETS) == {"tiny", "clip_l_336_vicuna_7b", "clip_l_224_vicuna_7b", "clip_l_336_vicuna_13b"}

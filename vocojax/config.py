@@ -229,8 +229,8 @@ def _clip_vicuna(image_size: int, decoder: DecoderConfig) -> ModelConfig:
     return ModelConfig(vision=VisionConfig(image_size=image_size), decoder=decoder)
 
 
-# What `vocojax.convert` makes of Vicuna's vocabulary of 32000: a row for <voco>, and padding to a multiple of 64.
-_VICUNA_7B = DecoderConfig(vocab_size=32064, vocab_padding=63)
+# What `vocojax.convert` makes of Vicuna's vocabulary of 32000: a row for <voco>, and padding to a multiple of 256.
+_VICUNA_7B = DecoderConfig(vocab_size=32256, vocab_padding=255)
 _VICUNA_13B = dataclasses.replace(_VICUNA_7B, width=5120, depth=40, num_heads=40, num_kv_heads=40, mlp_width=13824)
 
 PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType({

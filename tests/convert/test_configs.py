@@ -202,4 +202,4 @@ def test_sentencepiece_tokenizer_alone(tmp_path):
         {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}))
     source = open_source(tmp_path / "source")
     assert source.tokenizer.voco_id == source.config.voco.token_id == 320
-    assert (source.config.decoder.vocab_size, source.config.decoder.vocab_padding) == (384, 63)
+    assert (source.config.decoder.vocab_size, source.config.decoder.vocab_padding) == (512, 191)

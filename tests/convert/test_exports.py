@@ -131,7 +131,7 @@ def test_decoder_alone_loads(tmp_path):
     checkpoints.llama(W).save_pretrained(tmp_path / "source")
     checkpoints.save_tokenizer(tmp_path / "source")
     decoder = load_decoder(tmp_path / "source", dtype=jnp.bfloat16)
-    assert decoder.embedding.dtype == jnp.bfloat16 and decoder.embedding.shape == (64, 32)
+    assert decoder.embedding.dtype == jnp.bfloat16 and decoder.embedding.shape == (256, 32)
     with pytest.raises(ValueError, match="holds a decoder alone; name a vision tower"):
         VocoLlama.from_pretrained(tmp_path / "source")
 
@@ -185,7 +185,7 @@ for name, value in whole.items():
   np.testing.assert_array_equal(sharded[name], value, err_msg=name)
 up = sharded['decoder/blocks/up/kernel']
 assert [s.data.shape for s in up.addressable_shards] == [(3, 16, 36)] * 4, up.sharding
-assert sharded['decoder/embedding'].addressable_shards[0].data.shape == (32, 16)
+assert sharded['decoder/embedding'].addressable_shards[0].data.shape == (128, 16)
 assert sizes['decoder/blocks/up/kernel'] == [3 * 16 * 36] * 4, sizes  # no device's read is more than its part
 print('same')
 """

@@ -92,7 +92,7 @@ def test_original(tmp_path, form):
         np.testing.assert_allclose(written[name][W], tensors[name].numpy().mean(0), rtol=0, atol=1e-6)
     config = json.loads((back / "config.json").read_text())
     assert config["vocab_size"] == W + 1 and config["mm_projector_type"] == "mlp2x_gelu"
-    assert json.loads((tmp_path / "orbax" / "config.json").read_text())["model"]["decoder"]["vocab_padding"] == 3
+    assert json.loads((tmp_path / "orbax" / "config.json").read_text())["model"]["decoder"]["vocab_padding"] == 195
 
 
 @pytest.mark.parametrize("tokenizer_knows", [True, False])
@@ -150,14 +150,14 @@ def test_whole_clip_directory(tmp_path):
 
 
 def test_image_token_that_needs_another_row(tmp_path):
-    """(c) A vocabulary that `<voco>` fills to a multiple of 64 grows once more for transformers' `<image>`."""
-    parts = checkpoints.save_parts(tmp_path, rows=63)
-    checkpoints.save_tokenizer(parts["source"], "<a>", "<b>", "<c>")
+    """(c) A vocabulary that `<voco>` fills to a multiple of 256 grows once more for transformers' `<image>`."""
+    parts = checkpoints.save_parts(tmp_path, rows=255)
+    checkpoints.save_tokenizer(parts["source"], *(f"<{i}>" for i in range(255 - checkpoints.WORDS)))
     convert(**parts, target=tmp_path / "out", target_layout="huggingface", verify=True, report=lambda _: None)
-    assert tensors_of(tmp_path / "out")["language_model.lm_head.weight"].shape == (65, 32)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["image_token_index"] == 64
+    assert tensors_of(tmp_path / "out")["language_model.lm_head.weight"].shape == (257, 32)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["image_token_index"] == 256
     decoder = open_source(tmp_path / "out").config.decoder
-    assert (decoder.vocab_size, decoder.num_tokens) == (128, 65)
+    assert (decoder.vocab_size, decoder.num_tokens) == (512, 257)
 
 
 def test_parts_without_a_projector(tmp_path):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ def brute_force(decoder, hidden, index, ids, teacher=None, temperature=1.0):
 def test_sums_are_the_definition(decoders, monkeypatch, chunk):
     monkeypatch.setattr(objectives, "CHUNK", chunk)
     hidden, index, ids = batch()
-    guide = Teacher(decoders[1], 1.5 * hidden, 2.0)
+    guide = Teacher(decoders[1], 1.5 * hidden, 2.0, 0.5)
     got = target_sums(decoders[0], hidden, index, ids, guide)
     expected = brute_force(decoders[0], hidden, index, ids, guide, 2.0)
     assert int(got.num_targets) == expected[3] == 9 and int(got.correct) == expected[2]
@@ -60,12 +62,48 @@ def test_sums_are_the_definition(decoders, monkeypatch, chunk):
     np.testing.assert_allclose(got.kl, expected[1], rtol=1e-4)
 
 
-def test_chunks_change_no_gradient(decoders, monkeypatch):
+def plain_loss(decoder, hidden, index, ids, teacher):
+    """The loss of all targets at once, for automatic differentiation."""
+    at_targets = lambda states: jnp.take_along_axis(states, index[..., None], axis=1)
+    logits = decoder.logits(at_targets(hidden))
+    log_p = jax.nn.log_softmax(logits)
+    cross_entropy = -jnp.take_along_axis(log_p, jnp.maximum(ids, 0)[..., None], axis=-1)[..., 0]
+    guide = jax.nn.softmax(teacher.decoder.logits(at_targets(teacher.hidden_BSE)) / teacher.temperature)
+    cooled = jax.nn.log_softmax(logits / teacher.temperature)
+    kl = teacher.temperature**2 * (guide * (jnp.log(guide) - cooled)).sum(-1)
+    return jnp.where(ids != IGNORE, cross_entropy + teacher.weight * kl, 0.0).sum()
+
+
+@pytest.mark.parametrize("chunk", [128, 12])
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_are_those_of_automatic_differentiation(decoders, monkeypatch, chunk, tied):
+    monkeypatch.setattr(objectives, "CHUNK", chunk)
+    config = dataclasses.replace(decoders[0].config, tie_embeddings=tied, vocab_size=13, vocab_padding=2)
+    graphdef, state = nnx.split(Decoder(config, nnx.Rngs(2)))
     hidden, index, ids = batch()
-    loss = lambda h: target_sums(decoders[0], h, index, ids).cross_entropy
-    whole = jax.grad(loss)(hidden)
-    monkeypatch.setattr(objectives, "CHUNK", 12)
-    np.testing.assert_allclose(jax.grad(loss)(hidden), whole, atol=1e-6)
+    guide = Teacher(Decoder(config, nnx.Rngs(3)), 1.5 * hidden, 2.0, 0.5)
+    grads = [
+        jax.grad(lambda state, hidden, loss=loss: 3 * loss(nnx.merge(graphdef, state), hidden), argnums=(0, 1))(
+            state, hidden)
+        for loss in (lambda decoder, hidden: target_sums(decoder, hidden, index, ids, guide).loss,
+                     lambda decoder, hidden: plain_loss(decoder, hidden, index, ids, guide))
+    ]
+    assert float(jnp.abs(grads[1][0]["norm"]["scale"][...]).max()) > 0.1
+    jax.tree.map(lambda got, expected: np.testing.assert_allclose(got, expected, atol=2e-5), *grads)
+
+
+def test_logits_are_made_once_per_step(decoders):
+    """Of the three products with the head one makes logits: they are not computed again on the way back."""
+    hidden, index, ids = batch()
+    loss = lambda h, k: target_sums(with_head(decoders[0], k), h, index, ids).loss
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, decoders[0].head.kernel[...]))
+    assert text.count("dot_general") == 3
+
+
+def with_head(decoder, kernel):
+    graphdef, state = nnx.split(decoder)
+    state["head"]["kernel"] = state["head"]["kernel"].replace(kernel)
+    return nnx.merge(graphdef, state)
 
 
 @pytest.mark.parametrize("in_parts", [False, True])
@@ -85,7 +123,7 @@ def test_gradients_of_bf16_models_are_summed_in_fp32(in_parts, monkeypatch):
     def loss(state):
         model = gathered(nnx.merge(graphdef, state), stacked=False)
         hidden = jnp.ones((1, 1000, 8), jnp.bfloat16)
-        heads = target_sums(model, hidden, jnp.arange(1000)[None], ids).cross_entropy
+        heads = target_sums(model, hidden, jnp.arange(1000)[None], ids).loss
         return heads + model.embed(ids, jnp.bfloat16).astype(jnp.float32).sum()
 
     graphdef, state = nnx.split(cut(decoder, parts, jnp.bfloat16))
@@ -101,14 +139,17 @@ def test_gradients_of_bf16_models_are_summed_in_fp32(in_parts, monkeypatch):
 
 def test_kl_to_itself_is_zero_and_the_teacher_gets_no_gradient(decoders):
     hidden, index, ids = batch()
-    kl = lambda student, guide: target_sums(decoders[0], student, index, ids, Teacher(decoders[0], guide, 1.0)).kl
-    assert abs(float(kl(hidden, hidden))) < 1e-5
-    assert float(jnp.abs(jax.grad(kl, argnums=1)(hidden, hidden + 1)).max()) == 0
-    assert float(jnp.abs(jax.grad(kl, argnums=0)(hidden, hidden + 1)).max()) > 0
+    guided = lambda student, guide: target_sums(
+        decoders[0], student, index, ids, Teacher(decoders[0], guide, 1.0, weight=1.0))
+    assert abs(float(guided(hidden, hidden).kl)) < 1e-5
+    of_student, of_guide = jax.grad(lambda *states: guided(*states).loss, argnums=(0, 1))(hidden, hidden + 1)
+    assert float(jnp.abs(of_guide).max()) == 0
+    alone = jax.grad(lambda student: target_sums(decoders[0], student, index, ids).loss)(hidden)
+    assert float(jnp.abs(of_student - alone).max()) > 0.01
 
 
 def test_logits_exist_only_at_targets(decoders):
     """No array of the compiled program has a row of the vocabulary for every token."""
     hidden, index, ids = jnp.zeros((2, 500, 8)), jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3), jnp.int32)
-    text = jax.jit(lambda h: target_sums(decoders[0], h, index, ids).cross_entropy).lower(hidden).as_text()
+    text = jax.jit(lambda h: target_sums(decoders[0], h, index, ids).loss).lower(hidden).as_text()
     assert "500x11x" not in text and "1000x11x" not in text and "2x3x11x" in text

@@ -21,7 +21,9 @@ from vocojax.models.llama import Decoder
 from vocojax.models.parameters import abstract, variables_of
 from vocojax.models.voco import VocoLlama
 
-VOCAB_MULTIPLE = 64  # vocabularies grow to a multiple of this, so that tensor-parallel devices share them evenly
+# Vocabularies grow to a multiple of this: tensor-parallel devices share them evenly, and libtpu reduce-scatters the
+# head's gradient, where it makes an all-reduce of it if a row is not whole pairs of registers of 128.
+VOCAB_MULTIPLE = 256
 
 
 # Other architectures share LLaMA's tensor names, so that only this tells them apart.

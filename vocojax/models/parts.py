@@ -5,7 +5,6 @@ Inside a `jax.shard_map` a model's variables may hold parts. Which ones do, and 
 by whoever runs the model (`gathered(model, stacked=False)`). Where nothing is cut, nothing happens.
 """
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -94,22 +92,14 @@ def held_back(module: Model, x: jax.Array) -> tuple[Model, jax.Array]:
     metadata = {path: variable.get_metadata() for path, variable in flat.items()}
     for path, known in metadata.items():
         if "cut" in known and "layers" not in known["out_sharding"]:
-            part, x = _in_turn(known["cut"].axis, flat[path][...], x)
+            part, x = _in_turn(flat[path][...], x)
             flat[path] = flat[path].replace(part)
     return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items()))), x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_turn(axis: int, part: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+@jax.custom_vjp
+def _in_turn(part: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return part, x
 
 
-def _in_turn_backward(axis: int, _: None, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    part, x = gradients
-    # The barrier would settle its layout, and libtpu reduce-scatters a matrix only where its contiguous axis is whole
-    # registers, which a vocabulary of 32,064 is not and the axis that is cut is; else it makes an all-reduce of it.
-    order = (1, 0) if axis == -2 else (0, 1)
-    return jax.lax.optimization_barrier((with_layout_constraint(part, Layout(order)), x))
-
-
-_in_turn.defvjp(lambda axis, part, x: ((part, x), None), _in_turn_backward)
+_in_turn.defvjp(lambda part, x: ((part, x), None), lambda _, gradients: jax.lax.optimization_barrier(gradients))

@@ -48,11 +48,11 @@ def make_objective(model: VocoLlama, teacher: VocoLlama | None, config: StageCon
         if teacher is not None:
             guiding = gathered(with_parameters(teacher, state.teacher), stacked=False)
             hidden = jax.lax.stop_gradient(run(guiding, "teacher_"))
-            guide = Teacher(guiding.decoder, hidden, config.distill.temperature)
+            guide = Teacher(guiding.decoder, hidden, config.distill.temperature, config.distill.weight)
         decoder, hidden_BSE = held_back(student.decoder, run(gathered(student, stacked=False), ""))
         head = gathered(decoder, stacked=False)
         out = target_sums(head, hidden_BSE, batch["target_index"], batch["target_ids"], guide)
-        return out.cross_entropy + config.distill.weight * out.kl, out
+        return out.loss, out
 
     return sums
 
@@ -73,7 +73,6 @@ def make_step(
     Metrics are fp32 scalars: loss, cross_entropy, kl (mean nats per target), accuracy (greedy, per target),
     grad_norm (before clipping), targets, tokens.
     """
-
     objective = make_objective(model, teacher, config)
     gradient = spread(functools.partial(_accumulate, jax.grad(objective, has_aux=True), config.accumulate))
 
@@ -85,7 +84,7 @@ def make_step(
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
         metrics = {
-            "loss": (totals.cross_entropy + config.distill.weight * totals.kl) / count,
+            "loss": totals.loss / count,
             "cross_entropy": totals.cross_entropy / count,
             "kl": totals.kl / count,
             "accuracy": totals.correct / count,

@@ -65,8 +65,7 @@ class Validation:
             self._stream.close()
         whole = jax.device_get(totals[-1])
         count = max(int(whole.num_targets), 1)
-        loss = float(whole.cross_entropy) + self._config.distill.weight * float(whole.kl)
-        return {"validation_loss": loss / count, "validation_accuracy": float(whole.correct) / count}
+        return {"validation_loss": float(whole.loss) / count, "validation_accuracy": float(whole.correct) / count}
 
 
 @jax.jit
