@@ -17,6 +17,7 @@ from vocojax.training.compile_report.costs import Costs, add_up
 from vocojax.training.compile_report.report import Device, compile_report, estimate, memory
 from vocojax.training.compile_report.tables import comparison, table
 from vocojax.training.config import MeshConfig, StageConfig
+from vocojax.training.flops import visible_pairs
 
 # A loop of five turns around a gather, a product in a fusion and a kernel; behind it a reduce-scatter in disguise.
 PROGRAM = """
@@ -231,7 +232,9 @@ def test_typical_rows_hold_what_a_stage_packs():
     layout = attention.typical_rows(config)
     causal = attention.typical_rows(dataclasses.replace(config, visibility="causal"))
     assert layout.start.shape == (8, 2048)
-    assert attention.visible_pairs(layout) < attention.visible_pairs(causal) < 2048 * 2049 / 2
+    pairs, causal_pairs = (visible_pairs(rows.start, rows.stop) / 8 for rows in (layout, causal))
+    assert pairs < causal_pairs < 2048 * 2049 / 2
+    assert 1 < attention.typical_images(config) <= 3
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])

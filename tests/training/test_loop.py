@@ -13,7 +13,6 @@ import pytest
 from vocojax.training import loop, run_log
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import CheckpointConfig, RunConfig
-from vocojax.training.flops import StepFlops, peak_flops
 from vocojax.training.goodput import Goodput
 from vocojax.training.run_log import RunLog
 from vocojax.training.step import TrainState
@@ -144,14 +143,3 @@ def test_weights_and_biases_goes_on_under_the_same_id(tmp_path, monkeypatch):
         log.write([(first + 1, {"loss": 2.0})], {"goodput": 1.0})
         log.close()
     assert ids[0] == ids[1] and logged[1] == (2, {"train/loss": 2.0, "train/goodput": 1.0})
-
-
-def test_flops_of_a_llama_7b_token():
-    """32 blocks of 4 x 4096^2 + 3 x 4096 x 11008 weights, all of which train; the head 4096 x 32000, which does not."""
-    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
-    blocks = {f"decoder/blocks/{name}/kernel": shape(32, 4096, 4096) for name in ("query", "key", "value", "out")}
-    blocks |= {f"decoder/blocks/{name}/kernel": shape(32, 4096, 11008) for name in ("gate", "up", "down")}
-    flops = StepFlops(fresh()._replace(trained=blocks, frozen={"decoder/head/kernel": shape(4096, 32000)}))
-    assert flops.per_token == 6 * 6_476_005_376 and flops.per_target == 4 * 131_072_000
-    assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12 and peak_flops("cpu") is None

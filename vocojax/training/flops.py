@@ -2,16 +2,19 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
+from vocojax.config import ModelConfig
 from vocojax.training.step import TrainState
 
-# Dense bfloat16 TFLOP/s by JAX's `device_kind`, from the vendors' data sheets.
+# Dense bfloat16 TFLOP/s by JAX's `device_kind`, the first that matches, from the vendors' data sheets. NVIDIA's boards
+# differ: an H100 in a PCIe slot has fewer cores, the NVL pair a lower clock than SXM modules.
 PEAK_TFLOPS = {
     r"TPU v4": 275, r"TPU v5 ?(lite|e)": 197, r"TPU v5p?": 459, r"TPU v6 ?(lite|e)": 918,
-    r"NVIDIA A100.*": 312, r"NVIDIA H[12]00.*": 989,
+    r"NVIDIA A100.*": 312, r"NVIDIA H100.*PCIe.*": 756, r"NVIDIA H[12]00 NVL.*": 835, r"NVIDIA G?H[12]00.*": 989,
 }
 
 
@@ -21,25 +24,99 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class StepFlops:
-    """FLOPs of the decoder's matrix products over the tokens that are there; attention's own and the vision tower's are
-    left out, so that a utilisation made of it is a lower bound.
+    """FLOPs of the matrix products that a step takes by definition: without what rematerialisation repeats, what
+    padding and empty slots add, and the compressors of the baselines.
 
-    A token costs 2 FLOPs per weight forwards, 2 backwards for what lies below, and 2 more for the weight itself if it
-    trains; the head is paid for targets only.
+    A weight costs 2 FLOPs per token forwards, 2 more for the gradient of its input if anything before it trains, and 2
+    for its own if it trains itself. A teacher's cost 2.
+
+    Attributes:
+      per_token, per_image: of the decoder's layers; of the vision tower, its attention and the projector.
+      per_target: of the head.
+      per_pair: of attention in all layers, for a query and a key that it sees; per_teacher_pair: the teacher's.
     """
 
-    def __init__(self, state: TrainState):
-        self.per_token = self.per_target = 0.0
-        groups: tuple[tuple[Mapping[str, jax.Array], int], ...] = ((state.trained, 6), (state.frozen, 4))
-        for parameters, factor in groups:
+    def __init__(self, config: ModelConfig, state: TrainState):
+        self._config = config
+        self.per_token = self.per_image = self.per_target = 0.0
+        begins = lambda *starts: any(name.startswith(starts) for name in state.trained)
+        vision = begins("vision/", "compressor/")
+        flows = {  # whether a gradient passes through, by what the path begins with
+            "vision/patch_embedding": False, "vision/": begins("vision/"),
+            "projector/linear_in": vision, "projector/": vision or begins("projector/"),
+            "decoder/": vision or begins("projector/", "decoder/blocks/", "decoder/embedding"),
+        }
+        for parameters, factor in ((state.trained, 4), (state.frozen, 2)):
             for name, leaf in parameters.items():
-                if name.startswith("decoder/blocks/") and name.endswith("kernel"):
-                    self.per_token += factor * float(np.prod(leaf.shape))
-                elif name.startswith("decoder/") and "head" in name:
-                    self.per_target += factor * float(np.prod(leaf.shape))
+                passes = next((passes for start, passes in flows.items() if name.startswith(start)), False)
+                self._add(name, leaf, factor + 2 * passes)
+        for name, leaf in state.teacher.items():
+            self._add(name, leaf, 2)
+        decoder, tower = config.decoder, config.vision
+        per_pair = 4.0 * decoder.num_heads * decoder.head_width * decoder.depth
+        self.per_pair, self.per_teacher_pair = 3 * per_pair, per_pair * bool(state.teacher)
+        layers = tower.depth + 1 + tower.select_layer
+        attention = 4.0 * (tower.num_patches + 1) ** 2 * tower.width * layers
+        self.per_image += attention * ((3 if begins("vision/") else 1) + bool(state.teacher))
 
-    def utilisation(self, tokens: float, targets: float, seconds: float) -> float | None:
-        """Share of all devices' peak, None where that is not known."""
+    def _add(self, name: str, leaf: Any, factor: int) -> None:
+        config, cost = self._config, factor * float(np.prod(leaf.shape))
+        is_weight = name.endswith(("/kernel", "/lora/a", "/lora/b"))
+        is_head = name == ("decoder/embedding" if config.decoder.tie_embeddings else "decoder/head/kernel")
+        if is_head:
+            self.per_target += cost * config.decoder.num_tokens / config.decoder.vocab_size
+        elif name.startswith("decoder/blocks/") and is_weight:
+            self.per_token += cost
+        elif name.startswith("projector/") and is_weight:
+            self.per_image += cost * config.unit_tokens
+        elif name.startswith("vision/blocks/") and is_weight:
+            self.per_image += cost * (config.vision.num_patches + 1)
+        elif name == "vision/patch_embedding":
+            self.per_image += cost * config.vision.num_patches
+
+    def total(self, tokens: float, targets: float, images: float, pairs: float, teacher_pairs: float = 0.0) -> float:
+        """Of a step with so many of them."""
+        return (tokens * self.per_token + targets * self.per_target + images * self.per_image + pairs * self.per_pair
+                + teacher_pairs * self.per_teacher_pair)
+
+
+class Composition:
+    """What a run's batches are made of besides tokens and targets, which the step counts itself: images and visible
+    pairs, per token of the rows that this process has seen."""
+
+    def __init__(self, unit_tokens: int):
+        self._unit_tokens = unit_tokens
+        self._tokens = self._images = self._pairs = self._teacher_pairs = 0.0
+
+    def see(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Counts a host batch."""
+        self._tokens += float(batch["num_tokens"].sum())
+        self._images += float((batch["vision"] >= 0).sum()) / self._unit_tokens
+        self._pairs += visible_pairs(batch["start"], batch["stop"])
+        if "teacher_start" in batch:
+            self._teacher_pairs += visible_pairs(batch["teacher_start"], batch["teacher_stop"])
+
+    def utilisation(self, flops: StepFlops, tokens: float, targets: float, seconds: float) -> float | None:
+        """Share of all devices' peak that steps with so many tokens and targets took; None where that is not known."""
         peak = peak_flops(jax.devices()[0].device_kind)
-        done = tokens * self.per_token + targets * self.per_target
-        return None if peak is None else done / (seconds * peak * jax.device_count())
+        if peak is None or not self._tokens:
+            return None
+        share = tokens / self._tokens
+        done = flops.total(tokens, targets, share * self._images, share * self._pairs, share * self._teacher_pairs)
+        return done / (seconds * peak * jax.device_count())
+
+
+def visible_pairs(start_BS: np.ndarray, stop_BS: np.ndarray) -> int:
+    """Pairs of a query and a key that it sees in interval masks without a prefix, int32 [B, S]; O(S log S) per row and
+    distinct `stop`.
+
+    Key j is seen by the queries i of [j, stop[j]) with start[i] <= j. That all of [0, j) have start[i] <= j, as a
+    query's window holds itself, makes it those of [0, stop[j]) less j.
+    """
+    pairs, index = 0, np.arange(start_BS.shape[1])
+    for start, stop in zip(start_BS, stop_BS, strict=True):
+        seen = np.flatnonzero(stop > index)
+        for end in np.unique(stop[seen]):
+            keys = seen[stop[seen] == end]
+            pairs += int((np.searchsorted(np.sort(start[:end]), keys, side="right") - keys).sum())
+    return pairs

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -19,7 +20,7 @@ from vocojax.models.parameters import Parameters, parameters_of
 from vocojax.training import distributed, loop
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import StageConfig, config_to_dict, differing_keys
-from vocojax.training.flops import StepFlops
+from vocojax.training.flops import Composition, StepFlops
 from vocojax.training.optimizer import matches
 from vocojax.training.program import Program, make_model, make_program, views
 from vocojax.training.run_files import run_config, run_path, write_directory, write_run_files
@@ -72,14 +73,19 @@ def _train(
             stream.set_state(progress["data"])
             useful_seconds = progress["useful_seconds"]
             LOG.info("%s: resumes behind step %d", workdir, first_step)
-        flops, slots = StepFlops(program.abstract_state), config.batch_size * config.data.row_length
+        flops, slots = StepFlops(config.model, program.abstract_state), config.batch_size * config.data.row_length
+        composition = Composition(config.model.unit_tokens)
+
+        def place(batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
+            composition.see(batch)
+            return shard_batch(batch, mesh)
 
         def scalars(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
-            utilisation = flops.utilisation(sums["tokens"], sums["targets"], seconds)
+            utilisation = composition.utilisation(flops, sums["tokens"], sums["targets"], seconds)
             steps_share = {"fill_ratio": sums["tokens"] / (slots * sums["steps"])}
             return {**steps_share, **({} if utilisation is None else {"mfu": utilisation}), **stream.tally.scalars()}
 
-        task = loop.Task(program.step, stream, lambda batch: shard_batch(batch, mesh), merge_states, scalars)
+        task = loop.Task(program.step, stream, place, merge_states, scalars)
         if config.validation.every:
             task = dataclasses.replace(task, validate=Validation(config, program, index, count))
         shown = loop.LoopConfig(config.name, config.steps, config.log_every, bar_position, config.run,

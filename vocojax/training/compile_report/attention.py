@@ -24,10 +24,19 @@ MXU_SHARE = 0.4  # of the peak that attention reaches where no static cost is to
 
 def typical_rows(config: StageConfig) -> Layout:
     """Rows of samples with one image and 64 to 400 tokens of text, as many as fit."""
+    return _packed(config)[0]
+
+
+def typical_images(config: StageConfig) -> float:
+    """Images of the mean row."""
+    return _packed(config)[1] / ROWS
+
+
+def _packed(config: StageConfig) -> tuple[Layout, int]:
     length, model = config.data.row_length, config.model
     unit = 2 + model.unit_tokens + model.unit_vocos
     rng = np.random.default_rng(0)
-    starts, stops = [], []
+    starts, stops, total = [], [], 0
     for _ in range(ROWS):
         start, stop = np.arange(length, dtype=np.int32), np.arange(length, dtype=np.int32)  # padding
         at = images = 0
@@ -39,14 +48,8 @@ def typical_rows(config: StageConfig) -> Layout:
             at, images = end, images + 1
         starts.append(start)
         stops.append(stop)
-    return Layout("rows as packed", np.stack(starts), np.stack(stops))
-
-
-def visible_pairs(layout: Layout) -> float:
-    """Pairs of a query and a key that it sees, in the mean row."""
-    index = np.arange(layout.length)
-    seen = lambda start, stop: ((start[:, None] <= index) & (index <= index[:, None]) & (index[:, None] < stop)).sum()
-    return float(np.mean([seen(start, stop) for start, stop in zip(layout.start, layout.stop, strict=True)]))
+        total += images
+    return Layout("rows as packed", np.stack(starts), np.stack(stops)), total
 
 
 def gpu_kernel_seconds(config: StageConfig, kind: str, rows: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from vocojax.training.compile_report import attention
 from vocojax.training.compile_report.compiling import Compiled, Topology, compile_step
 from vocojax.training.compile_report.costs import Costs, add_up
 from vocojax.training.config import StageConfig
-from vocojax.training.flops import peak_flops
+from vocojax.training.flops import peak_flops, visible_pairs
 
 LOG = logging.getLogger(__name__)
 _SENT = {"all-reduce": 2}  # how often a collective's bytes pass through a device's links
@@ -148,7 +148,8 @@ def _attention(config: StageConfig, topology: Topology, costs: Costs, device: De
         except FileNotFoundError as missing:
             LOG.warning("attention is estimated by its FLOPs: %s", missing)
     decoder = config.model.decoder
-    pairs = rows * attention.visible_pairs(attention.typical_rows(config)) * decoder.num_heads / config.mesh.tensor
+    layout = attention.typical_rows(config)
+    pairs = rows / layout.rows * visible_pairs(layout.start, layout.stop) * decoder.num_heads / config.mesh.tensor
     forwards = 1 if config.remat in ("none", "attention_out") else 2
     flops = (4 * forwards + 10) * pairs * decoder.head_width * decoder.depth * config.accumulate
     return flops / (attention.MXU_SHARE * device.flops)
