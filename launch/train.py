@@ -2,7 +2,8 @@
 
 On several hosts the same command runs on each. TPU pods, SLURM and MPI say themselves who is who; elsewhere say
 --coordinator_address=HOST:PORT --num_processes=N --process_id=I (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
-JAX_PROCESS_ID). SIGTERM saves what is new and exits with 0, or --stopped_status; the same command goes on.
+JAX_PROCESS_ID). SIGTERM saves what is new and exits with 0, or --stopped_status; the same command goes on. (Only in the
+seconds before, when Python imports, it ends the process as any other.)
 """
 
 import dataclasses

@@ -22,6 +22,13 @@ runpy.run_path("launch/train.py", run_name="__main__")
 """
 
 
+# And with one that never comes to its first step: it is within a call that does not return to the interpreter.
+BUSY = STOPPED.replace('raise preemption.Preempted(f"{workdir}: stopped and saved")', """
+    import hashlib, os, signal, threading
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)""")
+
+
 def python(*arguments):
     stage = ["--config=configs/voco.py", "--workdir=runs/none", "--config.data.path=none.json",
              "--config.data.image_root=none", "--config.data.tokenizer=none", "--config.init_from=none"]
@@ -32,6 +39,11 @@ def python(*arguments):
 def test_a_stopped_run_ends_with_the_status_asked_for():
     done = python("-c", STOPPED, "--stopped_status=75")
     assert done.returncode == 75 and "runs/none: stopped and saved" in done.stderr, done.stderr
+
+
+def test_so_does_one_told_before_its_first_step():
+    done = python("-c", BUSY, "--stopped_status=75")
+    assert done.returncode == 75 and "SIGTERM: there is nothing new to save" in done.stderr, done.stderr
 
 
 def test_a_profile_is_two_numbers():
