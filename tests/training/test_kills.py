@@ -112,6 +112,15 @@ def test_sigterm_at_any_moment(processes, resumed, easy_vqa, whole, tmp_path):
     stage = dataclasses.replace(easy_vqa, mesh=MeshConfig(data=-1))
     workdir, behind, said = tmp_path / "run", 0, []
 
+    if resumed:
+        children = runs.start(stage, workdir, processes)
+        runs.wait_until(lambda: (workdir / "checkpoints" / "8").exists(), children[0])
+        for child in children:
+            runs.kill(child)
+        runs.finish(children)
+        behind = max(steps_on_disk(workdir))
+        assert behind < STEPS
+
     def stopped(is_time):
         for log in tmp_path.glob("*.log"):
             log.unlink()
@@ -121,8 +130,6 @@ def test_sigterm_at_any_moment(processes, resumed, easy_vqa, whole, tmp_path):
         assert runs.finish(children, limit=120) == [0] * processes, runs.logs(workdir)
         return max(steps_on_disk(workdir), default=0)
 
-    if resumed:
-        behind = stopped(lambda: (workdir / "checkpoints" / "8").exists())
     for wait in (0.0, 0.7, 1.4, 2.1):
         started = lambda wait=wait: "starts" in runs.logs(workdir) and time.sleep(wait) is None
         before, behind = behind, stopped(started)
