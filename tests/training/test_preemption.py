@@ -31,6 +31,27 @@ with stop.listening():
 print("ready", flush=True)
 hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 """
+# A signal that the thread has not got to when another handler comes: no other thread runs unless this one waits.
+HANDED_OVER = """
+import os, signal, sys, time
+import jax
+from vocojax.training.preemption import StopRequest, handed_to_jax, leave_on_sigterm
+jax.process_count()
+leave_on_sigterm(7)
+sys.setswitchinterval(100)
+os.kill(os.getpid(), signal.SIGTERM)
+if sys.argv[1] == "run":
+    stop = StopRequest()
+    with stop.listening():
+        time.sleep(0.5)
+        print(stop.reached())
+else:
+    told = []
+    with handed_to_jax():
+        signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+    time.sleep(0.5)
+    print(*told)
+"""
 # One of two processes, which asks every 10 ms, at first after some time, until it is to stop.
 ASKING = """
 import sys, time
@@ -62,6 +83,13 @@ def test_it_ends_at_once_with_the_status_asked_for_whatever_the_main_thread_is_a
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 75
         assert "SIGTERM: there is nothing new to save; the same command starts again" in process.stderr.read()
+
+
+@pytest.mark.parametrize("to", ["run", "jax"])
+def test_a_signal_that_comes_as_the_handlers_change_is_not_lost(to):
+    with python(HANDED_OVER, to) as process:
+        out, errors = process.communicate(timeout=60)
+        assert (process.returncode, out) == (0, "True\n"), errors
 
 
 @pytest.mark.parametrize(("wait", "told_at"), [("2.5", "joined"), ("0", "under way")])

@@ -23,6 +23,7 @@ import jax
 from jax.experimental import multihost_utils
 
 LOG = logging.getLogger(__name__)
+_unanswered: list[int] = []  # signals that came while `leave_on_sigterm` held and have not ended the process (yet)
 
 
 class Preempted(RuntimeError):
@@ -35,12 +36,9 @@ def leave_on_sigterm(status: int) -> None:
     For a run that has nothing new to save: what it writes before its first step is whole or not there. A thread watches
     for the signal, since Python's own handlers wait until a compilation or a transfer returns. Main thread only.
     """
-    def taken(number: int, frame: FrameType | None) -> None:
-        """Stands for the thread: what is no longer the handler has left the signal to something else."""
-
     def watch() -> None:
         while True:
-            if ours.recv(1)[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is taken:
+            if ours.recv(1)[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _leaving:
                 LOG.warning("SIGTERM: there is nothing new to save; the same command starts again")
                 logging.shutdown()
                 os._exit(status)
@@ -51,10 +49,18 @@ def leave_on_sigterm(status: int) -> None:
 
     ours, told = socket.socketpair()
     told.setblocking(False)
-    signal.signal(signal.SIGTERM, taken)
+    signal.signal(signal.SIGTERM, _leaving)
     signal.set_wakeup_fd(told.detach(), warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=forget)  # a worker that is terminated is not this process
     threading.Thread(target=watch, name="SIGTERM", daemon=True).start()
+
+
+def _leaving(number: int, frame: FrameType | None) -> None:
+    """Stands for the thread: where it is no longer the handler, something else has taken the signal over.
+
+    That may be so before the thread has got to a signal, which what took over then finds in `_unanswered`.
+    """
+    _unanswered.append(number)
 
 
 @contextlib.contextmanager
@@ -70,7 +76,7 @@ def handed_to_jax() -> Iterator[None]:
     except BaseException:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         raise
-    if early:
+    if early or _unanswered:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -97,6 +103,8 @@ class StopRequest:
             yield
             return
         before: Any = signal.signal(signal.SIGTERM, self._ask)
+        if _unanswered:
+            self._ask(_unanswered.pop(), None)
         try:
             yield
         finally:
