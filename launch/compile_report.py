@@ -22,7 +22,7 @@ from ml_collections import config_flags
 
 from vocojax.config import ConfigError
 from vocojax.terminal import require_writable, show_own_messages
-from vocojax.training.compile_report.compiling import Topology
+from vocojax.training.compile_report.compiling import CompilerError, Topology, Unfinished
 from vocojax.training.compile_report.report import compile_report
 from vocojax.training.compile_report.search import compare_remat, search
 from vocojax.training.compile_report.tables import comparison, table
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
             print(comparison(found.reports, found.skipped))
             return
         figures = compile_report(config, topology, fast=FAST.value)
-    except ConfigError as error:
+    except (ConfigError, CompilerError, Unfinished) as error:
         sys.exit(f"error: {error}")
     print(table(figures))
     if JSON.value:

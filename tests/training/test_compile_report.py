@@ -12,7 +12,14 @@ from vocojax.data.config import DataConfig
 from vocojax.kernels.static_cost import hlo
 from vocojax.kernels.static_cost.tpu import CHIPS
 from vocojax.training.compile_report import attention
-from vocojax.training.compile_report.compiling import Compiled, Topology, hbm_bytes
+from vocojax.training.compile_report.compiling import (
+    Compiled,
+    CompilerError,
+    Topology,
+    Unfinished,
+    compile_step,
+    hbm_bytes,
+)
 from vocojax.training.compile_report.costs import Costs, add_up
 from vocojax.training.compile_report.report import Device, compile_report, estimate, memory
 from vocojax.training.compile_report.tables import comparison, table
@@ -257,6 +264,34 @@ def tiny_stage(tiny_config) -> StageConfig:
         name="tiny", model=tiny_config, data=data, train=("projector/.*", "decoder/.*"), freeze=("vision/.*",), steps=1,
         mesh=MeshConfig(data=1, fsdp=-1), batch_size=4, attention="chunked",
     )
+
+
+@pytest.mark.parametrize(("child", "error", "message"), [
+    ("kill -KILL $$", Unfinished, r"^the compiler was killed by signal 9 \(out of memory\?\): run again"),
+    ("exec sleep 60", Unfinished, "^the compiler took more than 1 s"),
+    ("echo '[\"mesh.fsdp\", \"must divide\"]' > $4/refused.json; exit 1", ConfigError, "^mesh.fsdp must divide$"),
+    ("echo '    raise FileNotFoundError(path)'; echo 'jax.errors.JaxRuntimeError: INVALID: v5e:3x5'; exit 1",
+     CompilerError, "^can't compile for v5e:2x2: jax.errors.JaxRuntimeError: INVALID: v5e:3x5$"),
+    ("echo 'ERROR: Unknown command line flag'; exit 1", CompilerError, ": ERROR: Unknown command line flag$"),
+    ("echo 'F1 Unknown flag in XLA_FLAGS: --no'; kill -ABRT $$", CompilerError, ": F1 Unknown flag in XLA_FLAGS: --no"),
+])
+def test_why_nothing_was_compiled(child, error, message, tiny_stage, tmp_path, monkeypatch):
+    """A shell script in place of the child process; what it is killed by says nothing of the stage."""
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\n{child}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(script))
+    with pytest.raises(error, match=message):
+        compile_step(tiny_stage, Topology("v5e:2x2"), limit=1)
+
+
+@needs_libtpu
+def test_a_stage_that_a_topology_refuses(tiny_stage, monkeypatch):
+    with pytest.raises(ConfigError, match=r"^mesh slice x data x fsdp x tensor must be the 4 devices there are"):
+        compile_step(dataclasses.replace(tiny_stage, mesh=MeshConfig(data=3)), Topology("v5e:2x2"))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_flag=1")
+    with pytest.raises(CompilerError, match=r"Unknown flag.* --xla_no_such_flag"):
+        compile_step(tiny_stage, Topology("v5e:2x2"))
 
 
 @needs_libtpu

@@ -8,7 +8,7 @@ import pytest
 from stages import load
 
 from vocojax.config import ConfigError
-from vocojax.training.compile_report.compiling import Topology
+from vocojax.training.compile_report.compiling import Topology, Unfinished
 from vocojax.training.compile_report.search import compare_remat, search
 from vocojax.training.compile_report.tables import comparison
 from vocojax.training.config import MeshConfig
@@ -80,6 +80,27 @@ def test_a_search_goes_on_where_it_was_ended(compiler, monkeypatch, tmp_path):
     Path(path).write_text("[]")
     with pytest.raises(ConfigError, match="must name a new file or one of a search"):
         run()
+
+
+def test_a_compiler_that_was_killed_says_nothing_of_a_setting(compiler, monkeypatch, tmp_path):
+    """Its report is shown; it rules nothing out and is not kept: the same command asks again."""
+    path = tmp_path / "search.json"
+    run = lambda: search(load("voco_7b", batch_size=32), Topology("v5e:2x2"), ["full", "minimal"], ["1", "2"],
+                         ["1x4x1"], path=str(path))
+
+    def killed(config, topology, fast=False):
+        if config.remat == "full" and config.accumulate == 8:
+            raise Unfinished("the compiler was killed by signal 9")
+        return compiler(config, topology, fast)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vocojax.training.compile_report.search.compile_report", killed)
+        found = run()
+    assert len(found.reports) == 4 and not found.skipped
+    assert "   -        -         -      -\n    the compiler was killed by signal 9" in comparison(found.reports)
+    assert len(json.loads(path.read_text())["reports"]) == len(compiler.asked) == 3
+    run()
+    assert len(json.loads(path.read_text())["reports"]) == len(set(compiler.asked)) == len(compiler.asked) == 4
 
 
 def test_all_policies_are_compared(compiler):

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,14 @@ from vocojax.config import ConfigError
 from vocojax.kernels.static_cost.gpu_targets import TARGETS
 from vocojax.kernels.static_cost.tpu import DEVICELESS, topology_devices
 from vocojax.training.config import StageConfig, config_to_dict, stage_config
+
+
+class CompilerError(RuntimeError):
+    """The compiler can't be used as it was asked to: no libtpu, an unknown flag, a topology that it does not know."""
+
+
+class Unfinished(RuntimeError):
+    """The compiler was ended from outside or took too long, which says nothing of what it was to compile."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,10 @@ def compile_step(config: StageConfig, topology: Topology, *, fast: bool = False,
     Args:
       fast: stop at the scheduled program (TPU only; GPU programs are complete in seconds).
       limit: seconds after which the compiler is stopped.
+
+    Raises:
+      ConfigError: the config does not go with the topology.
+      CompilerError, Unfinished: nothing was learnt about it.
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config_to_dict(config)))
@@ -118,27 +131,36 @@ def compile_step(config: StageConfig, topology: Topology, *, fast: bool = False,
         command = [sys.executable, "-m", "vocojax.training.compile_report.compiling", topology.name, folder]
         with open(f"{folder}/log", "w") as log:
             child = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-            stopped = _wait(child, Path(folder), fast and not topology.is_gpu, limit)
+            try:
+                stopped = _has_to_be_stopped(child, Path(folder), fast and not topology.is_gpu, limit)
+            finally:  # also where this process is told to end
+                child.kill()
+                child.wait()
+        status = 0 if stopped else child.returncode
+        errors = _errors(Path(folder, "log").read_text(errors="replace"))
+        if status < 0 and status != -signal.SIGABRT:  # which is how XLA ends itself
+            raise Unfinished(f"the compiler was killed by signal {-status} (out of memory?): run again")
+        if (refused := Path(folder, "refused.json")).exists():
+            raise ConfigError(*json.loads(refused.read_text()))
         answer = Path(folder, "answer.json")
         compiled = Compiled(**json.loads(answer.read_text())) if answer.exists() else Compiled()
-        if child.returncode and not stopped:
-            compiled.error = _errors(Path(folder, "log").read_text(errors="replace"))
+        compiled.error = errors if status else ""
         _read_dumps(compiled, Path(folder, "dump"))
-        if not compiled.error and not compiled.hlo:
-            compiled.error = f"the compiler took more than {limit:.0f} s"
+        if stopped and not compiled.hlo:
+            raise Unfinished(f"the compiler took more than {limit:.0f} s: run again on an idle machine")
+        if not compiled.devices:
+            raise CompilerError(f"can't compile for {topology.name}: {errors}")
         return compiled
 
 
-def _wait(child: subprocess.Popen[bytes], folder: Path, fast: bool, limit: float) -> bool:
-    """Waits for the child; True if it was stopped, because what is wanted is there or it took too long."""
+def _has_to_be_stopped(child: subprocess.Popen[bytes], folder: Path, fast: bool, limit: float) -> bool:
+    """Waits for the child; True if what is wanted is there before it ends, or it takes too long."""
     began = time.monotonic()
     while child.poll() is None:
         reports = list(folder.glob("dump/*buffer-assignment.txt"))
         scheduled = list(folder.glob("dump/*after_optimizations_after_buffer_assignment.txt"))
         done = fast and reports and scheduled and time.time() - max(p.stat().st_mtime for p in scheduled + reports) > 2
         if done or time.monotonic() - began > limit:
-            child.kill()
-            child.wait()
             return True
         time.sleep(0.25)
     return False
@@ -162,8 +184,10 @@ def hbm_bytes(assignment: str) -> int:
 
 
 def _errors(log: str) -> str:
-    lines = re.findall(r"^.*(?:Error|EXHAUSTED|xceeded|Check failed|Unknown flag).*$", log, re.M)
-    return " | ".join(line.strip() for line in lines[-3:])[:1500] or log[-600:]
+    """What a log says went wrong: the exception, not the lines of source above it; else what looks like an error."""
+    lines = re.findall(r"^[\w.]+(?:Error|Exception): .*$", log, re.M)[-1:] or re.findall(
+        r"^.*(?:Error|ERROR|EXHAUSTED|xceeded|Check failed|Unknown).*$", log, re.M)[-3:]
+    return " | ".join(line.strip() for line in lines)[:1500] or log[-600:]
 
 
 def _compile_here(topology: Topology, folder: str) -> None:
@@ -177,9 +201,14 @@ def _compile_here(topology: Topology, folder: str) -> None:
 
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache leaves no dumps
     config = stage_config(json.loads(Path(folder, "config.json").read_text()))
+    jax.devices()  # reads XLA's flags: an unknown one ends this process before it answers anything
     devices = topology.devices()
-    mesh = make_mesh(config.mesh, devices)
-    program = make_program(config, mesh)
+    try:
+        mesh = make_mesh(config.mesh, devices)
+        program = make_program(config, mesh)
+    except ConfigError as error:
+        Path(folder, "refused.json").write_text(json.dumps([error.key, error.problem]))
+        raise
     state = program.abstract_state
     kinds = {"parameters": state.trained, "optimizer": state.optimizer, "frozen": state.frozen,
              "teacher": state.teacher, "batch": program.abstract_batch}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import vocojax
 from vocojax.config import ConfigError
-from vocojax.training.compile_report.compiling import Topology
+from vocojax.training.compile_report.compiling import Topology, Unfinished
 from vocojax.training.compile_report.report import compile_report
 from vocojax.training.compile_report.tables import HEADS, line
 from vocojax.training.config import MeshConfig, StageConfig, config_to_dict, differing_keys
@@ -33,6 +33,8 @@ KEEP_MORE = {
     "full": ("attention_out", "minimal", "none"), "attention_out": ("none",), "minimal": ("none",), "none": (),
     "offload": (),
 }  # fmt: skip
+
+_NOTHING = {"peak_bytes": None, "estimated_seconds": None}  # of what was not compiled
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Trial:
 class Findings:
     """Reports so far, and the settings that were not compiled, each with its reason as `skipped`.
 
-    path: where they are kept; None for nowhere. question: what they answer, so that none are mixed.
+    path: where they are kept; None for nowhere. Those that are `unfinished` are not: they say nothing of a setting.
+    question: what they answer, so that none are mixed.
     """
 
     path: str | None
@@ -86,7 +89,8 @@ class Findings:
 
     def write(self) -> None:
         if self.path:
-            figures = {"question": self.question, "reports": self.reports, "skipped": self.skipped}
+            reports = [report for report in self.reports if not report.get("unfinished")]
+            figures = {"question": self.question, "reports": reports, "skipped": self.skipped}
             write_atomically(self.path, json.dumps(figures, indent=2))
 
     def holds(self, trial: dict[str, Any]) -> bool:
@@ -124,6 +128,7 @@ def search(
 
     Raises:
       ConfigError: one of them is none, the batch divides over no mesh, or the file is of another question.
+      CompilerError: the compiler can't be used.
     """
     findings = Findings(path, _question(config, topology, True))
     trials = []
@@ -185,7 +190,9 @@ def _compile(
         try:
             report = compile_report(trial.applied(config), topology, fast=fast)
         except ConfigError as error:  # of this setting: heads that don't divide, a parameter that can't be cut
-            report = {"fits": False, "peak_bytes": None, "estimated_seconds": None, "error": str(error)}
+            report = _NOTHING | {"fits": False, "error": str(error)}
+        except Unfinished as error:
+            report = _NOTHING | {"fits": None, "error": str(error), "unfinished": True}
         findings.add(report | known)
         tqdm.write(line(report | known))
     findings.write()
@@ -194,7 +201,7 @@ def _compile(
 def _reasons(trial: Trial, reports: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Why a setting cannot fit, by those that did not, or cannot be built."""
     for report in reports:
-        if report["mesh"] != dataclasses.asdict(trial.mesh):
+        if report["mesh"] != dataclasses.asdict(trial.mesh) or report.get("unfinished"):
             continue
         if "hbm_limit" not in report:  # there was no program to compile; rows and policies change nothing about that
             yield f"this mesh can't be built: {report['error']}"

@@ -50,7 +50,7 @@ def line(report: dict[str, Any]) -> str:
     speed = f"{'-':>8} {'-':>9} {'-':>6}" if report["estimated_seconds"] is None else (
         f"{report['estimated_seconds']:8.3f} {report['tokens_per_second_per_device']:9,.0f} "
         f"{report['mfu_bound']:6.1%}")
-    fits = "yes" if report["fits"] else "no"
+    fits = {True: "yes", False: "no", None: "-"}[report["fits"]]
     said = f"\n    {report['error']}" if report["error"] else ""
     return f"{_mesh(report):30} {report['remat']:14} {rows:>9} {peak:>8} {fits:>5} {speed}{said}"
 
