@@ -1,6 +1,8 @@
 """The loop and what hangs on it: no implicit transfer, logs, hangs, goodput."""
 
 import json
+import os
+import signal
 import sys
 import threading
 import types
@@ -14,6 +16,7 @@ from vocojax.training import loop, run_log
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import CheckpointConfig, RunConfig
 from vocojax.training.goodput import Goodput
+from vocojax.training.preemption import Preempted
 from vocojax.training.run_log import RunLog
 from vocojax.training.step import TrainState
 from vocojax.training.watchdog import Watchdog
@@ -43,11 +46,25 @@ def fresh():
     return TrainState(jnp.int32(0), {"w": jnp.float32(0)}, {}, {"m": jnp.float32(0)}, {})
 
 
-def run(workdir, steps=7, place=jax.device_put, first_step=0, **changes):
+def run(workdir, steps=7, place=jax.device_put, first_step=0, task=None, **changes):
     stream = Counting()
     with Checkpoints(workdir, CheckpointConfig(every=3)) as checkpoints:
         shown = loop.LoopConfig("counting", steps, 2, **changes)
-        return stream, loop.run(shown, workdir, loop.Task(step, stream, place), fresh(), first_step, checkpoints)
+        whole = loop.Task(step, stream, place, **(task or {}))
+        return stream, loop.run(shown, workdir, whole, fresh(), first_step, checkpoints)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def told_before(number):
+    """A `place` with SIGTERM behind step `number` - 1, when its stop is no longer asked for."""
+    def place(batch):
+        if batch["x"] == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return jax.device_put(batch)
+    return place
 
 
 def test_the_state_saved_is_that_of_the_data_behind_the_step(tmp_path):
@@ -57,13 +74,37 @@ def test_the_state_saved_is_that_of_the_data_behind_the_step(tmp_path):
     for number in (3, 6, 7):
         path = tmp_path / "checkpoints" / str(number) / "progress" / "metadata"
         assert not path.exists() or json.loads(path.read_text())["data"] == {"taken": number}
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(n, n * (n + 1) / 2) for n in range(1, 8)]
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(n, n * (n + 1) / 2) for n in range(1, 8)]
 
 
 def test_a_batch_that_is_not_on_the_device_is_an_error(tmp_path):
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         run(tmp_path, place=lambda batch: batch)
+
+
+def test_a_stop_leaves_out_a_validation_but_not_the_last(tmp_path):
+    task = {"validate": lambda state, goes_on: {"validation_loss": float(state.trained["w"])}}
+    run(tmp_path / "last", 4, told_before(4), task=task, validate_every=4)
+    assert [line.get("validation_loss") for line in lines(tmp_path / "last")] == [None, None, None, 10]
+    with pytest.raises(Preempted, match="behind step 4 of 5 and saved"):
+        run(tmp_path / "before", 5, told_before(4), task=task, validate_every=2)
+    assert [line.get("validation_loss") for line in lines(tmp_path / "before")] == [None, 3, None, None]
+
+
+def test_a_stop_ends_the_validation_in_progress(tmp_path):
+    asked = []
+
+    def validate(state, goes_on):
+        asked.append(goes_on())
+        os.kill(os.getpid(), signal.SIGTERM)
+        asked.append(goes_on())
+        return {}
+
+    with pytest.raises(Preempted, match="behind step 4 of 7 and saved"):
+        run(tmp_path, task={"validate": validate}, validate_every=4)
+    assert asked == [True, False]
+    progress = json.loads((tmp_path / "checkpoints" / "4" / "progress" / "metadata").read_text())
+    assert progress["data"] == {"taken": 4}
 
 
 def test_a_trace_of_some_steps(tmp_path):

@@ -16,6 +16,7 @@ from vocojax.layout import IGNORE
 from vocojax.models.voco import rows_from_batch
 from vocojax.training.config import CheckpointConfig, MeshConfig, ValidationConfig, config_to_dict, stage_config
 from vocojax.training.objectives import gather_targets
+from vocojax.training.preemption import Preempted, StopRequest
 from vocojax.training.run_weights import load_model
 from vocojax.training.stage import train
 
@@ -69,13 +70,23 @@ def test_it_is_the_loss_on_the_same_batches_and_changes_no_step(stage, held_out,
 def test_a_run_is_kept_by_its_validation_and_goes_on_with_another(stage, held_out, tmp_path, monkeypatch):
     """The best of the checkpoints behind whose step one was; the last steps' are the newest."""
     told = iter([3.0, 1.0, 2.0, 4.0, 5.0])
-    measure = lambda state, beat: {"validation_loss": next(told)}
+    measure = lambda state, goes_on: {"validation_loss": next(told)}
     monkeypatch.setattr("vocojax.training.stage.Validation", lambda *_: measure)
     stage = dataclasses.replace(stage, steps=8, validation=held_out)
     best = CheckpointConfig(every=2, keep=1, keep_best=1, best_metric="validation_loss")
     train(dataclasses.replace(stage, checkpoint=best), tmp_path)
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == [4, 8]
     train(dataclasses.replace(stage, validation=dataclasses.replace(held_out, batches=3)), tmp_path)
+
+
+def test_a_stop_ends_it_behind_the_batch_in_progress(stage, held_out, tmp_path, monkeypatch):
+    """Asked for at the start, behind steps 1 and 2, and behind two of the batches."""
+    told = iter([False, False, False, False, True])
+    monkeypatch.setattr(StopRequest, "reached", lambda self: next(told))
+    with pytest.raises(Preempted, match="behind step 2 of 4 and saved"):
+        train(dataclasses.replace(stage, validation=dataclasses.replace(held_out, batches=3)), tmp_path)
+    assert next(told, None) is None
+    assert [(line["step"], "validation_loss" in line) for line in lines(tmp_path)] == [(1, False), (2, False)]
 
 
 @pytest.mark.parametrize(("validation", "checkpoint", "message"), [

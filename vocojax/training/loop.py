@@ -44,7 +44,8 @@ class Stream(Protocol):
 @dataclass(frozen=True)
 class LoopConfig:
     """name: shown in the progress bar, on line `position`; steps: in all, those of earlier runs included;
-    validate_every: steps between validations, behind the last one too; 0 is none."""
+    validate_every: steps between validations; 0 is none. One also follows the last step. A stop leaves out the one
+      that is due or ends the one in progress, and it is not made up for; only that of the last step is always whole."""
 
     name: str
     steps: int
@@ -61,7 +62,7 @@ class Task:
     step: jitted (state, batch) -> (state, metrics), which donates the state; metrics hold at least `loss`; `tokens`
       gives tokens/s. place: puts a batch of the stream on the devices. merge: the streams' states of all processes as
       one. scalars: (sums of metrics over the last steps and their number as `steps`, their seconds) -> values to log.
-      validate: (state, what it calls now and then) -> metrics on other data.
+      validate: (state, what it calls now and then: whether to go on) -> metrics on other data, {} if it was ended.
     """
 
     step: Step
@@ -69,7 +70,7 @@ class Task:
     place: Callable[[Mapping[str, Any]], Any]
     merge: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda states: states[0]
     scalars: Callable[[Mapping[str, float], float], Mapping[str, float]] = lambda sums, seconds: {}
-    validate: Callable[[TrainState, Callable[[], None]], dict[str, float]] = lambda state, beat: {}
+    validate: Callable[[TrainState, Callable[[], bool]], dict[str, float]] = lambda state, goes_on: {}
 
 
 def run(
@@ -105,23 +106,25 @@ def run(
             state = loop.take_step(number, state)
             if number == first_step + 1:  # compiled: from here on there is something to save
                 stack.enter_context(stop_request.listening())
-            stops = stop_request.reached()
-            saves = stops or number == config.steps or checkpoints.due(number)
+            stops, is_last = stop_request.reached(), number == config.steps
+            if config.validate_every and is_last:
+                loop.validate(number, state)
+            elif config.validate_every and not stops and number % config.validate_every == 0:
+                stops = loop.validate(number, state, stop_request)
+            saves = stops or is_last or checkpoints.due(number)
             logs = number % config.log_every == 0
             if logs and not saves:
                 saves = checkpoints.overdue()
             data_state = loop.data_state() if saves else None
-            if number < config.steps and not stops:
+            if not is_last and not stops:
                 loop.fetch_batch()
-            if config.validate_every and not stops and (number % config.validate_every == 0 or number == config.steps):
-                loop.validate(number, state)
             loop.report_until(number if saves else loop.logged)
             if logs:
                 loop.logged = number
             if saves:
                 loop.save(number, state, data_state)
             loop.stop_profile(number)
-            if stops and number < config.steps:
+            if stops and not is_last:
                 checkpoints.wait()
                 raise Preempted(f"{workdir}: stopped behind step {number} of {config.steps} and saved; "
                                 "the same command goes on")
@@ -182,13 +185,22 @@ class _Loop:
         states = distributed.to_first("data state", self._task.stream.get_state())
         return {} if states is None else self._task.merge(states)
 
-    def validate(self, number: int, state: TrainState) -> None:
-        """Measures the state behind step `number`, and reports up to it."""
+    def validate(self, number: int, state: TrainState, stop_request: StopRequest | None = None) -> bool:
+        """Measures the state behind step `number`, and reports up to it; returns whether a stop ended it."""
+        stopped = False
+
+        def goes_on() -> bool:
+            nonlocal stopped
+            self._watchdog.beat()
+            stopped = stop_request is not None and stop_request.reached()
+            return not stopped
+
         self._pending[-1][1]["loss"].block_until_ready()
         before = time.perf_counter()
-        self._validated = {number: self._task.validate(state, self._watchdog.beat)}
+        self._validated = {number: self._task.validate(state, goes_on)}
         self._lost += time.perf_counter() - before
         self.report_until(number)
+        return stopped
 
     def report_until(self, number: int) -> None:
         """Fetches and logs the metrics of steps up to `number` that have not been."""

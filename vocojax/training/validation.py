@@ -42,13 +42,13 @@ class Validation:
         self._stream.close()
         self._start = self._stream.get_state()
 
-    def __call__(self, state: TrainState, beat: Callable[[], None]) -> dict[str, float]:
+    def __call__(self, state: TrainState, goes_on: Callable[[], bool]) -> dict[str, float]:
         """validation_loss (nats per target, as `loss`) and validation_accuracy of a state, which is left as it is.
 
         Waits for the device.
 
         Args:
-          beat: called behind every batch.
+          goes_on: called behind every batch, on all processes alike; False ends the validation, and there is no result.
         """
         mesh = self._program.mesh
         self._stream.set_state(self._start)
@@ -60,7 +60,8 @@ class Validation:
                     sums = self._program.evaluate(state, batch)
                     totals = [*totals[-IN_FLIGHT:], _add(totals[-1], sums) if totals else sums]
                 totals[0].num_targets.block_until_ready()
-                beat()
+                if not goes_on():
+                    return {}
         finally:
             self._stream.close()
         whole = jax.device_get(totals[-1])
