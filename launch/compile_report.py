@@ -14,6 +14,7 @@ or comparison that was ended goes on when it is given the same --json file again
 
 import json
 import os
+import signal
 import sys
 
 import jax
@@ -24,7 +25,7 @@ from vocojax.config import ConfigError
 from vocojax.terminal import require_writable, show_own_messages
 from vocojax.training.compile_report.compiling import CompilerError, Topology, Unfinished
 from vocojax.training.compile_report.report import compile_report
-from vocojax.training.compile_report.search import compare_remat, search
+from vocojax.training.compile_report.search import compare_remat, refuse_a_search, search
 from vocojax.training.compile_report.tables import comparison, table
 from vocojax.training.config import stage_config
 from vocojax.training.run_files import write_atomically
@@ -39,11 +40,14 @@ ROWS = flags.DEFINE_list("rows", [], "Rows per device and part of a batch to sea
 MESHES = flags.DEFINE_list("meshes", [], "Meshes to search, data x fsdp x tensor: 1x256x1,2x128x1.")
 JSON = flags.DEFINE_string("json", None, "Where to write all figures.")
 require_writable("json")
+flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    _refuse_what_does_nothing()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     show_own_messages()
     jax.config.update("jax_platforms", "cpu")  # accelerators that are there are not used
     values = CONFIG.value
@@ -58,12 +62,24 @@ def main(argv: list[str]) -> None:
             )
             print(comparison(found.reports, found.skipped))
             return
+        if JSON.value:
+            refuse_a_search(JSON.value)
         figures = compile_report(config, topology, fast=FAST.value)
     except (ConfigError, CompilerError, Unfinished) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ended; the same command goes on" if JSON.value and (SEARCH.value or REMAT.value) else "ended")
     print(table(figures))
     if JSON.value:
         write_atomically(JSON.value, json.dumps(figures, indent=2))
+
+
+def _refuse_what_does_nothing() -> None:
+    if SEARCH.value and REMAT.value:
+        raise app.UsageError("--search tries every policy, as --compare-remat does: give one of them")
+    for flag, goes_with in ((ROWS, [SEARCH]), (MESHES, [SEARCH]), (POLICIES, [SEARCH, REMAT])):
+        if flag.value and not any(mode.value for mode in goes_with):
+            raise app.UsageError(f"--{flag.name} goes with {' or '.join('--' + mode.name for mode in goes_with)}")
 
 
 if __name__ == "__main__":

@@ -228,7 +228,8 @@ def test_an_estimate_adds_up():
     assert not memory(dataclasses.replace(compiled, error="RESOURCE_EXHAUSTED"), device)["fits"]
 
 
-@pytest.mark.parametrize("name", ["v5p", "h200:8", "v5p:4x", "v5e:4x4*"])
+@pytest.mark.parametrize("name", [
+    "v5p", "h200:8", "v5p:4x", "v5e:4x4*", "v3:2x2", "v5e:2x2*0", "v5e:0x2", "h100:0", "h100:2x4"])
 def test_a_topology_that_is_none_is_refused(name):
     with pytest.raises(ConfigError, match="topology must look like v5p:4x4x4"):
         Topology(name)

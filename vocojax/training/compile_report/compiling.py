@@ -37,6 +37,9 @@ class Unfinished(RuntimeError):
     """The compiler was ended from outside or took too long, which says nothing of what it was to compile."""
 
 
+GENERATIONS = ("v4", "v5e", "v5p", "v6e")  # of TPUs, whose figures `static_cost.tpu.CHIPS` has
+
+
 @dataclass(frozen=True)
 class Topology:
     """`v5p:4x4x4`, `v5e:16x16*2` (two slices) or `h100:8` (GPUs of one host), taken apart.
@@ -48,11 +51,12 @@ class Topology:
     name: str
 
     def __post_init__(self) -> None:
-        known = re.fullmatch(r"(v\d+[a-z]*):\d+(x\d+)*(\*\d+)?", self.name) or (
-            re.fullmatch(r"(\w+):\d+", self.name) and self.kind in TARGETS)
+        number = r"[1-9]\d*"
+        known = (re.fullmatch(rf"\w+:{number}", self.name) if self.is_gpu else
+                 re.fullmatch(rf"\w+:{number}(x{number})*(\*{number})?", self.name) and self.kind in GENERATIONS)
         if not known:
-            raise ConfigError("topology", f"must look like v5p:4x4x4, v5e:16x16*2 (two slices) or h100:8 (GPUs: "
-                              f"{', '.join(TARGETS)}), got {self.name!r}")
+            raise ConfigError("topology", f"must look like v5p:4x4x4, v5e:16x16*2 (two slices) or h100:8, of the TPUs "
+                              f"{', '.join(GENERATIONS)} or the GPUs {', '.join(TARGETS)}, got {self.name!r}")
 
     @property
     def kind(self) -> str:

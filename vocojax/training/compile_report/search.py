@@ -97,6 +97,16 @@ class Findings:
         return any(all(report[key] == value for key, value in trial.items()) for report in self.reports)
 
 
+def refuse_a_search(path: str) -> None:
+    """Raises `ConfigError` if a file holds what a search found, which a single report would overwrite."""
+    try:
+        saved = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return
+    if isinstance(saved, dict) and "question" in saved:
+        raise ConfigError("json", f"must name another file: {path} holds a search or comparison")
+
+
 def compare_remat(
     config: StageConfig, topology: Topology, policies: Sequence[str] = (), *, fast: bool = False,
     path: str | None = None,
