@@ -72,7 +72,9 @@ def test_a_search_goes_on_where_it_was_ended(compiler, monkeypatch, tmp_path):
     (failed,) = [report for report in found.reports if report["error"]]
     assert failed["mesh"]["tensor"] == 2 and "heads must divide" in comparison([failed])
     assert found.skipped[-1]["skipped"] == "this mesh can't be built: heads must divide"
-    assert len(run(policies=["offload"], rows=["2"], meshes=["2x2x1"]).reports) == 10
+    narrower = run(policies=["offload"], rows=["2"], meshes=["2x2x1"])
+    assert len(narrower.reports) == 10 and narrower.skipped == found.skipped
+    assert json.loads(Path(path).read_text())["skipped"] == found.skipped == run(policies=["full"]).skipped
     before = Path(path).read_text()
     with pytest.raises(ConfigError, match=r"another question \(differing: config.seed\)"):
         run(dataclasses.replace(stage, seed=1))
@@ -80,6 +82,15 @@ def test_a_search_goes_on_where_it_was_ended(compiler, monkeypatch, tmp_path):
     Path(path).write_text("[]")
     with pytest.raises(ConfigError, match="must name a new file or one of a search"):
         run()
+
+
+def test_a_comparison_compiles_what_a_search_left_out(compiler, tmp_path):
+    path, topology = str(tmp_path / "search.json"), Topology("v5e:2x2")
+    stage = dataclasses.replace(load("voco_7b", batch_size=32), accumulate=4, mesh=MeshConfig(data=1, fsdp=-1))
+    found = search(stage, topology, ["minimal", "none"], ["1", "2"], ["1x4x1"], path=path)
+    assert [trial["remat"] for trial in found.skipped] == ["none"]
+    found = compare_remat(stage, topology, ["none"], fast=True, path=path)
+    assert len(found.reports) == len(set(compiler.asked)) == len(compiler.asked) == 4 and not found.skipped
 
 
 def test_a_compiler_that_was_killed_says_nothing_of_a_setting(compiler, monkeypatch, tmp_path):
@@ -105,8 +116,9 @@ def test_a_compiler_that_was_killed_says_nothing_of_a_setting(compiler, monkeypa
 
 def test_all_policies_are_compared(compiler):
     stage = load("voco_7b", batch_size=32, accumulate=4)
-    stage = dataclasses.replace(stage, mesh=MeshConfig(data=1, fsdp=4))
+    stage = dataclasses.replace(stage, mesh=MeshConfig(data=1, fsdp=-1))
     found = compare_remat(stage, Topology("v5e:2x2"))
+    assert {report["mesh"]["fsdp"] for report in found.reports} == {4}, "as a search names it"
     assert [(report["remat"], report["fits"]) for report in found.reports] == [
         ("full", True), ("attention_out", True), ("offload", True), ("minimal", False), ("none", False)]
 

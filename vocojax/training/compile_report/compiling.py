@@ -26,7 +26,7 @@ from typing import Any
 from vocojax.config import ConfigError
 from vocojax.kernels.static_cost.gpu_targets import TARGETS
 from vocojax.kernels.static_cost.tpu import DEVICELESS, topology_devices
-from vocojax.training.config import StageConfig, config_to_dict, stage_config
+from vocojax.training.config import MeshConfig, StageConfig, config_to_dict, stage_config
 
 
 class CompilerError(RuntimeError):
@@ -75,6 +75,12 @@ class Topology:
     @property
     def is_gpu(self) -> bool:
         return self.kind in TARGETS
+
+    def whole(self, mesh: MeshConfig) -> MeshConfig:
+        """A mesh with its -1 filled in, if its other sizes divide the devices."""
+        sizes = dataclasses.asdict(mesh)
+        left, rest = divmod(self.count, math.prod(size for size in sizes.values() if size != -1))
+        return mesh if rest else MeshConfig(**{axis: left if size == -1 else size for axis, size in sizes.items()})
 
     def devices(self) -> list[Any]:
         """Its devices, to compile for. Only for a process that has no other use for XLA's TPU or GPU client."""

@@ -60,7 +60,8 @@ def compile_report(config: StageConfig, topology: Topology, *, fast: bool = Fals
       ConfigError, CompilerError, Unfinished: as `compile_step`.
     """
     implementation = "pallas_gpu" if topology.is_gpu else "pallas_tpu"
-    config = dataclasses.replace(config, attention=config.attention or implementation)
+    config = dataclasses.replace(
+        config, attention=config.attention or implementation, mesh=topology.whole(config.mesh))
     compiled = compile_step(config, topology, fast=fast)
     known = {"topology": topology.name, "remat": config.remat, "accumulate": config.accumulate,
              "mesh": dataclasses.asdict(config.mesh), "batch_size": config.batch_size}

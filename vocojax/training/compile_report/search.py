@@ -73,7 +73,7 @@ class Findings:
             return
         try:
             saved = json.loads(Path(self.path).read_text())
-            asked, self.reports = saved["question"], saved["reports"]
+            asked, self.reports, self.skipped = saved["question"], saved["reports"], saved["skipped"]
         except (ValueError, KeyError, TypeError):
             raise ConfigError("json", f"must name a new file or one of a search, {self.path} is another") from None
         if changed := differing_keys(asked, self.question):
@@ -81,11 +81,17 @@ class Findings:
                               f"(differing: {', '.join(changed)[:500]})")
 
     def add(self, report: dict[str, Any]) -> None:
+        self._no_longer_skipped(report)
         self.reports = ranked([*self.reports, report])
         self.write()
 
     def skip(self, trial: dict[str, Any], reason: str) -> None:
+        self._no_longer_skipped(trial)
         self.skipped.append(trial | {"skipped": reason})
+
+    def _no_longer_skipped(self, trial: dict[str, Any]) -> None:
+        same = lambda other: all(trial[key] == value for key, value in other.items() if key != "skipped")
+        self.skipped = [other for other in self.skipped if not same(other)]
 
     def write(self) -> None:
         if self.path:
@@ -120,7 +126,7 @@ def compare_remat(
     if rest:
         raise ConfigError("batch_size", f"/ accumulate must be a multiple of slice x data x fsdp on {topology.name}, "
                           f"got {config.batch_size // config.accumulate}")
-    trials = [Trial(config.mesh, policy, rows, config.accumulate) for policy in _policies(policies)]
+    trials = [Trial(topology.whole(config.mesh), policy, rows, config.accumulate) for policy in _policies(policies)]
     findings = Findings(path, _question(config, topology, fast))
     _compile(trials, config, topology, findings, fast=fast, bounded=False)
     return findings

@@ -67,10 +67,4 @@ def comparison(reports: Sequence[dict[str, Any]], skipped: Sequence[dict[str, An
 
 
 def _mesh(report: dict[str, Any]) -> str:
-    sizes = dict(report["mesh"])
-    if -1 in sizes.values():
-        known = 1
-        for size in sizes.values():
-            known *= max(size, 1) if size != -1 else 1
-        sizes = {axis: report["devices"] // known if size == -1 else size for axis, size in sizes.items()}
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+    return " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
