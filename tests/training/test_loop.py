@@ -107,6 +107,26 @@ def test_a_stop_ends_the_validation_in_progress(tmp_path):
     assert progress["data"] == {"taken": 4}
 
 
+def test_rates_are_those_of_steps(tmp_path, monkeypatch):
+    """Of 10 tokens and a second each, by a clock that only goes on for batches, validations and checkpoints."""
+    now, rates, seconds = [0.0], [], []
+
+    def takes(duration, result):
+        now[0] += duration
+        return result
+
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(RunLog, "write", lambda self, rows, values: rates.append(
+        (values["tokens_per_second"], values["steps_per_second"])))
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda *arguments: takes(7.0, save(*arguments)))
+    run(tmp_path, 8, lambda batch: takes(1.0, jax.device_put(batch)), validate_every=1, task={
+        "validate": lambda state, goes_on: takes(100.0, {}),
+        "scalars": lambda sums, duration: seconds.append(duration) or {}})
+    assert rates == [(10.0, 1.0)] * 8 and seconds == [1.0] * 8
+    assert now == [8 * 101.0 + 3 * 7]
+
+
 def test_a_trace_of_some_steps(tmp_path):
     run(tmp_path, run=RunConfig(profile=(2, 3)))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

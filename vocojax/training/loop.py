@@ -61,8 +61,9 @@ class Task:
 
     step: jitted (state, batch) -> (state, metrics), which donates the state; metrics hold at least `loss`; `tokens`
       gives tokens/s. place: puts a batch of the stream on the devices. merge: the streams' states of all processes as
-      one. scalars: (sums of metrics over the last steps and their number as `steps`, their seconds) -> values to log.
-      validate: (state, what it calls now and then: whether to go on) -> metrics on other data, {} if it was ended.
+      one. scalars: (sums of metrics over the last steps and their number as `steps`, their seconds, without those of
+      compilation, validations and checkpoints) -> values to log. validate: (state, what it calls now and then:
+      whether to go on) -> metrics on other data, {} if it was ended.
     """
 
     step: Step
@@ -211,8 +212,8 @@ class _Loop:
         fetched = [(n, {k: float(v) for k, v in m.items()}) for n, m in jax.device_get(part)]
         self._checkpoints.check()
         _require_finite(fetched, self._workdir, self._checkpoints)
-        seconds = time.perf_counter() - self._since
-        self._goodput.count(seconds - self._waited - self._lost)
+        seconds = max(time.perf_counter() - self._since - self._lost, 1e-9)
+        self._goodput.count(seconds - self._waited)
         sums: dict[str, float] = defaultdict(float, steps=len(fetched))
         for _, metrics in fetched:
             for key, value in metrics.items():
