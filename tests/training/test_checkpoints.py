@@ -4,6 +4,8 @@ import dataclasses
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 
 import jax
@@ -101,6 +103,29 @@ def test_a_damaged_checkpoint_is_passed_over_and_put_aside(item, tmp_path, caplo
     assert sum("THE CHECKPOINT OF STEP" in record.getMessage() for record in caplog.records) == 2
     assert on_disk(tmp_path) == [1, 2]
     assert {path.name.split("-")[0] for path in (tmp_path / "damaged").iterdir()} == {"2", "3"}
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_all_checkpoints_share_is_named_once_if_it_is_damaged(lost, tmp_path, caplog):
+    """And then is all that is asked for: once it is there again the run goes on from its newest step."""
+    write(tmp_path / "run", (1, 2), CheckpointConfig(keep=2))
+    write(tmp_path / "same", (1,), CheckpointConfig())
+    frozen = tmp_path / "run" / "frozen"
+    if lost:
+        shutil.rmtree(frozen)
+    else:
+        damage(frozen)
+    caplog.set_level(logging.ERROR, "vocojax")
+    with Checkpoints(tmp_path / "run", CheckpointConfig(), RUN) as checkpoints:
+        with pytest.raises(CheckpointError) as told:
+            checkpoints.restore(tiny_state(0))
+        assert re.fullmatch(re.escape(str(frozen)) + r" IS DAMAGED: .*\. Every checkpoint of the run needs it, so that "
+                            r"none before helps: copy it back, from a copy of the run or from another run of the same "
+                            r"config and init_from, which writes the same", str(told.value))
+        assert not caplog.records and on_disk(tmp_path / "run") == [1, 2]
+        shutil.copytree(tmp_path / "same" / "frozen", frozen, dirs_exist_ok=True)
+        assert checkpoints.restore(tiny_state(0))[0] == 2
+    assert not (tmp_path / "run" / "damaged").exists()
 
 
 def test_nothing_is_moved_if_nothing_can_be_restored(tmp_path):
@@ -210,7 +235,9 @@ def test_weights_of_a_run_are_compared_with_their_checksums(stage, tmp_path):
                     assert (value == whole[name]).all(), (file, name)
             except error as problem:
                 told.add(number)
-                assert "DAMAGED" in str(problem) or "not a readable Orbax checkpoint" in str(problem), problem
+                assert "DAMAGED" in str(problem), problem
+                part = "Every checkpoint of the run needs it" if "frozen" in file.parts else "Its own run"
+                assert part in str(problem), problem
         file.write_bytes(content)
     assert {0, 1} <= told
     damage(step / "parameters")

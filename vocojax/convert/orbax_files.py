@@ -64,7 +64,7 @@ class OrbaxWeights:
             try:
                 part = dict(self._checkpointer.metadata(path).item_metadata.tree)
             except Exception as error:  # whatever a damaged file makes of Orbax
-                raise ConvertError(f"{path}: not a readable Orbax checkpoint: {error}") from error
+                raise ConvertError(str(damaged(path, f"not a readable Orbax checkpoint: {error}"))) from error
             self._tree = part | self._tree
             self._paths = dict.fromkeys(part, path) | self._paths
         self.shapes: dict[str, Shape] = {name: tuple(leaf.shape) for name, leaf in self._tree.items()}

@@ -29,7 +29,7 @@ from vocojax.training import distributed
 from vocojax.training.checksums import checksums
 from vocojax.training.config import CheckpointConfig
 from vocojax.training.run_files import CheckpointError, changed_keys, fixed_keys, is_remote, run_path
-from vocojax.training.run_weights import described, first_line, not_saved, read_arrays, read_progress, sha256
+from vocojax.training.run_weights import damaged, described, first_line, not_saved, read_arrays, read_progress, sha256
 from vocojax.training.step import TrainState
 
 __all__ = ["CheckpointError", "Checkpoints"]
@@ -144,7 +144,8 @@ class Checkpoints:
           wanted: shapes, dtypes and shardings of the state, on any mesh and number of processes.
 
         Raises:
-          CheckpointError: there are checkpoints, but none can be restored; or they are of another config.
+          CheckpointError: there are checkpoints, but none can be restored; or they are of another config; or what is
+            frozen, which all of them need, is damaged.
         """
         problems: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -171,7 +172,6 @@ class Checkpoints:
             progress = read_progress(directory)
             trained = read_arrays(directory / "parameters", wanted.trained)
             optimizer = read_arrays(directory / "optimizer", wanted.optimizer)
-            frozen = read_arrays(self._workdir / "frozen", wanted.frozen) if wanted.frozen else {}
         except Exception as error:  # whatever a damaged file makes of Orbax and TensorStore
             problem = described(error)
         if problem := next(filter(None, distributed.from_all("restore", problem)), ""):
@@ -179,12 +179,29 @@ class Checkpoints:
         if changed := changed_keys(progress["config"], self._run_config):
             raise CheckpointError(f"{directory} was written with another config (differing: {', '.join(changed)}): "
                                   "use that one, or another --workdir")
-        self._frozen_checksums = checksums({"frozen": frozen})
-        sums = checksums({"parameters": trained, "optimizer": optimizer}) | self._frozen_checksums
-        if problem := not_saved(sums, progress["checksums"], progress["checksums"]):
+        sums, saved = checksums({"parameters": trained, "optimizer": optimizer}), progress["checksums"]
+        if problem := not_saved(sums, saved, (name for name in saved if not name.startswith("frozen/"))):
             return problem, None
+        frozen = self._restored_frozen(wanted.frozen, saved)
         number: Any = jax.device_put(jnp.int32(step), wanted.step.sharding)
         return "", (TrainState(number, trained, frozen, optimizer, {}), progress)
+
+    def _restored_frozen(self, wanted: Parameters, saved: Mapping[str, int]) -> Parameters:
+        """What all steps share; `CheckpointError` on all processes if it is not what was saved."""
+        directory, problem = self._workdir / "frozen", ""
+        frozen: Parameters = {}
+        try:
+            frozen = read_arrays(directory, wanted) if wanted else {}
+        except Exception as error:  # whatever a damaged file makes of Orbax and TensorStore
+            problem = described(error)
+        problem = next(filter(None, distributed.from_all("restore frozen", problem)), "")
+        if not problem:
+            self._frozen_checksums = checksums({"frozen": frozen})
+            names = (name for name in saved if name.startswith("frozen/"))
+            problem = not_saved(self._frozen_checksums, saved, names)
+        if problem:
+            raise damaged(directory, problem)
+        return frozen
 
     def _move_aside(self, steps: list[int]) -> None:
         if not steps:

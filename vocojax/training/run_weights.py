@@ -151,10 +151,13 @@ def not_saved(sums: Mapping[str, int], saved: Mapping[str, int], names: Iterable
     return f"not what was saved (checksum): {', '.join(changed[:5])}{' ...' * (len(changed) > 5)}" if changed else ""
 
 
-def damaged(directory: epath.Path | str, problem: str) -> CheckpointError:
-    """What to tell of a checkpoint that others than its own run were to read."""
-    return CheckpointError(f"{directory} IS DAMAGED: {problem}. Its own run, started again, puts that checkpoint aside "
-                           "and goes on from the one before")
+def damaged(directory: epath.Path | Path, problem: str) -> CheckpointError:
+    """What to tell of a part of a checkpoint that others than its own run were to read, or of what all steps share."""
+    remedy = "Its own run, started again, puts that checkpoint aside and goes on from the one before"
+    if directory.name == "frozen":
+        remedy = ("Every checkpoint of the run needs it, so that none before helps: copy it back, from a copy of the "
+                  "run or from another run of the same config and init_from, which writes the same")
+    return CheckpointError(f"{directory} IS DAMAGED: {problem}. {remedy}")
 
 
 def described(error: Exception) -> str:
