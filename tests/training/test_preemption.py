@@ -52,6 +52,19 @@ else:
     time.sleep(0.5)
     print(*told)
 """
+# A run that ends by an error, or because it was told to, and gets a signal as its last checkpoint is being written.
+ENDING = """
+import os, signal, sys, time
+import jax
+from vocojax.training.preemption import Preempted, StopRequest, leave_on_sigterm
+leave_on_sigterm(75)
+try:
+    with StopRequest().listening():
+        raise Preempted() if sys.argv[1] == "stop" else ValueError()
+finally:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+"""
 # One of two processes, which asks every 10 ms, at first after some time, until it is to stop.
 ASKING = """
 import sys, time
@@ -90,6 +103,14 @@ def test_a_signal_that_comes_as_the_handlers_change_is_not_lost(to):
     with python(HANDED_OVER, to) as process:
         out, errors = process.communicate(timeout=60)
         assert (process.returncode, out) == (0, "True\n"), errors
+
+
+@pytest.mark.parametrize(("by", "status"), [("error", 1), ("stop", 75)])
+def test_a_run_that_failed_ends_with_its_own_status(by, status):
+    with python(ENDING, by) as process:
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == status, errors
+        assert ("ValueError" in errors) == (by == "error")
 
 
 @pytest.mark.parametrize(("wait", "told_at"), [("2.5", "joined"), ("0", "under way")])

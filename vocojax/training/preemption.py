@@ -63,6 +63,10 @@ def _leaving(number: int, frame: FrameType | None) -> None:
     _unanswered.append(number)
 
 
+def _ignored(number: int, frame: FrameType | None) -> None:
+    LOG.warning("SIGTERM: the run has failed and ends anyway")
+
+
 @contextlib.contextmanager
 def handed_to_jax() -> Iterator[None]:
     """In this context JAX's service comes to take SIGTERM; it is also told of one that arrived too early for it."""
@@ -98,17 +102,27 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """In this context SIGTERM asks a run of one process to stop."""
+        """In this context SIGTERM asks a run of one process to stop.
+
+        Behind a failure the process ends with that one's status, though checkpoints are still being written then: what
+        `leave_on_sigterm` holds does not get the signal back, and it is ignored.
+        """
         if jax.process_count() > 1 or not _is_main():
             yield
             return
         before: Any = signal.signal(signal.SIGTERM, self._ask)
         if _unanswered:
             self._ask(_unanswered.pop(), None)
+        after = before or signal.SIG_DFL
         try:
             yield
+        except Preempted:
+            raise
+        except BaseException:
+            after = _ignored if before is _leaving else after
+            raise
         finally:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, after)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
