@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 from collections import Counter
 
+import numpy as np
 import pytest
 from stages import load
 
@@ -243,6 +244,11 @@ def test_typical_rows_hold_what_a_stage_packs():
     pairs, causal_pairs = (visible_pairs(rows.start, rows.stop) / 8 for rows in (layout, causal))
     assert pairs < causal_pairs < 2048 * 2049 / 2
     assert 1 < attention.typical_images(config) <= 3
+    tokens = (layout.stop > np.arange(2048)).sum() / 8
+    text = tokens - attention.typical_images(config) * 579  # BOS, 576 patches, newline, <voco>
+    assert attention.typical_targets(config) == text < 500 and 1700 < tokens < 1750
+    data = dataclasses.replace(config.data, max_targets=100)
+    assert attention.typical_targets(dataclasses.replace(config, data=data)) == 100
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])

@@ -32,11 +32,17 @@ def typical_images(config: StageConfig) -> float:
     return _packed(config)[1] / ROWS
 
 
-def _packed(config: StageConfig) -> tuple[Layout, int]:
+def typical_targets(config: StageConfig) -> float:
+    """Target slots of the mean row that are taken, if all its text is learnt, as of a conversation's at most is."""
+    return min(config.data.target_slots, _packed(config)[2] / ROWS)
+
+
+def _packed(config: StageConfig) -> tuple[Layout, int, int]:
+    """The rows, their images and tokens of text."""
     length, model = config.data.row_length, config.model
     unit = 2 + model.unit_tokens + model.unit_vocos
     rng = np.random.default_rng(0)
-    starts, stops, total = [], [], 0
+    starts, stops, total, texts = [], [], 0, 0
     for _ in range(ROWS):
         start, stop = np.arange(length, dtype=np.int32), np.arange(length, dtype=np.int32)  # padding
         at = images = 0
@@ -45,11 +51,11 @@ def _packed(config: StageConfig) -> tuple[Layout, int]:
             start[at:end], stop[at:end] = at, end
             if config.visibility == "voco":
                 stop[at : middle - model.unit_vocos] = middle
-            at, images = end, images + 1
+            at, images, texts = end, images + 1, texts + text
         starts.append(start)
         stops.append(stop)
         total += images
-    return Layout("rows as packed", np.stack(starts), np.stack(stops)), total
+    return Layout("rows as packed", np.stack(starts), np.stack(stops)), total, texts
 
 
 def gpu_kernel_seconds(config: StageConfig, kind: str, rows: int) -> dict[str, float]:

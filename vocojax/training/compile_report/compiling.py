@@ -99,8 +99,8 @@ class Compiled:
     """What is known of a compiled step.
 
     device_kind, cores: of one of the `devices`; held: bytes on each by kind, parameters and so on, without temporaries.
-    model_flops: of a step on all devices, as `flops.StepFlops` counts them, with rows as a stage packs them and full
-    target slots.
+    model_flops: of a step on all devices, as `flops.StepFlops` counts them, with typical rows' images, targets and
+    visible pairs; their tokens count as full rows, padding too, like the tokens per second.
     hlo: the scheduled program, with `estimated_cycles` if code was generated. peak: bytes of HBM, by XLA's buffer
     assignment; None with an `error` where the compiler gave up. cpu_seconds, memory_gib: what the compiler took.
     """
@@ -204,7 +204,7 @@ def _compile_here(topology: Topology, folder: str) -> None:
     """The child's part of `compile_step`."""
     import jax
 
-    from vocojax.training.compile_report.attention import ROWS, typical_images, typical_rows
+    from vocojax.training.compile_report.attention import ROWS, typical_images, typical_rows, typical_targets
     from vocojax.training.flops import StepFlops, visible_pairs
     from vocojax.training.program import make_program
     from vocojax.training.sharding import make_mesh
@@ -223,11 +223,11 @@ def _compile_here(topology: Topology, folder: str) -> None:
     kinds = {"parameters": state.trained, "optimizer": state.optimizer, "frozen": state.frozen,
              "teacher": state.teacher, "batch": program.abstract_batch}
     held = {kind: sum(_bytes_held(leaf) for leaf in jax.tree.leaves(tree)) for kind, tree in kinds.items()}
-    data, layout = config.data, typical_rows(config)
+    layout = typical_rows(config)
     causal = typical_rows(dataclasses.replace(config, visibility="causal"))
     per_row = StepFlops(config.model, state).total(
-        data.row_length, data.target_slots, typical_images(config), visible_pairs(layout.start, layout.stop) / ROWS,
-        visible_pairs(causal.start, causal.stop) / ROWS)
+        config.data.row_length, typical_targets(config), typical_images(config),
+        visible_pairs(layout.start, layout.stop) / ROWS, visible_pairs(causal.start, causal.stop) / ROWS)
     cores = getattr(devices[0], "num_cores", 1) or 1
     answer = Compiled(len(devices), devices[0].device_kind, cores, held, config.batch_size * per_row)
     _write(answer, folder)

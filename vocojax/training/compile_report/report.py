@@ -51,10 +51,11 @@ def compile_report(config: StageConfig, topology: Topology, *, fast: bool = Fals
 
     Keys: `fits`; `tokens_per_device` of a step; `estimated_seconds` of a step: computation by XLA's own cycle counts
     (with `fast` and on GPUs by a roofline), attention by the static cost of its kernels, the collectives that nothing
-    hides and what slices exchange; `mfu_bound`: model FLOPs over what the chip could do in that time;
-    `hbm_bytes_per_device` by kind, which add up to the peak; `collective_bytes` by kind inside a slice, with those that
-    nothing hides in `synchronous_bytes`, and `between_slices_bytes`; `seconds` by resource and `scope_seconds` by part
-    of the model; `error`, where the compiler gave up.
+    hides and what slices exchange; `mfu_bound`: model FLOPs over what the chip could do in that time, rows
+    counted as full, as in tokens per second; `hbm_bytes_per_device` by kind, which add up to the peak;
+    `collective_bytes` by kind inside a slice, with those that nothing hides in `synchronous_bytes`, and
+    `between_slices_bytes`; `seconds` by resource, those of `interconnect` at the rate of a collective over the whole
+    torus, and `scope_seconds` by part of the model; `error`, where the compiler gave up.
 
     Raises:
       ConfigError, CompilerError, Unfinished: as `compile_step`.

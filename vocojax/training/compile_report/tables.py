@@ -23,7 +23,7 @@ def table(report: dict[str, Any]) -> str:
         return "\n".join(lines)
     lines.append(f"step        {report['estimated_seconds']:8.3f} s, by {report['estimated_from']}; MFU bound "
                  f"{report['mfu_bound']:.1%}; {report['tokens_per_second_per_device']:,.0f} tokens/s per device, the "
-                 f"decoder alone {report['decoder_tokens_per_second_per_device']:,.0f}")
+                 f"decoder alone {report['decoder_tokens_per_second_per_device']:,.0f} (rows counted as full)")
     lines += [f"    {what:24} {seconds:8.3f} s" for what, seconds in report["seconds"].items()]
     lines.append("by part")
     lines += [f"    {scope:24} {seconds:8.3f} s" for scope, seconds in report["scope_seconds"].items()]
