@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -121,3 +123,22 @@ def test_processes_and_meshes_agree(quickstart_stage, tmp_path):
     ):
         runs.run(dataclasses.replace(stage, mesh=mesh), tmp_path / name, processes, devices)
         np.testing.assert_allclose([line["validation_loss"] for line in lines(tmp_path / name)], one, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_ends_it_in_all_processes(processes, quickstart_stage, tmp_path):
+    """Behind step 3, whose validation would take minutes; the last one, behind step 4, is of the run that goes on."""
+    endless = ValidationConfig(every=3, batches=10**5, source="easy_vqa", split="test")
+    stage = dataclasses.replace(quickstart_stage, batch_size=8, steps=4, checkpoint=CheckpointConfig(every=2),
+                                mesh=MeshConfig(data=-1), validation=endless)
+    children = runs.start(stage, tmp_path / "run", processes)
+    runs.wait_until(lambda: (tmp_path / "run" / "checkpoints" / "2").exists(), children[0])
+    time.sleep(5)
+    runs.kill(children[-1], signal.SIGTERM)
+    assert runs.finish(children, limit=60) == [0] * processes, runs.logs(tmp_path / "run")
+    assert "stopped behind step 3 of 4 and saved" in runs.logs(tmp_path / "run")
+    short = dataclasses.replace(stage, validation=dataclasses.replace(endless, batches=1))
+    runs.run(short, tmp_path / "run", processes)
+    validated = [(line["step"], "validation_loss" in line) for line in lines(tmp_path / "run")]
+    assert validated == [(1, False), (2, False), (3, False), (4, True)]
