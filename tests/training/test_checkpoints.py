@@ -240,6 +240,11 @@ def test_weights_of_a_run_are_compared_with_their_checksums(stage, tmp_path):
                 assert part in str(problem), problem
         file.write_bytes(content)
     assert {0, 1} <= told
+    (run / "frozen").rename(tmp_path / "gone")
+    for load, error in ((load_model, CheckpointError), (load_converted, ConvertError)):
+        with pytest.raises(error, match=r"frozen IS DAMAGED: .* missing\. Every checkpoint of the run needs it"):
+            load(run)
+    (tmp_path / "gone").rename(run / "frozen")
     damage(step / "parameters")
     second = dataclasses.replace(stage, steps=1, init_from=str(run))
     with pytest.raises(CheckpointError, match=r"parameters IS DAMAGED: .*\. Its own run, started again, puts"):

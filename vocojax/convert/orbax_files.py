@@ -20,7 +20,7 @@ from vocojax.convert.mapping import ConvertError, Shape
 from vocojax.convert.weights import Index, Weights
 from vocojax.training.checksums import host_checksum
 from vocojax.training.run_files import CheckpointError
-from vocojax.training.run_weights import damaged, saved_checksums
+from vocojax.training.run_weights import damaged, require_frozen, saved_checksums
 
 _CHUNK_BYTES = 128 * 2**20  # at most, for the files that a parameter is cut into; stacked ones are cut by layers too
 
@@ -67,6 +67,11 @@ class OrbaxWeights:
                 raise ConvertError(str(damaged(path, f"not a readable Orbax checkpoint: {error}"))) from error
             self._tree = part | self._tree
             self._paths = dict.fromkeys(part, path) | self._paths
+        try:
+            saved = (key.removeprefix("frozen/") for key in self._checksums if key.startswith("frozen/"))
+            require_frozen(directory / "frozen", self._checksums, (name for name in saved if name not in self._tree))
+        except CheckpointError as error:
+            raise ConvertError(str(error)) from error
         self.shapes: dict[str, Shape] = {name: tuple(leaf.shape) for name, leaf in self._tree.items()}
         self._last: tuple[str, np.ndarray] | None = None
 

@@ -40,11 +40,13 @@ def load_parameters(workdir: str | Path, wanted: Mapping[str, jax.ShapeDtypeStru
     come merged with their factors.
 
     Raises:
-      CheckpointError: no checkpoint; parameters that are missing or shaped otherwise, or not what was saved (all are
-        named).
+      CheckpointError: no checkpoint; parameters that are missing or shaped otherwise (all are named); what is read is
+        not what was saved, or is gone.
     """
     parts = [(directory, saved_leaves(directory)) for directory in parameter_directories(workdir)]
     saved = {name: leaf for _, leaves in reversed(parts) for name, leaf in leaves.items()}
+    sums = saved_checksums(parts[0][0].parent)
+    require_frozen(run_path(workdir) / "frozen", sums, (name for name in wanted if name not in saved))
     problems = [f"{name} is missing" for name in wanted if name not in saved]
     problems += [f"{name} has shape {tuple(saved[name].shape)}, expected {leaf.shape}"
                  for name, leaf in wanted.items() if name in saved and tuple(saved[name].shape) != leaf.shape]
@@ -52,7 +54,6 @@ def load_parameters(workdir: str | Path, wanted: Mapping[str, jax.ShapeDtypeStru
         raise CheckpointError(f"{parts[0][0].parent} does not fit the model: {'; '.join(problems)} "
                               "(init_new names what a stage does not take from it)")
     item = with_factors(wanted, saved)
-    sums = saved_checksums(parts[0][0].parent)
     found: Parameters = {}
     for directory, leaves in parts:
         here = {name: leaf for name, leaf in item.items() if name in leaves and name not in found}
@@ -99,6 +100,13 @@ def parameter_directories(workdir: str | Path) -> list[epath.Path]:
         raise CheckpointError(f"{workdir} holds no checkpoint")
     own = path / "checkpoints" / str(max(steps)) / "parameters"
     return [own, path / "frozen"] if (path / "frozen").exists() else [own]
+
+
+def require_frozen(directory: epath.Path | Path, sums: Mapping[str, int], names: Iterable[str]) -> None:
+    """Raises `CheckpointError` if some parameters that are not there were saved among what a run does not train."""
+    lost = [name for name in names if f"frozen/{name}" in sums]
+    if lost:
+        raise damaged(directory, f"{', '.join(lost[:5])}{' ...' * (len(lost) > 5)} missing")
 
 
 def saved_leaves(directory: epath.Path) -> dict[str, Any]:
