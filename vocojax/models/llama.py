@@ -67,6 +67,7 @@ def rope_frequencies(head_width: int, theta: float, scaling: RopeScalingConfig |
     return frequencies.astype(np.float32)
 
 
+@jax.custom_vjp
 def rotate(x_BSHD: jax.Array, positions_BS: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864); pairs are (d, d + D/2) as in the LLaMA weights. Rotations compose:
     rotating by p and then by t is rotating by p + t."""
@@ -78,6 +79,13 @@ def rotate(x_BSHD: jax.Array, positions_BS: jax.Array, frequencies: np.ndarray |
     )
     rotated_BSHD = x_BSHD.astype(jnp.float32) * jnp.cos(angles_BS1D) + turned_BSHD * jnp.sin(angles_BS1D)
     return rotated_BSHD.astype(x_BSHD.dtype)
+
+
+# The gradient is rotated back, in fp32 too: taken apart, its two terms would be rounded before they are added.
+rotate.defvjp(
+    lambda x_BSHD, positions_BS, frequencies: (rotate(x_BSHD, positions_BS, frequencies), (positions_BS, frequencies)),
+    lambda angle, grad_BSHD: (rotate(grad_BSHD, -angle[0], angle[1]), None, None),
+)
 
 
 def _quarter_turn(width: int) -> np.ndarray:

@@ -17,7 +17,7 @@ Carry = TypeVar("Carry")
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),  # parts are gathered again
     "full": jax.checkpoint_policies.nothing_saveable,
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "minimal": jax.checkpoint_policies.save_only_these_names("linear"),
     "attention_out": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"],
