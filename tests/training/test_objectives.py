@@ -100,6 +100,15 @@ def test_logits_are_made_once_per_step(decoders):
     assert text.count("dot_general") == 3
 
 
+def test_a_frozen_head_costs_no_gradient(decoders):
+    """Its gradient is written down with the loss; the compiler leaves it out where nobody asks for it."""
+    hidden, index, ids = batch()
+    loss = lambda h, k: target_sums(with_head(decoders[0], k), h, index, ids).loss
+    products = lambda *trained: jax.jit(jax.grad(loss, argnums=trained)).lower(
+        hidden, decoders[0].head.kernel[...]).compile().as_text().count(" dot(")
+    assert (products(0), products(0, 1)) == (2, 3)
+
+
 def with_head(decoder, kernel):
     graphdef, state = nnx.split(decoder)
     state["head"]["kernel"] = state["head"]["kernel"].replace(kernel)
