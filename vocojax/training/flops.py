@@ -82,14 +82,16 @@ class StepFlops:
 
 class Composition:
     """What a run's batches are made of besides tokens and targets, which the step counts itself: images and visible
-    pairs, per token of the rows that this process has seen."""
+    pairs, per token of the rows that this process has seen. Nothing is counted for devices whose peak is not known."""
 
     def __init__(self, unit_tokens: int):
-        self._unit_tokens = unit_tokens
+        self._unit_tokens, self._peak = unit_tokens, peak_flops(jax.devices()[0].device_kind)
         self._tokens = self._images = self._pairs = self._teacher_pairs = 0.0
 
     def see(self, batch: Mapping[str, np.ndarray]) -> None:
         """Counts a host batch."""
+        if self._peak is None:
+            return
         self._tokens += float(batch["num_tokens"].sum())
         self._images += float((batch["vision"] >= 0).sum()) / self._unit_tokens
         self._pairs += visible_pairs(batch["start"], batch["stop"])
@@ -98,12 +100,11 @@ class Composition:
 
     def utilisation(self, flops: StepFlops, tokens: float, targets: float, seconds: float) -> float | None:
         """Share of all devices' peak that steps with so many tokens and targets took; None where that is not known."""
-        peak = peak_flops(jax.devices()[0].device_kind)
-        if peak is None or not self._tokens:
+        if self._peak is None or not self._tokens:
             return None
         share = tokens / self._tokens
         done = flops.total(tokens, targets, share * self._images, share * self._pairs, share * self._teacher_pairs)
-        return done / (seconds * peak * jax.device_count())
+        return done / (seconds * self._peak * jax.device_count())
 
 
 def visible_pairs(start_BS: np.ndarray, stop_BS: np.ndarray) -> int:

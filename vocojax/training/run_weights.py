@@ -161,7 +161,8 @@ def not_saved(sums: Mapping[str, int], saved: Mapping[str, int], names: Iterable
 
 def damaged(directory: epath.Path | Path, problem: str) -> CheckpointError:
     """What to tell of a part of a checkpoint that others than its own run were to read, or of what all steps share."""
-    remedy = "Its own run, started again, puts that checkpoint aside and goes on from the one before"
+    remedy = ("Its own run, started again, puts that checkpoint aside and goes on from the one before; weights that "
+              "launch/convert.py wrote must be converted again")
     if directory.name == "frozen":
         remedy = ("Every checkpoint of the run needs it, so that none before helps: copy it back, from a copy of the "
                   "run or from another run of the same config and init_from, which writes the same")
