@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vocojax.kernels.interval_attention import IntervalMask, api, interval_attention, sharding
+from vocojax.kernels import sharding
+from vocojax.kernels.interval_attention import IntervalMask, api, interval_attention
 
 # Runs in a process of its own, because the number of devices is fixed when JAX starts.
 ON_A_MESH = """

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from vocojax.kernels.interval_attention import IntervalMask
 from vocojax.kernels.interval_attention.block_info import (
+    DIRTY,
     EMPTY,
     FULL,
     PARTIAL,
@@ -19,6 +20,7 @@ from vocojax.kernels.interval_attention.block_info import (
     block_kinds,
     padded_vectors,
     tile_list,
+    with_dirty,
 )
 
 # (queries, keys, query block, key block)
@@ -63,6 +65,48 @@ def test_kinds_are_exact_for_arbitrary_vectors(case, seed):
     want = kinds_by_brute_force(np.asarray(mask.dense()), block_q, block_k)
     assert {EMPTY, PARTIAL} <= set(want.flat)
     np.testing.assert_array_equal(kinds_of(mask, block_q, block_k), want)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def kinds_with_dirty(mask: IntervalMask, block_q: int, block_k: int) -> jnp.ndarray:
+    start, stop = padded_vectors(mask, block_q, block_k)
+    kinds = block_kinds(start, stop, mask.prefix, block_q, block_k)
+    return with_dirty(kinds, start, stop, mask.prefix, block_q, block_k)
+
+
+def assert_dirty(start: np.ndarray, stop: np.ndarray, visible_BQK: np.ndarray, block_q: int, block_k: int) -> None:
+    """Only partial tiles are called dirty, and all of those with a query or key that takes part in nothing."""
+    got = np.asarray(kinds_with_dirty(IntervalMask(jnp.asarray(start), jnp.asarray(stop)), block_q, block_k))
+    want = kinds_by_brute_force(visible_BQK, block_q, block_k)
+    np.testing.assert_array_equal(np.where(got == DIRTY, PARTIAL, got), want)
+    blocks = lambda dead_BS, size: np.pad(dead_BS, ((0, 0), (0, -dead_BS.shape[1] % size))).reshape(
+        len(dead_BS), -1, size).any(2)
+    dead = blocks(~visible_BQK.any(2), block_q)[:, :, None] | blocks(~visible_BQK.any(1), block_k)[:, None]
+    assert (got == DIRTY)[dead & (want == PARTIAL)].all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_partial_tiles_with_what_takes_part_in_nothing_are_dirty(case):
+    Q, K, block_q, block_k = case
+
+    @oracle.QUICK
+    @given(st.lists(oracle.packed_rows(K), min_size=2, max_size=2))
+    def check(rows):
+        assert_dirty(*oracle.masks(rows, Q), block_q, block_k)
+
+    check()
+    rng = np.random.default_rng(0)
+    start, stop = (rng.integers(-1, K + 2, (64, n)).astype(np.int32) for n in (Q, K))
+    visible = np.asarray(IntervalMask(jnp.asarray(start), jnp.asarray(stop)).dense())
+    assert_dirty(start, stop, visible, block_q, block_k)
+
+
+def test_tiles_of_tokens_that_see_themselves_are_not_dirty():
+    kinds = np.asarray(kinds_with_dirty(IntervalMask.causal(1, 64), 16, 8))
+    assert set(kinds.flat) == {EMPTY, PARTIAL, FULL}
+    padded = IntervalMask(jnp.arange(64)[None] // 48 * 64, jnp.full((1, 64), 48))
+    kinds = np.asarray(kinds_with_dirty(padded, 16, 8))
+    assert DIRTY not in kinds[:, :3, :6]
 
 
 def walk(kinds: np.ndarray, prefix: int, block_q: int, block_k: int, spans: int | None):

@@ -17,6 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vocojax.kernels.interval_attention import IntervalMask, api, interval_attention, pallas_tpu, tpu_blocks
 from vocojax.kernels.interval_attention.tpu_blocks import Blocks
+from vocojax.kernels.rotary import Rotation, rotate
+from vocojax.kernels.rotary import pallas_tpu as rotary_tpu
 
 # A program for a device that is not there can be written to the suite's compilation cache but not read from it.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
@@ -134,6 +136,19 @@ def test_compiles_for_every_generation(generation):
     program.compile()
 
 
+@needs_libtpu
+@pytest.mark.parametrize(("generation", "heads", "dtype"), [
+    ("v4", 40, jnp.bfloat16), ("v5e", 8, jnp.float32), ("v5p", 32, jnp.bfloat16), ("v6e", 1, jnp.bfloat16)])
+def test_rotations_compile_for_every_generation(generation, heads, dtype):
+    device = topologies.get_topology_desc(TOPOLOGIES[generation], platform="tpu").devices[0]
+    array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(
+        (3, 700, *shape), dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+    table = array(128, dtype=jnp.float32)
+    program = jax.jit(rotary_tpu.rotate).lower(array(heads, 128), table, table)
+    assert "rotary" in program.as_text()
+    program.compile()
+
+
 VARIANTS = {
     "grouped, narrow heads, a prefix": (2, 600, 2048, 16, 4, 72, jnp.bfloat16),
     "wide heads": (1, 2048, 2048, 4, 4, 256, jnp.bfloat16),
@@ -170,13 +185,20 @@ def test_a_mesh_of_chips_computes_its_rows_and_heads_without_a_collective():
     q, k = array(heads, 4, 512, 4, 128), array(heads, 4, 512, 2, 128)
     mask = IntervalMask(*(array(rows, 4, 512, dtype=jnp.int32) for _ in range(2)))
 
-    def passes(q, k, v, mask):
-        out, vjp = jax.vjp(lambda *x: interval_attention(*x, mask, implementation="pallas_tpu"), q, k, v)
+    rotation = Rotation(*(array(rows, 4, 512, 128, dtype=jnp.float32) for _ in range(2)))
+
+    def passes(q, k, v, mask, rotation):
+        def attend(q, k, v):
+            q, k = (rotate(x, rotation, implementation="pallas_tpu") for x in (q, k))
+            return interval_attention(q, k, v, mask, implementation="pallas_tpu")
+
+        out, vjp = jax.vjp(attend, q, k, v)
         return out, *vjp(out)
 
     with jax.set_mesh(mesh):
-        text = jax.jit(passes).lower(q, k, k, mask).compile().as_text()
-    assert text.count("interval_attention_forward") and text.count("interval_attention_backward")
+        text = jax.jit(passes).lower(q, k, k, mask, rotation).compile().as_text()
+    for kernel in ("interval_attention_forward", "interval_attention_mean", "interval_attention_backward", "rotary"):
+        assert re.search(rf"%{kernel}[.\d]* = ", text), kernel
     assert not re.findall(r"all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute", text)
 
 
@@ -185,3 +207,4 @@ def test_what_nobody_sees_may_hold_anything(monkeypatch):
     blocks = dict(generation="v5e", blocks=SQUARE, interpret=True)
     monkeypatch.setattr(api, "_kernel", lambda _: api.Kernel(*(functools.partial(f, **blocks) for f in passes)))
     oracle.check_garbage_is_ignored(13, 200, 2, 1, 16, "pallas_tpu")
+    oracle.check_garbage_is_ignored(260, 300, 2, 2, 128, "pallas_tpu")

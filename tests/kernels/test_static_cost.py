@@ -136,17 +136,25 @@ needs_libtpu = pytest.mark.skipif(
 @pytest.mark.parametrize(("chip", "cores", "heads"), [("v5e:1x1", 1, (2, 2)), ("v4:1x1x1", 2, (2, 1))])
 def test_a_compiled_kernel_does_the_products_that_theory_says(chip, cores, heads, tmp_path):
     """A chip is one device, also where two cores share the work. The backward pass takes one head at a time on v4."""
-    ((forward, backward),) = tpu.compile_jobs(chip, [tpu.Job("ours", 256, heads=2)], str(tmp_path))
-    assert forward.name == "interval_attention_forward"
+    jobs = [tpu.Job("ours", 256, heads=2), tpu.Job("rotary", 256, heads=2)]
+    passes, rotary = tpu.compile_jobs(chip, jobs, str(tmp_path))
+    assert list(passes) == [f"interval_attention_{name}" for name in ("forward", "mean", "backward")]
+    forward, mean, backward = passes.values()
     assert all(kernel.parallel and kernel.cores == cores for kernel in (forward, backward))
     flops_per_cycle = 4 * 128 * 128 * 2  # four matrix units of 128 x 128
     passes = ((forward, heads[0], 2, (1, 1)), (backward, heads[1], 5, (2, 2)))
     for kernel, at_once, products, regions in passes:
         costs = tpu.tile_costs(kernel)
         want = at_once * products * 2 * 256 * 256 * 128 / flops_per_cycle
-        assert costs.matrix == (want, want), "a full and a partial tile"
+        assert costs.matrix[:2] == (want, want), "a full and a partial tile"
+        counts = (products - 1) // 3 + 1  # of what a dirty tile counts: seen keys, and seeing queries
+        assert costs.matrix[2] == want + counts * 2 * 256 * 256 * 128 / flops_per_cycle
         assert costs.idle < costs.tiles[0] <= costs.tiles[1] and costs.tiles[0] > want
         assert (len(costs.before), len(costs.after)) == regions
+    for kernel, arrays in ((mean, 2), *((kernel, 2) for kernel in rotary.values())):
+        assert kernel.steps > 0, "its grid is known"
+        at_least = arrays * 256 * 2 * 128 * 2 / tpu.CHIPS[kernel.device_kind].bandwidth
+        assert at_least < tpu.streaming_seconds(kernel) < 20 * at_least
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import numpy as np
 from vocojax.config import DecoderConfig
 from vocojax.inference.decode import COMPILATIONS
 from vocojax.inference.fingerprint import Fingerprint
-from vocojax.models.llama import KeyValues, rope_frequencies, rotate
+from vocojax.kernels.rotary import Rotation, rotate
+from vocojax.models.llama import KeyValues, rope_frequencies
 
 
 class CacheError(ValueError):
@@ -144,6 +145,6 @@ def _place(units: KeyValues, units_BT: jax.Array, frequencies: jax.Array) -> Key
     num_rows, slots = units_BT.shape
     layers, _, kept, heads, width = units.k_LBKGD.shape
     k, v = units.k_LBKGD[:, units_BT], units.v_LBKGD[:, units_BT]  # [L, B, T, N, G, D]
-    shift_T1 = (jnp.arange(slots) * kept)[:, None]
+    shift = Rotation.of((jnp.arange(slots) * kept)[:, None], frequencies)
     flat = lambda x: x.reshape(layers, num_rows, slots * kept, heads, width)
-    return KeyValues(flat(rotate(k, shift_T1, frequencies)), flat(v))
+    return KeyValues(flat(rotate(k, shift, implementation="xla")), flat(v))

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vocojax.config import ConfigError, require
-from vocojax.kernels.interval_attention.sharding import BATCH_AXES
+from vocojax.kernels.sharding import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from vocojax.config import DecoderConfig, RopeScalingConfig
 from vocojax.kernels.interval_attention import IntervalMask, interval_attention, one_query_attention
+from vocojax.kernels.rotary import Rotation, rotate
 from vocojax.models.layers import Linear, RMSNorm, parameter
 from vocojax.models.stack import scan, stack
 
@@ -67,33 +68,6 @@ def rope_frequencies(head_width: int, theta: float, scaling: RopeScalingConfig |
     return frequencies.astype(np.float32)
 
 
-@jax.custom_vjp
-def rotate(x_BSHD: jax.Array, positions_BS: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864); pairs are (d, d + D/2) as in the LLaMA weights. Rotations compose:
-    rotating by p and then by t is rotating by p + t."""
-    angles_BS1D = positions_BS[..., None, None].astype(jnp.float32) * jnp.concatenate([frequencies, frequencies])
-    # (-second half, first half) as a product: a TPU would otherwise write halves of its 128 lanes out and join them.
-    turned_BSHD = jnp.matmul(
-        x_BSHD, _quarter_turn(x_BSHD.shape[-1]).astype(x_BSHD.dtype), precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    rotated_BSHD = x_BSHD.astype(jnp.float32) * jnp.cos(angles_BS1D) + turned_BSHD * jnp.sin(angles_BS1D)
-    return rotated_BSHD.astype(x_BSHD.dtype)
-
-
-# The gradient is rotated back, in fp32 too: taken apart, its two terms would be rounded before they are added.
-rotate.defvjp(
-    lambda x_BSHD, positions_BS, frequencies: (rotate(x_BSHD, positions_BS, frequencies), (positions_BS, frequencies)),
-    lambda angle, grad_BSHD: (rotate(grad_BSHD, -angle[0], angle[1]), None, None),
-)
-
-
-def _quarter_turn(width: int) -> np.ndarray:
-    """The matrix [D, D] that turns every pair (d, d + D/2) by 90 degrees; its products are exact."""
-    half = np.eye(width // 2)
-    return np.block([[0 * half, half], [-half, 0 * half]])
-
-
 class DecoderBlock(nnx.Module):
     """One decoder layer."""
 
@@ -114,13 +88,13 @@ class DecoderBlock(nnx.Module):
     def __call__(
         self,
         x_BSE: jax.Array,
-        positions_BS: jax.Array,
+        rotation: Rotation,
         mask: IntervalMask,
         prefix_BPGD: tuple[jax.Array, jax.Array] | None,
         attention: str | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Returns the layer's output and the keys and values of x's own tokens, each [B, S, G, D]."""
-        q_BSHD, k_BSGD, v_BSGD = self._project(x_BSE, positions_BS)
+        q_BSHD, k_BSGD, v_BSGD = self._project(x_BSE, rotation, attention)
         k_BKGD, v_BKGD = k_BSGD, v_BSGD
         if prefix_BPGD is not None:
             k_BKGD = jnp.concatenate([prefix_BPGD[0].astype(k_BSGD.dtype), k_BSGD], axis=1)
@@ -129,11 +103,11 @@ class DecoderBlock(nnx.Module):
         return self._finish(x_BSE, attended_BSHD), (k_BSGD, v_BSGD)
 
     def decode(
-        self, x_B1E: jax.Array, positions_B1: jax.Array, cache: StaticCache, layer: jax.Array, index: jax.Array,
+        self, x_B1E: jax.Array, rotation: Rotation, cache: StaticCache, layer: jax.Array, index: jax.Array,
         stop_BK: jax.Array,
     ) -> tuple[jax.Array, StaticCache]:
         """One token per row: writes its key and value into slot `index` of the cache's layer, then attends."""
-        q_B1HD, *fresh = self._project(x_B1E, positions_B1)
+        q_B1HD, *fresh = self._project(x_B1E, rotation, "xla")
         write = lambda old, new_B1GD: jax.lax.dynamic_update_slice(
             old, new_B1GD.swapaxes(1, 2)[None].astype(old.dtype), (layer, 0, 0, index, 0)
         )
@@ -144,14 +118,14 @@ class DecoderBlock(nnx.Module):
         attended_BHD = one_query_attention(q_B1HD[:, 0], k_BGKD, v_BGKD, start_B, stop_BK, index)
         return self._finish(x_B1E, attended_BHD[:, None]), cache
 
-    def _project(self, x_BSE: jax.Array, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(
+        self, x_BSE: jax.Array, rotation: Rotation, implementation: str | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries and keys, and values: [B, S, H or G, D]."""
-        config = self.config
-        frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)
-        split = lambda y: y.reshape(*y.shape[:-1], -1, config.head_width)
+        split = lambda y: y.reshape(*y.shape[:-1], -1, self.config.head_width)
         normed = self.attention_norm(x_BSE)
-        q_BSHD = rotate(split(self.query(normed)), positions_BS, frequencies)
-        k_BSGD = rotate(split(self.key(normed)), positions_BS, frequencies)
+        q_BSHD = rotate(split(self.query(normed)), rotation, implementation=implementation)
+        k_BSGD = rotate(split(self.key(normed)), rotation, implementation=implementation)
         return q_BSHD, k_BSGD, split(self.value(normed))
 
     def _finish(self, x_BSE: jax.Array, attended_BSHD: jax.Array) -> jax.Array:
@@ -206,9 +180,10 @@ class Decoder(nnx.Module):
           Hidden states [B, S, E] before the final norm, and the last `keep` tokens' keys and values.
         """
         first = x_BSE.shape[1] - keep
+        rotation = self.rotation(positions_BS)
 
         def run(x: jax.Array, block: DecoderBlock, layer_prefix: KeyValues | None) -> tuple[jax.Array, KeyValues]:
-            x, (k_BSGD, v_BSGD) = block(x, positions_BS, mask, layer_prefix, attention)
+            x, (k_BSGD, v_BSGD) = block(x, rotation, mask, layer_prefix, attention)
             return x, KeyValues(k_BSGD[:, first:], v_BSGD[:, first:])
 
         return scan(run, x_BSE, self.blocks, prefix, remat=remat)
@@ -229,11 +204,17 @@ class Decoder(nnx.Module):
         Returns:
           Hidden states [B, 1, E] before the final norm, and the cache.
         """
+        rotation = self.rotation(positions_B1)
 
         def run(carry: tuple[jax.Array, StaticCache], block: DecoderBlock, layer: jax.Array) -> tuple[Any, None]:
-            return block.decode(carry[0], positions_B1, carry[1], layer, index, stop_BK), None
+            return block.decode(carry[0], rotation, carry[1], layer, index, stop_BK), None
 
         return scan(run, (x_B1E, cache), self.blocks, jnp.arange(self.config.depth))[0]
+
+    def rotation(self, positions_BS: jax.Array) -> Rotation:
+        """What every layer rotates the queries and keys of tokens at these positions by."""
+        config = self.config
+        return Rotation.of(positions_BS, rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., E] -> fp32 logits [..., V]; rows of the vocabulary that stand for no token get -1e30, so

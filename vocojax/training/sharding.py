@@ -16,7 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vocojax.config import ConfigError
-from vocojax.kernels.interval_attention.sharding import BATCH_AXES
+from vocojax.kernels.sharding import BATCH_AXES
 from vocojax.models.parameters import variables_of
 from vocojax.models.parts import Parts
 from vocojax.training.config import MeshConfig

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vocojax.kernels.interval_attention.mask import IntervalMask
 from vocojax.kernels.interval_attention.reference import reference_attention
-from vocojax.kernels.interval_attention.sharding import per_shard
+from vocojax.kernels.sharding import per_shard
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
 
@@ -65,6 +65,8 @@ def interval_attention(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown: use one of {IMPLEMENTATIONS} or None")
 
+    if implementation == "pallas_tpu":
+        return _fused(implementation, scale, q_BQHD, k_BKGD, v_BKGD, mask)  # it looks after what nobody sees itself
     # What nobody sees is replaced before the products, because 0 * NaN would carry it into every sum. It is done
     # here, where XLA fuses the selection into whatever computes q, k and v. The selection on the output keeps the
     # cotangent of blind queries, which is just as arbitrary, out of the gradients.

@@ -15,7 +15,7 @@ import numpy as np
 
 from vocojax.kernels.interval_attention.mask import NEVER, IntervalMask, range_max
 
-EMPTY, PARTIAL, FULL = 0, 1, 2
+EMPTY, PARTIAL, FULL, DIRTY = 0, 1, 2, 3
 
 
 def padded_vectors(mask: IntervalMask, multiple_q: int, multiple_k: int) -> tuple[jax.Array, jax.Array]:
@@ -66,6 +66,26 @@ def block_kinds(start_BQ: jax.Array, stop_BK: jax.Array, prefix: int, block_q: i
         & (first_query + block_q - 1 < stop_BK.reshape(B, 1, -1, block_k).min(-1))
     )
     return jnp.where(full, FULL, jnp.where(live, PARTIAL, EMPTY)).astype(jnp.int32)
+
+
+def with_dirty(
+    kinds_BNM: jax.Array, start_BQ: jax.Array, stop_BK: jax.Array, prefix: int, block_q: int, block_k: int
+) -> jax.Array:
+    """The kinds with DIRTY for those partial tiles that may hold a query which sees nothing or a key that nobody sees,
+    of which a kernel has to expect anything, NaN included: who sees itself is none of them, and where that holds for
+    all of a tile it stays PARTIAL."""
+    (B, Q), K = start_BQ.shape, stop_BK.shape[1]
+    # Every query beside its own key, and every key beside the first query that may see it.
+    own_stop_BQ = jnp.pad(stop_BK, ((0, 0), (0, max(0, prefix + Q - K))))[:, prefix : prefix + Q]
+    first_start_BK = jnp.pad(start_BQ, ((0, 0), (prefix, 0)), mode="edge")
+    first_start_BK = jnp.pad(first_start_BK, ((0, 0), (0, max(0, K - prefix - Q))), constant_values=NEVER)[:, :K]
+    i_Q, j_K = prefix + jnp.arange(Q), jnp.arange(K)
+    sees_BQ = (start_BQ <= i_Q) & (i_Q < own_stop_BQ)
+    seen_BK = (first_start_BK <= j_K) & (jnp.maximum(j_K, prefix) < stop_BK)
+    clean_q = sees_BQ.reshape(B, -1, block_q).all(-1)
+    clean_k = seen_BK.reshape(B, -1, block_k).all(-1)
+    dirty = (kinds_BNM == PARTIAL) & ~(clean_q[:, :, None] & clean_k[:, None])
+    return jnp.where(dirty, DIRTY, kinds_BNM)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 A grid step is one (query block, key block) tile of several heads at once. Which tile it is comes from a list in scalar
 memory (`block_info.tile_list`), and the grid is as long as the list: an empty tile costs neither compute nor DMA nor a
-grid step. A full tile runs without any mask arithmetic; a partial one builds its mask in registers from the vectors.
+grid step. A full tile runs without any mask arithmetic; a partial one builds its mask in registers from the vectors. A
+dirty one also replaces what nobody sees before its products, because 0 * NaN would carry it into every sum: around the
+kernels that would take a pass over each operand.
 
 Arrays stay `[B, S, heads * width]`: a block of columns is a group of heads, so nothing is transposed around the
 kernels. Head widths that are no multiple of 128 are padded to one, which is what their tiles in memory hold anyway.
@@ -26,20 +28,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from vocojax.kernels.interval_attention import tpu_blocks
-from vocojax.kernels.interval_attention.block_info import (
-    FULL,
-    PARTIAL,
-    TileCode,
-    block_kinds,
-    padded_vectors,
-    tile_list,
-)
+from vocojax.kernels.interval_attention.block_info import DIRTY, FULL, PARTIAL, TileCode, padded_vectors
 from vocojax.kernels.interval_attention.mask import IntervalMask
 from vocojax.kernels.interval_attention.tpu_blocks import LANES, Blocks
+from vocojax.kernels.interval_attention.tpu_tiles import (
+    along_lanes,
+    along_rows,
+    any_of,
+    columns_of,
+    only,
+    part,
+    product,
+    tiles_to_walk,
+    widened,
+)
 
 HIDDEN = -2.0e38  # the score of an invisible pair
 LOWEST = -1.0e30  # where running maxima begin: far above HIDDEN, so that exp2(HIDDEN - maximum) is exactly 0
 LOG2_E = math.log2(math.e)
+MEAN_COLUMNS = 1024  # of a step of the kernel that multiplies outputs with their gradients: a MiB each at 512 rows
 
 
 def forward(
@@ -64,11 +71,10 @@ def forward(
     Dp = -(-D // LANES) * LANES
     heads = heads_per_step(H, blocks.columns // Dp, H // G)
     kv_heads = max(1, heads * G // H)
-    q, k, v = (_columns(x, block, Dp) for x, block in ((q_BQHD, blocks.q), (k_BKGD, blocks.k), (v_BKGD, blocks.k)))
+    q, k, v = (columns_of(x, block, Dp) for x, block in ((q_BQHD, blocks.q), (k_BKGD, blocks.k), (v_BKGD, blocks.k)))
     Qp, Kp = q.shape[1], k.shape[1]
     start, stop = padded_vectors(mask, blocks.q, blocks.k)
-    kinds = block_kinds(start, stop, mask.prefix, blocks.q, blocks.k)
-    tiles = tile_list(kinds, mask.prefix, blocks.q, blocks.k)
+    tiles = tiles_to_walk(start, stop, mask.prefix, blocks.q, blocks.k)
     at = tiles.layout
 
     q_spec = pl.BlockSpec((None, blocks.q, heads * Dp), lambda h, t, c: (at.row(c[t]), at.query_block(c[t]), h))
@@ -102,7 +108,7 @@ def forward(
         ),
         cost_estimate=_cost(2, B, H, Qp, Kp, Dp, [q, q, k, v]),
         interpret=interpret,
-    )(tiles.codes, q, k, v, _along_rows(start), stop[:, None])
+    )(tiles.codes, q, k, v, along_rows(start), stop[:, None])
     return out.reshape(B, Qp, H, Dp)[:, :Q, :, :D], lse[:, :, 0, :Q]
 
 
@@ -120,46 +126,49 @@ def _forward_kernel(
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    def accumulate(visible: jax.Array | None) -> None:
+    def accumulate(visible: jax.Array | None, seen: jax.Array | None = None) -> None:
         for h in range(heads):
-            head, stats, kv = _part(h, width), _part(h, LANES), _part(h * kv_heads // heads, width)
-            scores = _product(q_ref[:, head], k_ref[:, kv], ((1,), (1,))) * scale
+            head, stats, kv = part(h, width), part(h, LANES), part(h * kv_heads // heads, width)
+            v = only(seen, v_ref[:, kv])
+            scores = product(q_ref[:, head], k_ref[:, kv], ((1,), (1,))) * scale
             if visible is not None:
                 scores = jnp.where(visible, scores, HIDDEN)
             before = highest_ref[:, stats]
             highest = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-            weights = jnp.exp2(scores - _widened(highest, bk))
+            weights = jnp.exp2(scores - widened(highest, bk))
             decay = jnp.exp2(before - highest)
             highest_ref[:, stats] = highest
             total_ref[:, stats] = total_ref[:, stats] * decay + weights.sum(axis=1, keepdims=True)
-            gain = _product(weights.astype(v_ref.dtype), v_ref[:, kv], ((1,), (0,)))
-            sum_ref[:, head] = sum_ref[:, head] * _widened(decay, width) + gain
+            gain = product(weights.astype(v.dtype), v, ((1,), (0,)))
+            sum_ref[:, head] = sum_ref[:, head] * widened(decay, width) + gain
 
     @pl.when(code & TileCode.KIND == FULL)
     def full_tile() -> None:
         accumulate(None)
 
-    @pl.when(code & TileCode.KIND == PARTIAL)
-    def partial_tile() -> None:
+    def visible() -> jax.Array:
         i = prefix + at.query_block(code) * bq + lax.broadcasted_iota(jnp.int32, (bq, bk), 0)
         j = at.key_block(code) * bk + lax.broadcasted_iota(jnp.int32, (bq, bk), 1)
-        accumulate((_widened(start_ref[...], bk) <= j) & (j <= i) & (i < stop_ref[...]))
+        return (widened(start_ref[...], bk) <= j) & (j <= i) & (i < stop_ref[...])
+
+    @pl.when(code & TileCode.KIND == PARTIAL)
+    def partial_tile() -> None:
+        accumulate(visible())
+
+    @pl.when(code & TileCode.KIND == DIRTY)
+    def dirty_tile() -> None:
+        pairs = visible()
+        accumulate(pairs, seen=any_of(pairs, of_rows=False))
 
     @pl.when(code & TileCode.LAST != 0)
     def close_block() -> None:
-        diagonal = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0) == lax.broadcasted_iota(
-            jnp.int32, (LANES, LANES), 1
-        )
         for h in range(heads):
-            head, stats = _part(h, width), _part(h, LANES)
+            head, stats = part(h, width), part(h, LANES)
             total = total_ref[:, stats]
             divisor = jnp.where(total > 0, total, 1.0)
-            out_ref[:, head] = (sum_ref[:, head] * _widened(1 / divisor, width)).astype(out_ref.dtype)
+            out_ref[:, head] = (sum_ref[:, head] * widened(1 / divisor, width)).astype(out_ref.dtype)
             lse = jnp.where(total > 0, highest_ref[:, stats] + jnp.log2(divisor), 0.0)
-            # Every lane of a row holds its value; picking the diagonal turns a column of rows into a row of lanes.
-            for r in range(0, bq, LANES):
-                turned = jnp.where(diagonal, lse[r : r + LANES], 0.0).sum(axis=0, keepdims=True)
-                lse_ref[h, :, r : r + LANES] = turned
+            lse_ref[h] = along_lanes(lse)
 
 
 def backward(
@@ -191,17 +200,15 @@ def backward(
     kv_heads = max(1, heads // repeats)
     turns = max(1, repeats // heads)  # grid steps over the query heads that share one step's key/value heads
     group = turns * heads  # the query heads whose dq accumulates together
-    q, dout = (_columns(x, spans * blocks.q, Dp) for x in (q_BQHD, dout_BQHD))
-    k, v = (_columns(x, blocks.k, Dp) for x in (k_BKGD, v_BKGD))
+    q, dout = (columns_of(x, spans * blocks.q, Dp) for x in (q_BQHD, dout_BQHD))
+    k, v = (columns_of(x, blocks.k, Dp) for x in (k_BKGD, v_BKGD))
     Qp, Kp = q.shape[1], k.shape[1]
     start, stop = padded_vectors(mask, spans * blocks.q, blocks.k)
-    kinds = block_kinds(start, stop, mask.prefix, blocks.q, blocks.k)
-    tiles = tile_list(kinds, mask.prefix, blocks.q, blocks.k, spans)
+    tiles = tiles_to_walk(start, stop, mask.prefix, blocks.q, blocks.k, spans)
     at, span = tiles.layout, Qp // spans
 
-    # Multiplied and summed, not a matrix product: those may round float32 operands.
-    mean_BHQ = (out_BQHD.astype(jnp.float32) * dout_BQHD.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
-    lse, mean = (jnp.pad(x, ((0, 0), (0, 0), (0, Qp - Q)))[:, :, None] for x in (lse_BHQ, mean_BHQ))
+    lse = jnp.pad(lse_BHQ, ((0, 0), (0, 0), (0, Qp - Q)))[:, :, None]
+    mean = _mean_gradient(columns_of(out_BQHD, spans * blocks.q, Dp), dout, H, blocks, interpret)
 
     in_span = lambda c: lax.div(at.query_block(c), span // blocks.q)
     q_head = lambda h, r: h * turns + r
@@ -242,7 +249,7 @@ def backward(
         ),
         cost_estimate=_cost(5, B, H, Qp, Kp, Dp, [q, q, q, k, k, v, v]),
         interpret=interpret,
-    )(tiles.codes, q, k, v, dout, lse, mean, start[:, None], _along_rows(stop))  # fmt: skip
+    )(tiles.codes, q, k, v, dout, lse, mean, start[:, None], along_rows(stop))  # fmt: skip
     whole = lambda x, length, n: x.reshape(B, -1, n, Dp)[:, :length, :, :D]
     dk, dv = (x[0] if spans == 1 else x.sum(0).astype(k.dtype) for x in (dk, dv))
     return whole(dq, Q, H), whole(dk, K, G), whole(dv, K, G)
@@ -269,32 +276,45 @@ def _backward_kernel(
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
-    def accumulate(visible: jax.Array | None) -> None:
+    def accumulate(
+        visible: jax.Array | None, seeing: jax.Array | None = None, seen: jax.Array | None = None
+    ) -> None:
         for h in range(heads):
-            head, kv = _part(h, width), _part(h * kv_heads // heads, width)
-            q, k, dout = q_ref[:, head], k_ref[:, kv], dout_ref[:, head]
-            scores = _product(k, q, ((1,), (1,))) * (scale * LOG2_E)
+            head, kv = part(h, width), part(h * kv_heads // heads, width)
+            q, k, dout = only(seeing, q_ref[:, head]), only(seen, k_ref[:, kv]), only(seeing, dout_ref[:, head])
+            scores = product(k, q, ((1,), (1,))) * (scale * LOG2_E)
             if visible is not None:
                 scores = jnp.where(visible, scores, HIDDEN)
             weights = jnp.exp2(scores - lse_ref[h])
-            dv_sum[:, kv] += _product(weights.astype(dout.dtype), dout, ((1,), (0,)))
-            dweights = _product(v_ref[:, kv], dout, ((1,), (1,)))
-            dscores = (weights * (dweights - mean_ref[h])).astype(q.dtype)
-            dk_sum[:, kv] += _product(dscores, q, ((1,), (0,)))
+            dv_sum[:, kv] += product(weights.astype(dout.dtype), dout, ((1,), (0,)))
+            dweights = product(v_ref[:, kv], dout, ((1,), (1,)))
+            dscores = weights * (dweights - mean_ref[h])
+            if visible is not None and seen is not None:  # what nobody sees is in `dweights` and `mean_ref` too
+                dscores = jnp.where(visible, dscores, 0.0)
+            dscores = dscores.astype(q.dtype)
+            dk_sum[:, kv] += product(dscores, q, ((1,), (0,)))
             if transposed_dq:
-                dq_sum[turn, head, rows] += _product(k, dscores, ((0,), (0,)))
+                dq_sum[turn, head, rows] += product(k, dscores, ((0,), (0,)))
             else:
-                dq_sum[turn, rows, head] += _product(dscores, k, ((0,), (0,)))
+                dq_sum[turn, rows, head] += product(dscores, k, ((0,), (0,)))
 
     @pl.when(code & TileCode.KIND == FULL)
     def full_tile() -> None:
         accumulate(None)
 
-    @pl.when(code & TileCode.KIND == PARTIAL)
-    def partial_tile() -> None:
+    def visible() -> jax.Array:
         i = prefix + at.query_block(code) * bq + lax.broadcasted_iota(jnp.int32, (bk, bq), 1)
         j = at.key_block(code) * bk + lax.broadcasted_iota(jnp.int32, (bk, bq), 0)
-        accumulate((start_ref[...] <= j) & (j <= i) & (i < _widened(stop_ref[...], bq)))
+        return (start_ref[...] <= j) & (j <= i) & (i < widened(stop_ref[...], bq))
+
+    @pl.when(code & TileCode.KIND == PARTIAL)
+    def partial_tile() -> None:
+        accumulate(visible())
+
+    @pl.when(code & TileCode.KIND == DIRTY)
+    def dirty_tile() -> None:
+        pairs = visible()
+        accumulate(pairs, seeing=any_of(pairs, of_rows=False), seen=any_of(pairs, of_rows=True))
 
     @pl.when((code & TileCode.LAST != 0) & last_turn)
     def close_block() -> None:
@@ -305,34 +325,35 @@ def _backward_kernel(
     def close_span() -> None:
         for r in range(dq_sum.shape[0]):
             dq = dq_sum[r].T if transposed_dq else dq_sum[r]
-            dq_ref[:, _part(r, heads * width)] = (dq * scale).astype(dq_ref.dtype)
+            dq_ref[:, part(r, heads * width)] = (dq * scale).astype(dq_ref.dtype)
 
 
-def _product(a: jax.Array, b: jax.Array, contract: tuple[tuple[int], tuple[int]]) -> jax.Array:
-    """A matrix product accumulated in float32; float32 operands are not rounded to bfloat16 on the way."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+def _mean_gradient(out: jax.Array, dout: jax.Array, heads: int, blocks: Blocks, interpret: bool) -> jax.Array:
+    """`[B, H, 1, S]`, float32: by its softmax weights, the mean of a query's gradients with respect to them, which is
+    the product of its output and the output's gradient, `[B, S, heads * width]` both."""
+    B, S, columns = out.shape
+    width = columns // heads
+    at_once = heads_per_step(heads, max(1, MEAN_COLUMNS // width), 1)
+    operand = pl.BlockSpec((None, blocks.q, at_once * width), lambda b, h, t: (b, t, h))
+    return pl.pallas_call(
+        functools.partial(_mean_kernel, width=width),
+        name="interval_attention_mean",
+        grid=(B, heads // at_once, S // blocks.q),
+        in_specs=[operand, operand],
+        out_specs=pl.BlockSpec((None, at_once, 1, blocks.q), lambda b, h, t: (b, h, 0, t)),
+        out_shape=jax.ShapeDtypeStruct((B, heads, 1, S), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        cost_estimate=pl.CostEstimate(flops=2 * out.size, transcendentals=0, bytes_accessed=2 * out.nbytes),
+        interpret=interpret,
+    )(out, dout)
 
 
-def _part(index: int, width: int) -> slice:
-    return slice(index * width, (index + 1) * width)
-
-
-def _widened(x: jax.Array, width: int) -> jax.Array:
-    """`[rows, 128]` with equal lanes -> `[rows, width]`: the same registers again."""
-    return jnp.tile(x, (1, width // LANES))
-
-
-def _along_rows(x_BS: jax.Array) -> jax.Array:
-    """int32 `[B, S, 128]` with equal lanes: how a vector lies when the position runs down the rows of a tile."""
-    return jnp.broadcast_to(x_BS[..., None], (*x_BS.shape, LANES))
-
-
-def _columns(x_BSHD: jax.Array, multiple: int, width: int) -> jax.Array:
-    """-> `[B, S', heads * width]`, zeros up to a multiple of the block and of the lanes."""
-    B, S, H, D = x_BSHD.shape
-    x = jnp.pad(x_BSHD, ((0, 0), (0, -S % multiple), (0, 0), (0, width - D)))
-    return x.reshape(B, -1, H * width)
+def _mean_kernel(out_ref, dout_ref, mean_ref, *, width: int) -> None:
+    for h in range(mean_ref.shape[0]):
+        out, dout = (ref[:, part(h, width)].astype(jnp.float32) for ref in (out_ref, dout_ref))
+        # Multiplied and summed, not a matrix product: those may round float32 operands.
+        mean = (out * dout).sum(axis=1, keepdims=True)
+        mean_ref[h] = along_lanes(jnp.broadcast_to(mean, (mean.shape[0], LANES)))
 
 
 def heads_per_step(heads: int, most: int, repeats: int) -> int:

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from vocojax.kernels.interval_attention import IntervalMask, pallas_tpu, tpu_blocks
-from vocojax.kernels.interval_attention.block_info import (
-    EMPTY,
-    FULL,
-    PARTIAL,
-    TileCode,
-    block_kinds,
-    padded_vectors,
-    tile_list,
-)
+from vocojax.kernels.interval_attention import IntervalMask, pallas_tpu, tpu_blocks, tpu_tiles
+from vocojax.kernels.interval_attention.block_info import DIRTY, EMPTY, FULL, PARTIAL, TileCode, padded_vectors
 from vocojax.kernels.static_cost import tpu
 from vocojax.kernels.static_cost.layouts import Layout, layouts
 from vocojax.kernels.static_cost.tpu import CHIPS, Compiled, Job, TileCosts
@@ -35,7 +28,7 @@ class Cost:
         block: queries and keys of its tiles.
         seconds: for all rows and heads.
         matrix_seconds: of them, those that the matrix units are busy.
-        full_tile_cycles, partial_tile_cycles: one tile of one head.
+        full_tile_cycles, partial_tile_cycles, dirty_tile_cycles: one tile of one head.
         spills: registers stored for want of room, per full tile and head.
         vmem_bytes: windows and scratch.
     """
@@ -45,6 +38,7 @@ class Cost:
     matrix_seconds: float
     full_tile_cycles: float
     partial_tile_cycles: float
+    dirty_tile_cycles: float
     spills: float
     vmem_bytes: int
 
@@ -62,18 +56,18 @@ def tpu_report(topologies: list[str]) -> dict[str, Any]:
         jobs += [Job("splash", 4096, 1, HEADS, WIDTH, *blocks) for blocks in SPLASH_BLOCKS]
         with tempfile.TemporaryDirectory() as folder:
             compiled = tpu.compile_jobs(topology, jobs, folder)
-            measured = [[(kernel, tpu.tile_costs(kernel)) for kernel in job] for job in compiled]
-        splash = measured[len(layouts()) :]
-        for (name, layout), passes in zip(layouts().items(), measured, strict=False):
-            entry = report.setdefault(name, {"title": layout.title} | live_tiles(layout, passes[0][0].device_kind))
-            ours = [ours_cost(layout, *passes[i], backward=bool(i)) for i in range(2)]
+            splash = [[(k, tpu.tile_costs(k)) for k in job.values()] for job in compiled[len(layouts()) :]]
+            ours_by_layout = [ours_costs(x, job) for x, job in zip(layouts().values(), compiled, strict=False)]
+            kind = next(iter(compiled[0].values())).device_kind
+        for (name, layout), ours in zip(layouts().items(), ours_by_layout, strict=True):
+            entry = report.setdefault(name, {"title": layout.title} | live_tiles(layout, kind))
             theirs = [best_splash(layout, [job[i] for job in splash]) for i in range(2)]
             entry[topology] = {"ours": _entry(ours), "splash": _entry(theirs)}
             entry[topology]["ratio"] = entry[topology]["splash"]["seconds"] / entry[topology]["ours"]["seconds"]
     return report
 
 
-def _entry(passes: list[Cost]) -> dict[str, Any]:
+def _entry(passes: Sequence[Cost]) -> dict[str, Any]:
     seconds = sum(x.seconds for x in passes)
     return {
         "seconds": seconds,
@@ -95,7 +89,23 @@ def live_tiles(layout: Layout, device_kind: str) -> dict[str, int]:
     }
 
 
-def ours_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: bool) -> Cost:
+def ours_costs(layout: Layout, kernels: dict[str, Compiled]) -> tuple[Cost, Cost]:
+    """Of the forward and the backward pass; the latter holds the mean gradients, which come before its tiles."""
+    forward, backward = tile_costs(layout, kernels)
+    before = tpu.streaming_seconds(kernels["interval_attention_mean"])
+    return forward, dataclasses.replace(backward, seconds=backward.seconds + before)
+
+
+def tile_costs(layout: Layout, kernels: dict[str, Compiled]) -> tuple[Cost, Cost]:
+    """Of the kernels that walk tiles, forward and backward."""
+    forward, backward = (kernels[f"interval_attention_{name}"] for name in ("forward", "backward"))
+    return (
+        _tile_cost(layout, forward, tpu.tile_costs(forward), backward=False),
+        _tile_cost(layout, backward, tpu.tile_costs(backward), backward=True),
+    )
+
+
+def _tile_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: bool) -> Cost:
     """Walks the kernel's own tile list: every step costs what its tile and flags say, or its DMA if that is more."""
     generation = tpu_blocks.generation(kernel.device_kind)
     table = tpu_blocks.GENERATIONS[generation]
@@ -105,8 +115,9 @@ def ours_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: bool
         heads, spans = pallas_tpu.backward_plan(layout.length, HEADS, 1, WIDTH, blocks, 2, table.dq_bytes)
     codes = tile_codes(layout, blocks.q, blocks.k, spans)
     kinds = codes & TileCode.KIND
-    full, partial = costs.tiles
-    cycles = np.select([kinds == FULL, kinds == PARTIAL], [full, partial], costs.idle).astype(float)
+    full, partial, dirty = costs.tiles
+    which = [kinds == kind for kind in (FULL, PARTIAL, DIRTY)]
+    cycles = np.select(which, costs.tiles, costs.idle).astype(float)
     inner, outer = (TileCode.FIRST, TileCode.LAST), (TileCode.OPEN, TileCode.CLOSE)
     flags = (outer[0], *inner, outer[1]) if backward else inner
     for flag, extra in zip(flags, (*costs.before, *costs.after), strict=True):
@@ -120,7 +131,7 @@ def ours_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: bool
     walked, kept = (blocks.q, 4 * blocks.k) if backward else (blocks.k, 2 * blocks.q)
     dma = (2 * walked + kept * (codes & TileCode.FIRST != 0)) * 2 * heads * WIDTH / per_cycle
     groups = HEADS // heads
-    matrix = (kinds == FULL) * costs.matrix[0] + (kinds == PARTIAL) * costs.matrix[1]
+    matrix = np.select(which, costs.matrix, 0.0)
     to_seconds = groups / cores / chip.ghz / 1e9
     return Cost(
         block=(blocks.q, blocks.k),
@@ -128,6 +139,7 @@ def ours_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: bool
         matrix_seconds=float(matrix.sum() * to_seconds),
         full_tile_cycles=full / heads,
         partial_tile_cycles=partial / heads,
+        dirty_tile_cycles=dirty / heads,
         spills=costs.spills[0] / heads,
         vmem_bytes=costs.vmem_bytes,
     )
@@ -153,6 +165,7 @@ def splash_cost(layout: Layout, kernel: Compiled, costs: TileCosts, block: int) 
         matrix_seconds=live * costs.matrix[0] * to_seconds,
         full_tile_cycles=costs.tiles[0],
         partial_tile_cycles=costs.tiles[0],
+        dirty_tile_cycles=costs.tiles[0],
         spills=costs.spills[0],
         vmem_bytes=costs.vmem_bytes,
     )
@@ -164,7 +177,7 @@ def tile_codes(layout: Layout, block_q: int, block_k: int, spans: int | None) ->
     @jax.jit
     def made(start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
         start, stop = padded_vectors(IntervalMask(start, stop), (spans or 1) * block_q, block_k)
-        tiles = tile_list(block_kinds(start, stop, 0, block_q, block_k), 0, block_q, block_k, spans)
+        tiles = tpu_tiles.tiles_to_walk(start, stop, 0, block_q, block_k, spans)
         return tiles.codes, tiles.count
 
     codes, count = made(layout.start, layout.stop)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
+import math
 import os
 import re
 import subprocess
@@ -59,9 +60,10 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A kernel to compile for one shape: the project's (`ours`) with the blocks of its table, or JAX's splash
-    attention, causal with segment ids (`splash`). Splash takes a mask as an array too, but only one that is there when
-    the program is built: an argument of a jitted function, as the mask of a packed batch is, it refuses.
+    """What to compile for one shape: the project's attention (`ours`) with the blocks of its table, its `rotary`
+    positions, or JAX's splash attention, causal with segment ids (`splash`). Splash takes a mask as an array too, but
+    only one that is there when the program is built: an argument of a jitted function, as the mask of a packed batch
+    is, it refuses.
 
     `block` is the queries and keys of splash's tiles, `block_compute` the keys of one inner step (0: all of a tile).
     """
@@ -77,12 +79,17 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One Pallas kernel of a job: where its dumps are and what its grid looks like."""
+    """One Pallas kernel of a job: where its dumps are and what its grid looks like.
+
+    `steps` of the grid, 0 where the program decides; `moved` bytes of all operands and results.
+    """
 
     name: str
     device_kind: str
     cores: int
     parallel: bool
+    steps: int
+    moved: int
     bundles: str
     allocations: str
 
@@ -133,8 +140,9 @@ def topology_devices(topology: str) -> list[Any]:
     return topologies.get_topology_desc(shape, platform="tpu", **options).devices
 
 
-def compile_jobs(topology: str, jobs: list[Job], folder: str) -> list[list[Compiled]]:
-    """The kernels of every job (forward first), compiled for one device of `topology` by a child process."""
+def compile_jobs(topology: str, jobs: list[Job], folder: str) -> list[dict[str, Compiled]]:
+    """The kernels of every job by name, in the order of their calls (forward first), compiled for one device of
+    `topology` by a child process."""
     arguments = [sys.executable, "-m", "vocojax.kernels.static_cost.tpu", topology, folder]
     flags = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=(final_bundles|original)"
     environment = {
@@ -147,7 +155,7 @@ def compile_jobs(topology: str, jobs: list[Job], folder: str) -> list[list[Compi
     if child.returncode:
         raise RuntimeError(f"compiling for {topology} failed:\n{child.stderr[-3000:]}")
     answer = json.loads(child.stdout.splitlines()[-1])
-    return [[Compiled(**kernel) for kernel in job] for job in answer]
+    return [{kernel["name"]: Compiled(**kernel) for kernel in job} for job in answer]
 
 
 def tile_costs(kernel: Compiled) -> TileCosts:
@@ -176,6 +184,15 @@ def tile_costs(kernel: Compiled) -> TileCosts:
     )
 
 
+def streaming_seconds(kernel: Compiled) -> float:
+    """Of a kernel that passes once over its operands: by its code or by what it moves, whichever takes longer."""
+    chip = CHIPS[kernel.device_kind]
+    loop = GridLoop(bundles.parse(Path(kernel.bundles).read_text(errors="replace")), bundles.MACHINES[chip.machine])
+    cores = kernel.cores if kernel.parallel else 1
+    by_code = kernel.steps * loop.cycles(set()) / cores / chip.ghz / 1e9
+    return max(by_code, kernel.moved / (chip.bandwidth * cores / chip.cores))
+
+
 def _compile_here(topology: str, folder: str, jobs: list[Job]) -> list[list[Compiled]]:
     """The child's part of `compile_jobs`."""
     import jax
@@ -185,7 +202,8 @@ def _compile_here(topology: str, folder: str, jobs: list[Job]) -> list[list[Comp
     on = jax.sharding.SingleDeviceSharding(device)
     compiled = []
     for job in jobs:
-        function, shapes = {"ours": _ours, "splash": _splash}[job.kernel](job, device.device_kind)
+        made = {"ours": _ours, "rotary": _rotary, "splash": _splash}[job.kernel]
+        function, shapes = made(job, device.device_kind)
         arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), shapes)
         calls = _pallas_calls(jax.jit(function).trace(*arguments).jaxpr.jaxpr)
         compiled.append([_compile_call(call, device, folder) for call in calls])
@@ -211,6 +229,8 @@ def _compile_call(call: Any, device: Any, folder: str) -> Compiled:
         device_kind=device.device_kind,
         cores=getattr(device, "num_cores", 1) or 1,
         parallel=any("parallel" in s for s in semantics),
+        steps=math.prod(size if isinstance(size, int) else 0 for size in call.params["grid_mapping"].grid),
+        moved=sum(v.aval.size * v.aval.dtype.itemsize for v in (*call.invars, *call.outvars)),
         bundles=dump("-final_bundles.txt"),
         allocations=dump("-original.txt"),
     )
@@ -249,6 +269,18 @@ def _ours(job: Job, device_kind: str) -> tuple[Callable[..., Any], tuple[Any, ..
         return forward, backward
 
     return passes, (x, x, x, IntervalMask(vector, vector), x, lse, x)
+
+
+def _rotary(job: Job, device_kind: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    import jax
+    import jax.numpy as jnp
+
+    from vocojax.kernels.rotary import pallas_tpu
+
+    del device_kind  # it is the same for all
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((job.rows, job.length, *shape), dtype)
+    table = array(jnp.float32, job.width)
+    return pallas_tpu.rotate, (array(jnp.bfloat16, job.heads, job.width), table, table)
 
 
 def _splash(job: Job, device_kind: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -89,20 +89,22 @@ def _gpu_loops(kind: str) -> dict[str, list[gpu.Loop]]:
 
 
 def kernel_seconds(config: StageConfig, topology: str, rows: int) -> dict[str, float]:
-    """Seconds of one call of the forward and of the backward kernel on `rows` rows of a TPU, by the kernel's name."""
+    """Seconds of one call of each kernel on `rows` rows of a TPU, by the kernel's name; of `rotary`, of one on all
+    query heads."""
     decoder = config.model.decoder
     alike = dataclasses.replace(config, remat="full", accumulate=1, mesh=MeshConfig())  # same rows for all
-    forward, backward = _mean_row(alike, topology.partition(":")[0])
     share = rows * decoder.num_heads / config.mesh.tensor / report.HEADS
-    return {"interval_attention_forward": forward * share, "interval_attention_backward": backward * share}
+    return {name: seconds * share for name, seconds in _mean_row(alike, topology.partition(":")[0]).items()}
 
 
 @functools.cache
-def _mean_row(config: StageConfig, kind: str) -> tuple[float, float]:
+def _mean_row(config: StageConfig, kind: str) -> dict[str, float]:
     layout = typical_rows(config)
     alone = f"{kind}:1x1" if kind in ("v5e", "v6e") else f"{kind}:1x1x1"
+    shape = layout.length, layout.rows, report.HEADS, config.model.decoder.head_width
     with tempfile.TemporaryDirectory() as folder:
-        job = Job("ours", layout.length, layout.rows, report.HEADS, config.model.decoder.head_width)
-        kernels = tpu.compile_jobs(alone, [job], folder)[0]
-        costs = [report.ours_cost(layout, k, tpu.tile_costs(k), backward=bool(i)) for i, k in enumerate(kernels)]
-    return costs[0].seconds / layout.rows, costs[1].seconds / layout.rows
+        passes, rotary = tpu.compile_jobs(alone, [Job("ours", *shape), Job("rotary", *shape)], folder)
+        seconds = {name: tpu.streaming_seconds(kernel) for name, kernel in (passes | rotary).items() if kernel.steps}
+        walks = zip(("forward", "backward"), report.tile_costs(layout, passes), strict=True)
+        seconds |= {f"interval_attention_{name}": cost.seconds for name, cost in walks}
+    return {name: value / layout.rows for name, value in seconds.items()}

@@ -144,7 +144,7 @@ def _attention(config: StageConfig, topology: Topology, costs: Costs, device: De
         try:
             each = (attention.gpu_kernel_seconds(config, topology.kind, rows) if topology.is_gpu
                     else attention.kernel_seconds(config, topology.name, rows))
-            return sum(calls * each.get(name, 0.0) for name, calls in costs.kernels.items())
+            return sum(calls * each[name] for name, calls in costs.kernels.items())
         except FileNotFoundError as missing:
             LOG.warning("attention is estimated by its FLOPs: %s", missing)
     decoder = config.model.decoder

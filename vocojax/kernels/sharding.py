@@ -1,4 +1,4 @@
-"""Attention on a mesh: every row and every head is its own problem, so each device keeps to the ones it holds."""
+"""Kernels on a mesh: every row and every head is its own problem, so each device keeps to the ones it holds."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _dividing(axes: list[str], sizes: dict[str, int], count: int, what: str) -> 
     kept: tuple[str, ...] = ()
     for axis in axes:
         if count % math.prod(sizes[a] for a in (*kept, axis)):
-            _warn(f"interval_attention: {count} {what} do not divide over mesh axis {axis!r} of {sizes[axis]} devices")
+            _warn(f"kernels: {count} {what} do not divide over mesh axis {axis!r} of {sizes[axis]} devices")
             break
         kept += (axis,)
     return kept

@@ -1,0 +1,78 @@
+"""`rotate`: rotary position embedding (arXiv 2104.09864), by a kernel where there is one for it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vocojax.kernels.sharding import per_shard
+
+LANES = 128
+
+
+class Rotation(NamedTuple):
+    """By how much the heads of each token are rotated; made once and used by every layer.
+
+    A head's pairs are (d, d + D/2), as in the LLaMA weights.
+
+    cos_BSD: fp32 cosines of the pairs' angles, for both of a pair.
+    sin_BSD: fp32 sines, with the sign that the other one of the pair is added with: minus for the first.
+    """
+
+    cos_BSD: jax.Array
+    sin_BSD: jax.Array
+
+    @classmethod
+    def of(cls, positions_BS: jax.Array, frequencies: np.ndarray | jax.Array) -> Rotation:
+        """For int positions and the radians per position of each of the D/2 pairs, fp32."""
+        angles = positions_BS[..., None].astype(jnp.float32) * frequencies
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        return cls(jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1))
+
+    @property
+    def back(self) -> Rotation:
+        """The inverse."""
+        return Rotation(self.cos_BSD, -self.sin_BSD)
+
+
+def rotate(x_BSHD: jax.Array, rotation: Rotation, *, implementation: str | None = None) -> jax.Array:
+    """The heads of every token rotated, computed in fp32 and rounded once to the dtype of x, like its gradient (which
+    is rotated back; the rotation gets none). Rotations compose: by p and then by t is by p + t.
+
+    Args:
+        x_BSHD: float heads; D is even.
+        rotation: of its tokens.
+        implementation: that of the attention behind it. With 'pallas_tpu', and on a TPU with None, heads of a multiple
+            of 128 are rotated by a kernel that leaves them as attention's kernel wants them (XLA would lay them out
+            anew before and after); everything else is XLA's.
+    """
+    if implementation is None and jax.default_backend() == "tpu":
+        implementation = "pallas_tpu"
+    in_kernel = implementation == "pallas_tpu" and x_BSHD.shape[-1] % LANES == 0
+    return (_by_kernel if in_kernel else _by_xla)(x_BSHD, rotation)
+
+
+@jax.custom_vjp
+def _by_xla(x_BSHD: jax.Array, rotation: Rotation) -> jax.Array:
+    half = x_BSHD.shape[-1] // 2
+    x = x_BSHD.astype(jnp.float32)
+    others = jnp.concatenate([x[..., half:], x[..., :half]], axis=-1)
+    return (x * rotation.cos_BSD[..., None, :] + others * rotation.sin_BSD[..., None, :]).astype(x_BSHD.dtype)
+
+
+@jax.custom_vjp
+def _by_kernel(x_BSHD: jax.Array, rotation: Rotation) -> jax.Array:
+    from vocojax.kernels.rotary import pallas_tpu  # Pallas takes a good part of a second to load
+
+    rows, heads = x_BSHD.shape[0], x_BSHD.shape[2]
+    return per_shard(pallas_tpu.rotate, ["BSHD", "BSD", "BSD"], ["BSHD"], rows, heads, heads)(x_BSHD, *rotation)[0]
+
+
+# Taken by automatic differentiation, the two terms of a gradient would be rounded before they are added.
+_by_xla.defvjp(lambda x, rotation: (_by_xla(x, rotation), rotation),
+               lambda rotation, grad: (_by_xla(grad, rotation.back), None))
+_by_kernel.defvjp(lambda x, rotation: (_by_kernel(x, rotation), rotation),
+                  lambda rotation, grad: (_by_kernel(grad, rotation.back), None))
