@@ -15,12 +15,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def by_hand(config, queries, keys, logits=1):
-    """Two FLOPs for every weight and token, for both products of dense attention, and for the quarter turns of rotary
-    positions, a product of every query's and key's head with a square matrix."""
+    """Two FLOPs for every weight and token, and for both products of dense attention."""
     d = config.decoder
     heads = (2 * d.num_heads + 2 * d.num_kv_heads) * d.head_width
     layer = 2 * queries * d.width * (heads + 3 * d.mlp_width) + 4 * queries * keys * d.num_heads * d.head_width
-    layer += 2 * queries * (d.num_heads + d.num_kv_heads) * d.head_width**2
     return d.depth * layer + 2 * logits * d.width * d.vocab_size
 
 

@@ -68,7 +68,7 @@ def test_decoder(name):
     x = ours.embed(jnp.asarray(ids), jnp.float32)
     assert_close(x, expected.hidden_states[0], "embeddings")
     graph, state = nnx.split(ours.blocks)
-    run = jax.jit(lambda block, x: nnx.merge(graph, block)(x, positions, mask, None, None)[0])
+    run = jax.jit(lambda block, x: nnx.merge(graph, block)(x, ours.rotation(positions), mask, None, None)[0])
     for layer in range(config.depth):
         x = run(jax.tree.map(lambda leaf, layer=layer: leaf[layer], state), x)
         if layer + 1 < config.depth:  # transformers hands out the last one behind the final norm

@@ -86,13 +86,6 @@ MAXTEXT = {
 CASES = [(topology, remat, rows) for topology, settings in MAXTEXT.items() for remat, rows in settings]
 
 
-def like_maxtext(topology: str, remat: str, rows: int, *, fast: bool) -> dict:
-    stage = load("voco_7b", batch_size=rows * Topology(topology).count, remat=remat)
-    report = compile_report(stage, Topology(topology), fast=fast)
-    assert not report["error"], report["error"]
-    return report
-
-
 def libtpu_is_older_than(*version: int) -> bool:
     try:
         found = importlib.metadata.version("libtpu")
@@ -108,20 +101,17 @@ needs_the_same_compiler = pytest.mark.skipif(
 @needs_the_same_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(("topology", "remat", "rows"), CASES)
-def test_7b_takes_little_more_memory_than_maxtext(topology, remat, rows, with_flags):
+def test_7b_is_as_fast_as_maxtext_and_takes_little_more_memory(topology, remat, rows, with_flags):
     with_flags(topology)
-    gigabytes = like_maxtext(topology, remat, rows, fast=True)["peak_bytes"] / 1e9
-    limit = MAXTEXT[topology][remat, rows][1]
-    assert gigabytes <= 1.1 * limit, f"{gigabytes:.2f} GB per chip, {gigabytes / limit:.2f} of MaxText's {limit}"
-
-
-@needs_the_same_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize(("topology", "remat", "rows"), CASES)
-def test_7b_is_as_fast_as_maxtext(topology, remat, rows, with_flags):
-    with_flags(topology)
-    report = like_maxtext(topology, remat, rows, fast=False)
+    stage = load("voco_7b", batch_size=rows * Topology(topology).count, remat=remat)
+    report = compile_report(stage, Topology(topology))
+    assert not report["error"], report["error"]
     assert report["estimated_from"] == "estimated_cycles"
-    speed, wanted = report["decoder_tokens_per_second_per_device"], MAXTEXT[topology][remat, rows][0]
-    assert speed >= wanted, f"{speed:,.0f} tokens/s per chip, {speed / wanted:.2f} of MaxText's {wanted:,}"
+    speed, gigabytes = report["decoder_tokens_per_second_per_device"], report["peak_bytes"] / 1e9
+    least, most = MAXTEXT[topology][remat, rows]
+    figures = f"{speed:,.0f} tokens/s per chip, MaxText {least:,}; {gigabytes:.2f} GB per chip, MaxText {most}"
+    print(topology, remat, rows, figures, report["compiler"], {
+        name: report[name] for name in ("estimated_seconds", "mfu_bound", "tokens_per_second_per_device",
+                                        "vision_share", "seconds")})
+    assert speed >= least and gigabytes <= 1.1 * most, figures
     assert report["compiler"]["cpu_seconds"] <= 200 and report["compiler"]["memory_gib"] <= 3
