@@ -109,6 +109,13 @@ def test_tiles_of_tokens_that_see_themselves_are_not_dirty():
     assert DIRTY not in kinds[:, :3, :6]
 
 
+def test_a_prefix_that_no_query_reaches_is_dirty():
+    """Keys 4 and 5 of eight before the first query are seen by nobody, 6 and 7 beside them are."""
+    start, stop = np.full((1, 8), 6, np.int32), np.full((1, 16), 16, np.int32)
+    kinds = kinds_with_dirty(IntervalMask(jnp.asarray(start), jnp.asarray(stop)), 4, 4)
+    np.testing.assert_array_equal(kinds, [[[EMPTY, DIRTY, PARTIAL, EMPTY], [EMPTY, DIRTY, FULL, PARTIAL]]])
+
+
 def walk(kinds: np.ndarray, prefix: int, block_q: int, block_k: int, spans: int | None):
     """The used part of a tile list, unpacked: [(row, query block, key block, kind, flags)]."""
     tiles = tile_list(jnp.asarray(kinds), prefix, block_q, block_k, spans)

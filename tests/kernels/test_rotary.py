@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vocojax.kernels.rotary import Rotation, api, pallas_tpu, rotate
+from vocojax.kernels.rotary import Rotation, pallas_tpu, rotate
 from vocojax.models.llama import rope_frequencies
 
 
@@ -33,9 +33,10 @@ def by_complex_numbers(x, positions, sign=1):
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
+# Three heads of 16 fill no register.
 @pytest.mark.parametrize(("implementation", "width"), [("xla", 16), ("pallas_tpu", 16), ("pallas_tpu", 128)])
 def test_values_and_gradients_are_rounded_once(dtype, relative, implementation, width, monkeypatch):
-    """Half a unit in the last place of bfloat16, which has 8 bits, and no more. Narrow heads are XLA's anywhere."""
+    """Half a unit in the last place of bfloat16, which has 8 bits, and no more."""
     monkeypatch.setattr(pallas_tpu, "rotate", functools.partial(pallas_tpu.rotate, interpret=True))
     x, grad, positions = arrays(dtype, width)
     rotation = Rotation.of(positions, frequencies(width))
@@ -47,9 +48,11 @@ def test_values_and_gradients_are_rounded_once(dtype, relative, implementation, 
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 3), st.sampled_from([128, 256]))
-def test_the_kernel_takes_any_number_of_tokens_and_heads(rows, length, heads, width):
-    """Blocks of 16 tokens, the last of which hangs over the end."""
+@given(st.integers(1, 3), st.integers(1, 70), st.sampled_from([(1, 128), (3, 128), (2, 256), (2, 64), (8, 32)]))
+def test_the_kernel_takes_any_number_of_tokens(rows, length, heads_width):
+    """Blocks of 16 tokens, the last of which hangs over the end; registers of one, two and four heads."""
+    heads, width = heads_width
+    assert pallas_tpu.takes(heads, width)
     x, _, positions = arrays(jnp.float32, width, rows, length, heads)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pallas_tpu, "BLOCK_BYTES", 1)
@@ -65,11 +68,17 @@ def test_rotations_compose_and_go_back():
     np.testing.assert_allclose(rotate(rotate(x, by(positions)), by(positions).back), x, atol=1e-6)
 
 
-def test_the_kernel_is_taken_where_attention_is_and_heads_are_whole_tiles(monkeypatch):
+def test_the_kernel_is_taken_where_attention_is_and_heads_fill_registers(monkeypatch):
     taken = []
-    monkeypatch.setattr(api, "_by_kernel", lambda x, rotation: taken.append(x.shape[-1]) or x)
-    for width in (64, 128):
-        x, _, positions = arrays(jnp.float32, width)
+    monkeypatch.setattr(pallas_tpu, "rotate", lambda x, *tables: taken.append(x.shape[2:]) or (x,))
+    for heads, width in ((3, 64), (2, 64), (1, 128), (2, 72), (2, 192)):
+        x, _, positions = arrays(jnp.float32, width, heads=heads)
         for implementation in ("pallas_tpu", "chunked", "pallas_gpu", "xla", None):
             rotate(x, Rotation.of(positions, frequencies(width)), implementation=implementation)
-    assert taken == [128], "the backend of this test is no TPU"
+    assert taken == [(2, 64), (1, 128)], "and the backend of this test is no TPU"
+
+
+def test_the_kernel_refuses_a_rotation_of_other_tokens():
+    x, _, positions = arrays(jnp.float32, 128)
+    with pytest.raises(ValueError, match=r"rotation is \(1, 5, 128\), but x \(2, 5, 3, 128\)"):
+        rotate(x, Rotation.of(positions[:1], frequencies(128)), implementation="pallas_tpu")

@@ -142,12 +142,12 @@ def test_a_compiled_kernel_does_the_products_that_theory_says(chip, cores, heads
     forward, mean, backward = passes.values()
     assert all(kernel.parallel and kernel.cores == cores for kernel in (forward, backward))
     flops_per_cycle = 4 * 128 * 128 * 2  # four matrix units of 128 x 128
-    passes = ((forward, heads[0], 2, (1, 1)), (backward, heads[1], 5, (2, 2)))
-    for kernel, at_once, products, regions in passes:
+    # Products of a tile, counts of a dirty one (the keys that are seen, the queries that see), regions around it.
+    passes = ((forward, heads[0], 2, 1, (1, 1)), (backward, heads[1], 5, 2, (2, 2)))
+    for kernel, at_once, products, counts, regions in passes:
         costs = tpu.tile_costs(kernel)
         want = at_once * products * 2 * 256 * 256 * 128 / flops_per_cycle
         assert costs.matrix[:2] == (want, want), "a full and a partial tile"
-        counts = (products - 1) // 3 + 1  # of what a dirty tile counts: seen keys, and seeing queries
         assert costs.matrix[2] == want + counts * 2 * 256 * 256 * 128 / flops_per_cycle
         assert costs.idle < costs.tiles[0] <= costs.tiles[1] and costs.tiles[0] > want
         assert (len(costs.before), len(costs.after)) == regions

@@ -107,7 +107,7 @@ class DecoderBlock(nnx.Module):
         stop_BK: jax.Array,
     ) -> tuple[jax.Array, StaticCache]:
         """One token per row: writes its key and value into slot `index` of the cache's layer, then attends."""
-        q_B1HD, *fresh = self._project(x_B1E, rotation, "xla")
+        q_B1HD, *fresh = self._project(x_B1E, rotation, None)
         write = lambda old, new_B1GD: jax.lax.dynamic_update_slice(
             old, new_B1GD.swapaxes(1, 2)[None].astype(old.dtype), (layer, 0, 0, index, 0)
         )

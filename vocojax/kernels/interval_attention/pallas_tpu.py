@@ -208,7 +208,7 @@ def backward(
     at, span = tiles.layout, Qp // spans
 
     lse = jnp.pad(lse_BHQ, ((0, 0), (0, 0), (0, Qp - Q)))[:, :, None]
-    mean = _mean_gradient(columns_of(out_BQHD, spans * blocks.q, Dp), dout, H, blocks, interpret)
+    mean = _mean_gradient(columns_of(out_BQHD, spans * blocks.q, Dp), dout, H, blocks.q, interpret)
 
     in_span = lambda c: lax.div(at.query_block(c), span // blocks.q)
     q_head = lambda h, r: h * turns + r
@@ -328,19 +328,19 @@ def _backward_kernel(
             dq_ref[:, part(r, heads * width)] = (dq * scale).astype(dq_ref.dtype)
 
 
-def _mean_gradient(out: jax.Array, dout: jax.Array, heads: int, blocks: Blocks, interpret: bool) -> jax.Array:
+def _mean_gradient(out: jax.Array, dout: jax.Array, heads: int, block_q: int, interpret: bool) -> jax.Array:
     """`[B, H, 1, S]`, float32: by its softmax weights, the mean of a query's gradients with respect to them, which is
     the product of its output and the output's gradient, `[B, S, heads * width]` both."""
     B, S, columns = out.shape
     width = columns // heads
     at_once = heads_per_step(heads, max(1, MEAN_COLUMNS // width), 1)
-    operand = pl.BlockSpec((None, blocks.q, at_once * width), lambda b, h, t: (b, t, h))
+    operand = pl.BlockSpec((None, block_q, at_once * width), lambda b, h, t: (b, t, h))
     return pl.pallas_call(
         functools.partial(_mean_kernel, width=width),
         name="interval_attention_mean",
-        grid=(B, heads // at_once, S // blocks.q),
+        grid=(B, heads // at_once, S // block_q),
         in_specs=[operand, operand],
-        out_specs=pl.BlockSpec((None, at_once, 1, blocks.q), lambda b, h, t: (b, h, 0, t)),
+        out_specs=pl.BlockSpec((None, at_once, 1, block_q), lambda b, h, t: (b, h, 0, t)),
         out_shape=jax.ShapeDtypeStruct((B, heads, 1, S), jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
         cost_estimate=pl.CostEstimate(flops=2 * out.size, transcendentals=0, bytes_accessed=2 * out.nbytes),

@@ -10,15 +10,13 @@ import numpy as np
 
 from vocojax.kernels.sharding import per_shard
 
-LANES = 128
-
 
 class Rotation(NamedTuple):
     """By how much the heads of each token are rotated; made once and used by every layer.
 
     A head's pairs are (d, d + D/2), as in the LLaMA weights.
 
-    cos_BSD: fp32 cosines of the pairs' angles, for both of a pair.
+    cos_BSD: fp32 cosines of the pairs' angles, for both of a pair, [B, S, D].
     sin_BSD: fp32 sines, with the sign that the other one of the pair is added with: minus for the first.
     """
 
@@ -44,15 +42,22 @@ def rotate(x_BSHD: jax.Array, rotation: Rotation, *, implementation: str | None 
 
     Args:
         x_BSHD: float heads; D is even.
-        rotation: of its tokens.
-        implementation: that of the attention behind it. With 'pallas_tpu', and on a TPU with None, heads of a multiple
-            of 128 are rotated by a kernel that leaves them as attention's kernel wants them (XLA would lay them out
+        rotation: of its tokens. XLA broadcasts it to any leading axes of x.
+        implementation: that of the attention behind it. With 'pallas_tpu', and on a TPU with None, heads that fill
+            registers are rotated by a kernel that leaves them as attention's kernel wants them (XLA would lay them out
             anew before and after); everything else is XLA's.
+
+    Raises:
+        ValueError: the kernel is given a rotation of other tokens.
     """
     if implementation is None and jax.default_backend() == "tpu":
         implementation = "pallas_tpu"
-    in_kernel = implementation == "pallas_tpu" and x_BSHD.shape[-1] % LANES == 0
-    return (_by_kernel if in_kernel else _by_xla)(x_BSHD, rotation)
+    if implementation != "pallas_tpu":
+        return _by_xla(x_BSHD, rotation)
+    B, S, _, D = x_BSHD.shape
+    if rotation.cos_BSD.shape != (B, S, D):
+        raise ValueError(f"rotation is {rotation.cos_BSD.shape}, but x {x_BSHD.shape}: make it of x's own positions")
+    return _by_kernel(x_BSHD, rotation)
 
 
 @jax.custom_vjp
@@ -67,8 +72,12 @@ def _by_xla(x_BSHD: jax.Array, rotation: Rotation) -> jax.Array:
 def _by_kernel(x_BSHD: jax.Array, rotation: Rotation) -> jax.Array:
     from vocojax.kernels.rotary import pallas_tpu  # Pallas takes a good part of a second to load
 
+    def own(x: jax.Array, *tables: jax.Array) -> tuple[jax.Array]:
+        """Of the heads that a device has."""
+        return pallas_tpu.rotate(x, *tables) if pallas_tpu.takes(*x.shape[2:]) else (_by_xla(x, Rotation(*tables)),)
+
     rows, heads = x_BSHD.shape[0], x_BSHD.shape[2]
-    return per_shard(pallas_tpu.rotate, ["BSHD", "BSD", "BSD"], ["BSHD"], rows, heads, heads)(x_BSHD, *rotation)[0]
+    return per_shard(own, ["BSHD", "BSD", "BSD"], ["BSHD"], rows, heads, heads)(x_BSHD, *rotation)[0]
 
 
 # Taken by automatic differentiation, the two terms of a gradient would be rounded before they are added.

@@ -47,8 +47,9 @@ def tpu_report(topologies: list[str]) -> dict[str, Any]:
     """`{layout: {"live_tiles", "tiles_with_a_visible_pair", topology: {"ours", "splash", "ratio"}}}`.
 
     `seconds` is forward plus backward of all rows of a layout with 32 heads of 128 in bfloat16, `ratio` is splash's
-    over ours. Splash gets the best of `SPLASH_BLOCKS` for each pass, ours the blocks of its table. The tile counts are
-    those of the forward pass on the first topology.
+    over ours. Ours holds the products of outputs and their gradients, which splash leaves to XLA. Splash gets the best
+    of `SPLASH_BLOCKS` for each pass, ours the blocks of its table. The tile counts are those of the forward pass on the
+    first topology.
     """
     report: dict[str, Any] = {}
     for topology in topologies:

@@ -89,12 +89,13 @@ def _gpu_loops(kind: str) -> dict[str, list[gpu.Loop]]:
 
 
 def kernel_seconds(config: StageConfig, topology: str, rows: int) -> dict[str, float]:
-    """Seconds of one call of each kernel on `rows` rows of a TPU, by the kernel's name; of `rotary`, of one on all
-    query heads."""
+    """Seconds of one call of each kernel on `rows` rows of a TPU, by the kernel's name. `rotary` is the mean of a call
+    on queries and one on keys, of which there are as many; its tables count as if `tensor` cut them like the heads."""
     decoder = config.model.decoder
     alike = dataclasses.replace(config, remat="full", accumulate=1, mesh=MeshConfig())  # same rows for all
     share = rows * decoder.num_heads / config.mesh.tensor / report.HEADS
-    return {name: seconds * share for name, seconds in _mean_row(alike, topology.partition(":")[0]).items()}
+    seconds = {name: one * share for name, one in _mean_row(alike, topology.partition(":")[0]).items()}
+    return seconds | {"rotary": seconds["rotary"] * (1 + decoder.num_kv_heads / decoder.num_heads) / 2}
 
 
 @functools.cache

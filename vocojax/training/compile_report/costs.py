@@ -101,7 +101,7 @@ def _pallas_kernel(instruction: Instruction) -> str:
     if instruction.op != "custom-call":
         return ""
     if "tpu_custom_call" in instruction.text:
-        return re.sub(r"\.\d+$", "", instruction.name)
+        return instruction.name.partition(".")[0]
     name = re.search(r"(\w+)/pallas_call$", instruction.scope)
     return name[1] if name and "__gpu$xla.gpu.triton" in instruction.text else ""
 
