@@ -321,3 +321,17 @@ def test_a_tiny_step_is_compiled_for_two_slices(tiny_stage):
     parameters = report["hbm_bytes_per_device"]["parameters"]
     assert parameters <= report["between_slices_bytes"]["all-reduce"] <= 1.05 * parameters + 16384
     assert "all-reduce, between slices" in table(report)
+
+
+@needs_libtpu
+def test_every_kernel_of_a_step_has_a_price():
+    """Rotary positions are XLA's where their kernel does not take the heads; on keys a call costs their share."""
+    stage = load("voco_7b")
+    narrow = dataclasses.replace(stage.model.decoder, head_width=72, num_kv_heads=8)
+    grouped = dataclasses.replace(stage.model.decoder, num_kv_heads=8)
+    with_decoder = lambda decoder: dataclasses.replace(stage, model=dataclasses.replace(stage.model, decoder=decoder))
+    passes = {f"interval_attention_{name}" for name in ("forward", "mean", "backward")}
+    whole, part = (attention.kernel_seconds(s, "v5e:4x4", 4) for s in (stage, with_decoder(grouped)))
+    assert set(whole) == {*passes, "rotary"} and min(whole.values()) > 0
+    assert part["rotary"] == pytest.approx(whole["rotary"] * (1 + 8 / 32) / 2)
+    assert set(attention.kernel_seconds(with_decoder(narrow), "v5e:4x4", 4)) == passes

@@ -11,6 +11,7 @@ import numpy as np
 
 from vocojax.kernels.interval_attention import IntervalMask, gpu_blocks
 from vocojax.kernels.interval_attention.block_info import FULL, PARTIAL, block_kinds, padded_vectors
+from vocojax.kernels.rotary import pallas_tpu as rotary_tpu
 from vocojax.kernels.static_cost import gpu, report, tpu
 from vocojax.kernels.static_cost.gpu_targets import TARGETS
 from vocojax.kernels.static_cost.layouts import Layout
@@ -94,8 +95,9 @@ def kernel_seconds(config: StageConfig, topology: str, rows: int) -> dict[str, f
     decoder = config.model.decoder
     alike = dataclasses.replace(config, remat="full", accumulate=1, mesh=MeshConfig())  # same rows for all
     share = rows * decoder.num_heads / config.mesh.tensor / report.HEADS
-    seconds = {name: one * share for name, one in _mean_row(alike, topology.partition(":")[0]).items()}
-    return seconds | {"rotary": seconds["rotary"] * (1 + decoder.num_kv_heads / decoder.num_heads) / 2}
+    mean_call = {"rotary": (1 + decoder.num_kv_heads / decoder.num_heads) / 2}
+    each = _mean_row(alike, topology.partition(":")[0])
+    return {name: seconds * share * mean_call.get(name, 1) for name, seconds in each.items()}
 
 
 @functools.cache
@@ -103,9 +105,11 @@ def _mean_row(config: StageConfig, kind: str) -> dict[str, float]:
     layout = typical_rows(config)
     alone = f"{kind}:1x1" if kind in ("v5e", "v6e") else f"{kind}:1x1x1"
     shape = layout.length, layout.rows, report.HEADS, config.model.decoder.head_width
+    jobs = [Job("ours", *shape)] + [Job("rotary", *shape)] * rotary_tpu.takes(*shape[2:])
     with tempfile.TemporaryDirectory() as folder:
-        passes, rotary = tpu.compile_jobs(alone, [Job("ours", *shape), Job("rotary", *shape)], folder)
-        seconds = {name: tpu.streaming_seconds(kernel) for name, kernel in (passes | rotary).items() if kernel.steps}
+        passes, *rotary = tpu.compile_jobs(alone, jobs, folder)
+        kernels = functools.reduce(dict.__or__, rotary, passes)
+        seconds = {name: tpu.streaming_seconds(kernel) for name, kernel in kernels.items() if kernel.steps}
         walks = zip(("forward", "backward"), report.tile_costs(layout, passes), strict=True)
         seconds |= {f"interval_attention_{name}": cost.seconds for name, cost in walks}
     return {name: value / layout.rows for name, value in seconds.items()}
