@@ -16,8 +16,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from vocojax.config import ConfigError, preset
-from vocojax.training.config import all_keys, config_to_dict
+from vocojax.config import ConfigError, config_to_dict, preset
+from vocojax.training.config import all_keys
 
 VOCABULARY = 34  # words of the training questions, special tokens and <voco>
 

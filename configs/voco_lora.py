@@ -13,8 +13,8 @@ merged.
 
 from ml_collections import ConfigDict
 
-from vocojax.config import preset
-from vocojax.training.config import all_keys, config_to_dict
+from vocojax.config import config_to_dict, preset
+from vocojax.training.config import all_keys
 
 
 def get_config(preset_name: str = "clip_l_336_vicuna_7b") -> ConfigDict:

@@ -12,10 +12,10 @@ import sys
 import numpy as np
 from absl import app, flags
 
+from vocojax.cli.terminal import refuse_empty, require_writable, show_own_messages
 from vocojax.data.sources.easy_vqa import EasyVqaSource
 from vocojax.evaluation.agreement import agreement
 from vocojax.inference.assistant import Assistant
-from vocojax.terminal import refuse_empty, require_writable, show_own_messages
 from vocojax.training.checkpoints import CheckpointError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run of training.", required=True)

@@ -12,14 +12,14 @@ import sys
 
 from absl import app, flags
 
+from vocojax.cli.terminal import refuse_empty, show_own_messages
 from vocojax.config import ConfigError
-from vocojax.convert.mapping import ConvertError
-from vocojax.inference.ask import Question, answer_all, read_questions
+from vocojax.errors import ConvertError
 from vocojax.inference.assistant import Assistant
-from vocojax.inference.mesh import parse_mesh
-from vocojax.inference.sampling import SEEDS, SamplingConfig
-from vocojax.inference.store import Store
-from vocojax.terminal import refuse_empty, show_own_messages
+from vocojax.inference.caches.store import Store
+from vocojax.inference.decoding.sampling import SEEDS, SamplingConfig
+from vocojax.inference.many import Question, answer_all, read_questions
+from vocojax.parallel.mesh import parse_mesh
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights in any layout, or a run of training.", required=True)
 STORE = flags.DEFINE_string("store", None, "Directory of the store, local or gs://.", required=True)

@@ -21,14 +21,14 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from vocojax.cli.terminal import require_writable, show_own_messages
 from vocojax.config import ConfigError
-from vocojax.terminal import require_writable, show_own_messages
-from vocojax.training.compile_report.compiling import CompilerError, Topology, Unfinished
-from vocojax.training.compile_report.report import compile_report
-from vocojax.training.compile_report.search import compare_remat, refuse_a_search, search
-from vocojax.training.compile_report.tables import comparison, table
+from vocojax.costs.steps.compiling import CompilerError, Topology, Unfinished
+from vocojax.costs.steps.report import compile_report
+from vocojax.costs.steps.search import compare_remat, refuse_a_search, search
+from vocojax.costs.steps.tables import comparison, table
+from vocojax.files import write_atomically
 from vocojax.training.config import stage_config
-from vocojax.training.run_files import write_atomically
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage's ml_collections file.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5p:4x4x4, v5e:16x16*2 (two slices), h100:8 ...", required=True)

@@ -13,15 +13,15 @@ import sys
 import jax
 from absl import app, flags
 
+from vocojax.cli.terminal import refuse_empty, require_writable, show_own_messages
 from vocojax.config import ConfigError
-from vocojax.convert.mapping import ConvertError
+from vocojax.errors import ConvertError
 from vocojax.inference.assistant import Assistant
-from vocojax.inference.cache import CacheError
+from vocojax.inference.caches.cache import CacheError
+from vocojax.inference.caches.store import Store
 from vocojax.inference.collection import Outcome, compress_files, find_files, int8_loss
-from vocojax.inference.mesh import parse_mesh
-from vocojax.inference.store import Store
-from vocojax.terminal import refuse_empty, require_writable, show_own_messages
-from vocojax.training import distributed
+from vocojax.parallel import cluster, processes
+from vocojax.parallel.mesh import parse_mesh
 
 IMAGES = flags.DEFINE_multi_string("images", None, "Glob of image files; repeatable.", required=True)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights in any layout, or a run of training.", required=True)
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments (is the glob in quotes?): {' '.join(argv[1:4])} ...")
     show_own_messages()
     try:
-        distributed.initialize(distributed.find_cluster(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value))
+        cluster.initialize(cluster.find_cluster(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value))
         paths = find_files(IMAGES.value, jax.process_index(), jax.process_count())
         assistant = Assistant.from_pretrained(CHECKPOINT.value, mesh=parse_mesh(MESH.value), dtype=DTYPE.value)
         max_bytes = None if MAX_GIB.value is None else int(MAX_GIB.value * 2**30)
@@ -57,9 +57,9 @@ def main(argv: list[str]) -> None:
         good = [path for path in paths if path not in outcome.bad][: BATCH_SIZE.value]
         if STORAGE.value == "int8" and good:
             print(int8_loss(assistant, assistant.compress(good, BATCH_SIZE.value), PROBE.value))
-        outcomes = distributed.to_first("outcome", dataclasses.asdict(outcome), PATIENCE)
-        distributed.from_first("all are done", None, PATIENCE)
-    except (ConvertError, ConfigError, CacheError, distributed.ClusterError, distributed.MissingProcesses, OSError,
+        outcomes = processes.to_first("outcome", dataclasses.asdict(outcome), PATIENCE)
+        processes.from_first("all are done", None, PATIENCE)
+    except (ConvertError, ConfigError, CacheError, cluster.ClusterError, processes.MissingProcesses, OSError,
             ValueError) as error:
         sys.exit(f"error: {error}")
     if outcomes is None:

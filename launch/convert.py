@@ -13,8 +13,8 @@ import sys
 
 from absl import app, flags, logging
 
-from vocojax.convert.conversion import convert
-from vocojax.convert.mapping import ConvertError
+from vocojax.errors import ConvertError
+from vocojax.pretrained.conversion import convert
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("source", None, "Directory of the weights.", required=True)

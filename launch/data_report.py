@@ -15,11 +15,11 @@ from absl import app, flags
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from vocojax.data import benchmark
+from vocojax.cli.terminal import show_own_messages
+from vocojax.costs import data
 from vocojax.data.conversation import conversation_from_llava, template
 from vocojax.data.images import MEAN_COLOUR
 from vocojax.data.tokenizer import Tokenizer
-from vocojax.terminal import show_own_messages
 
 JSON = flags.DEFINE_string("json", None, "Where to write the figures.")
 IMAGES = flags.DEFINE_integer("images", 120, "Images per measurement.")
@@ -65,18 +65,18 @@ def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        images = benchmark.write_images(folder / "images", 60)
-        benchmark.write_records(folder / "records.json", 600, images, 200)
-        ours, theirs = benchmark.stream_rate(folder, IMAGES.value), torch_rate(folder, IMAGES.value)
+        images = data.write_images(folder / "images", 60)
+        data.write_records(folder / "records.json", 600, images, 200)
+        ours, theirs = data.stream_rate(folder, IMAGES.value), torch_rate(folder, IMAGES.value)
         rates = [(ours(), theirs()) for _ in range(REPEATS + 1)][1:]  # interleaved; the first pair warms up
         medians = {who: statistics.median(values) for who, values in zip(("vocojax", "torch_dataloader"),
                                                                          zip(*rates, strict=True), strict=True)}
-        benchmark.write_records(folder / "records.json", RECORDS.value, images, 240)
+        data.write_records(folder / "records.json", RECORDS.value, images, 240)
         size = (folder / "records.json").stat().st_size
-        (building, _), (seconds, gib) = benchmark.first_batch(folder), benchmark.first_batch(folder)
+        (building, _), (seconds, gib) = data.first_batch(folder), data.first_batch(folder)
     figures = {
         "images_per_second_per_core": medians, "speedup": medians["vocojax"] / medians["torch_dataloader"],
-        "fill_ratio": benchmark.fill_ratio(2000), "first_batch_seconds_665k": seconds, "resident_gib_665k": gib,
+        "fill_ratio": data.fill_ratio(2000), "first_batch_seconds_665k": seconds, "resident_gib_665k": gib,
         "first_batch_seconds_665k_building_the_file": building, "records": RECORDS.value, "json_gib": size / 2**30,
     }
     if JSON.value:

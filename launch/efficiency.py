@@ -13,9 +13,9 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from vocojax.cli.terminal import require_writable, show_own_messages
 from vocojax.config import ConfigError, ModelConfig, build
-from vocojax.inference.efficiency import efficiency, format_rows
-from vocojax.terminal import require_writable, show_own_messages
+from vocojax.costs.answers import efficiency, format_rows
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A stage's config, of which only `model` is read.")
 VOCOS = flags.DEFINE_list("vocos", ["1", "8", "128"], "Numbers of VoCo tokens.")

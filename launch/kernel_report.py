@@ -10,8 +10,8 @@ import json
 import jax
 from absl import app, flags
 
-from vocojax.kernels.static_cost import gpu, report
-from vocojax.kernels.static_cost.gpu_targets import TARGETS
+from vocojax.costs.kernels import gpu, report
+from vocojax.costs.kernels.gpu_targets import TARGETS
 
 TOPOLOGY = flags.DEFINE_list(
     "topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"], "TPU topologies to compile for; may be empty."

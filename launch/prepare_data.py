@@ -16,11 +16,11 @@ from pathlib import Path
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from vocojax.cli.terminal import show_own_messages
 from vocojax.config import ConfigError, build
 from vocojax.data.config import PartConfig
 from vocojax.data.loader import SkippedTooMany
 from vocojax.data.sources.tfds import Preparation, write_shard
-from vocojax.terminal import show_own_messages
 
 SOURCE = flags.DEFINE_string("source", "llava", "As data.source of a stage's config.")
 SPLITS = flags.DEFINE_list("splits", ["train"], "Splits to write; other sources than easy_vqa have one.")

@@ -8,13 +8,13 @@ from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.quickstart import get_config
+from vocojax.cli.terminal import show_own_messages
 from vocojax.config import ConfigError
 from vocojax.data.loader import SkippedTooMany, StreamStateError
-from vocojax.quickstart import Quickstart
-from vocojax.terminal import show_own_messages
+from vocojax.experiments.quickstart import Quickstart
+from vocojax.parallel.preemption import Preempted
 from vocojax.training.checkpoints import CheckpointError
 from vocojax.training.loop import NonFiniteLoss
-from vocojax.training.preemption import Preempted
 
 SEEDS = flags.DEFINE_list("seeds", ["0"], "One training of everything for each.")
 FULL = flags.DEFINE_bool("full", False, "Add Avg. Pool, Q-Former, VoCo-2 and VoCo-8.")

@@ -13,14 +13,14 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from vocojax.cli.terminal import show_own_messages
 from vocojax.config import ConfigError
 from vocojax.data.loader import SkippedTooMany, StreamStateError
-from vocojax.terminal import show_own_messages
-from vocojax.training import distributed
+from vocojax.parallel import cluster, processes
+from vocojax.parallel.preemption import Preempted, leave_on_sigterm
 from vocojax.training.checkpoints import CheckpointError
 from vocojax.training.config import stage_config
 from vocojax.training.loop import NonFiniteLoss
-from vocojax.training.preemption import Preempted, leave_on_sigterm
 from vocojax.training.stage import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage's ml_collections file.")
@@ -29,7 +29,7 @@ PROFILE = flags.DEFINE_list("profile", [], "FIRST,LAST: trace these steps to WOR
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where it is not detected.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, where not detected.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, where not detected.")
-START_SECONDS = flags.DEFINE_float("start_seconds", distributed.START_SECONDS, "How long to wait for the others.")
+START_SECONDS = flags.DEFINE_float("start_seconds", cluster.START_SECONDS, "How long to wait for the others.")
 HEARTBEAT_SECONDS = flags.DEFINE_integer("heartbeat_seconds", 100, "After how long a silent process counts as dead.")
 STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status", 0, "Exit status of a run that was told to stop and has saved, for who starts it anew.")
@@ -49,14 +49,14 @@ def main(argv: list[str]) -> None:
         if PROFILE.value:
             traced = dataclasses.replace(config.run, profile=tuple(map(int, PROFILE.value)))
             config = dataclasses.replace(config, run=traced)
-        cluster = distributed.find_cluster(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-        distributed.initialize(cluster, START_SECONDS.value, HEARTBEAT_SECONDS.value)
+        found = cluster.find_cluster(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        cluster.initialize(found, START_SECONDS.value, HEARTBEAT_SECONDS.value)
         train(config, WORKDIR.value)
     except Preempted as stopped:
         logging.getLogger("vocojax").warning("%s", stopped)
         sys.exit(STOPPED_STATUS.value)
     except (ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, StreamStateError, ImportError, OSError,
-            distributed.ClusterError, distributed.MissingProcesses) as error:
+            cluster.ClusterError, processes.MissingProcesses) as error:
         sys.exit(f"error: {error}")
 
 

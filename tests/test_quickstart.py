@@ -10,8 +10,8 @@ import pytest
 
 from configs import alignment, quickstart, voco
 from vocojax.config import ConfigError
+from vocojax.experiments.quickstart import Quickstart
 from vocojax.inference.assistant import Assistant
-from vocojax.quickstart import Quickstart
 from vocojax.training.config import stage_config
 
 pytest.importorskip("easy_vqa")

@@ -24,6 +24,9 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from vocojax.config import ModelConfig
+from vocojax.errors import VocojaxError
+
 Visibility = Literal["voco", "causal"]
 IGNORE = -100  # the label of a token that is no target, as everywhere in the field
 
@@ -70,7 +73,12 @@ class UnitShape(NamedTuple):
     vocos: int
 
 
-class LayoutError(ValueError):
+def unit_shape(model: ModelConfig) -> UnitShape:
+    """Returns the shape of the units that a model is trained on."""
+    return UnitShape(model.unit_tokens, model.unit_vocos)
+
+
+class LayoutError(VocojaxError, ValueError):
     """A sample that can't be laid out; the message names the record and `reason` is a short key to count it under."""
 
     def __init__(self, record: str, problem: str, reason: str):

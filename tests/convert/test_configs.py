@@ -17,9 +17,9 @@ from vocojax.config import (
     preset,
 )
 from vocojax.convert import huggingface, llava, tables
-from vocojax.convert.conversion import convert
-from vocojax.convert.mapping import ConvertError
-from vocojax.convert.source import open_source, parameter_shapes
+from vocojax.errors import ConvertError
+from vocojax.pretrained.conversion import convert
+from vocojax.pretrained.source import open_source, parameter_shapes
 
 # The keys that say something of the model, as in the files of llava-hf/llava-1.5-7b-hf, liuhaotian/llava-v1.5-7b,
 # lmsys/vicuna-7b-v1.5, meta-llama/Llama-3.1-8B and openai/clip-vit-large-patch14-336.
@@ -169,7 +169,7 @@ def test_a_value_of_the_wrong_type(change, message):
 
 def test_positions_and_aspect_ratio_are_carried(tmp_path):
     """Through our own run and out again."""
-    import checkpoints
+    from tests.helpers import checkpoints
 
     checkpoints.save_original(tmp_path / "source", checkpoints.original_tensors(), image_aspect_ratio="square")
     source = open_source(tmp_path / "source")
@@ -189,7 +189,7 @@ def test_positions_and_aspect_ratio_are_carried(tmp_path):
 def test_sentencepiece_tokenizer_alone(tmp_path):
     """Published LLaMA directories of the time have a tokenizer.model and no tokenizer.json."""
     sentencepiece = pytest.importorskip("sentencepiece")
-    import checkpoints
+    from tests.helpers import checkpoints
 
     text = "\n".join(f"the quick brown fox jumps over {i} lazy dogs USER: ASSISTANT:" for i in range(200))
     (tmp_path / "text").write_text(text)

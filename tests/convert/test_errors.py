@@ -7,7 +7,6 @@ import pickle
 import shutil
 import zipfile
 
-import checkpoints
 import numpy as np
 import pytest
 import torch
@@ -15,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vocojax.convert import export
-from vocojax.convert.conversion import convert, verify_target
-from vocojax.convert.mapping import ConvertError
+from tests.helpers import checkpoints
 from vocojax.convert.pickle_files import PickleFile
-from vocojax.convert.source import open_source
+from vocojax.errors import ConvertError
+from vocojax.pretrained import export
+from vocojax.pretrained.conversion import convert, verify_target
+from vocojax.pretrained.source import open_source
 
 W = checkpoints.WORDS
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -343,7 +343,7 @@ def test_other_architectures_with_the_same_tensor_names_are_refused(tmp_path, pa
 
 
 def test_a_failed_verification_leaves_no_target(source, monkeypatch):
-    monkeypatch.setattr("vocojax.convert.conversion._compare", lambda *_: (1.0, False))
+    monkeypatch.setattr("vocojax.pretrained.conversion._compare", lambda *_: (1.0, False))
     failing(source, "not what was to be written", verify=True)
 
 

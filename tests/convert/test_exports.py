@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,15 +21,17 @@ from transformers import (
     LlavaProcessor,
 )
 
-from vocojax.convert import export
-from vocojax.convert.conversion import convert
-from vocojax.convert.pretrained import load_decoder
+from tests.helpers import checkpoints
+from vocojax.data.tokenizer import Tokenizer
 from vocojax.kernels.interval_attention import IntervalMask
 from vocojax.models.parameters import parameters_of
-from vocojax.models.voco import Rows, VocoLlama
+from vocojax.models.voco import Rows
+from vocojax.pretrained import export
+from vocojax.pretrained.conversion import convert
+from vocojax.pretrained.loading import load_decoder, load_model, save_model
+from vocojax.runs.parameters import load_model as load_run
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import CheckpointConfig
-from vocojax.training.run_weights import load_model as load_run
 from vocojax.training.step import TrainState
 
 W = checkpoints.WORDS
@@ -53,9 +54,9 @@ def test_transformers_loads_the_huggingface_export(tmp_path):
     """Model, tokenizer, image processor, processor and generation config load from the directory as it is, and what
     they compute from an image and a prompt is what the model that was exported computes."""
     parts = checkpoints.save_parts(tmp_path)
-    model = VocoLlama.from_pretrained(parts["source"], vision=parts["vision"], projector=parts["projector"],
-                                      num_vocos=2)
-    model.save_pretrained(tmp_path / "exported", layout="huggingface")
+    model = load_model(parts["source"], vision=parts["vision"], projector=parts["projector"],
+                       num_vocos=2)
+    save_model(model, tmp_path / "exported", tokenizer=Tokenizer.from_directory(parts["source"]))
     loaded, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "exported", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.dtype == torch.float32
@@ -80,8 +81,8 @@ def test_transformers_loads_the_huggingface_export(tmp_path):
 def test_transformers_loads_the_original_export(tmp_path):
     """Of the original layout, transformers itself knows the tokenizer, the image processor and the decoder."""
     checkpoints.save_original(tmp_path / "source", checkpoints.original_tensors())
-    model = VocoLlama.from_pretrained(tmp_path / "source")
-    model.save_pretrained(tmp_path / "exported", layout="llava")
+    model = load_model(tmp_path / "source")
+    save_model(model, tmp_path / "exported", "llava", tokenizer=Tokenizer.from_directory(tmp_path / "source"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert tokenizer.convert_tokens_to_ids("<voco>") == W and len(tokenizer) == W + 1
     assert CLIPImageProcessor.from_pretrained(tmp_path / "exported").crop_size == {"height": 28, "width": 28}
@@ -99,9 +100,9 @@ def test_a_stage_starts_from_the_orbax_export(tmp_path):
     """A converted checkpoint is a run of training, and a run of training can be converted."""
     checkpoints.save_original(tmp_path / "source", checkpoints.original_tensors())
     convert(tmp_path / "source", tmp_path / "run", "orbax", report=lambda _: None)
-    expected = parameters_of(VocoLlama.from_pretrained(tmp_path / "source"))
+    expected = parameters_of(load_model(tmp_path / "source"))
     assert len(expected) == 55
-    for loaded in (load_run(tmp_path / "run"), VocoLlama.from_pretrained(tmp_path / "run")):
+    for loaded in (load_run(tmp_path / "run"), load_model(tmp_path / "run")):
         for path, value in parameters_of(loaded).items():
             np.testing.assert_array_equal(value, expected[path], err_msg=path)
 
@@ -109,7 +110,7 @@ def test_a_stage_starts_from_the_orbax_export(tmp_path):
 def test_a_run_of_training_is_a_source(tmp_path):
     """The newest of its checkpoints, the state of training beside the parameters; the tokenizer is the stage's."""
     checkpoints.save_original(tmp_path / "source", checkpoints.original_tensors())
-    model = VocoLlama.from_pretrained(tmp_path / "source")
+    model = load_model(tmp_path / "source")
     values = {"model": dataclasses.asdict(model.config), "data": {"tokenizer": str(tmp_path / "source")}}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(values))
@@ -122,7 +123,7 @@ def test_a_run_of_training_is_a_source(tmp_path):
         run.save(step, TrainState(jnp.int32(step), trained, frozen, moments, {}), {"data": {"seen": step}})
     run.close()
     convert(tmp_path / "run", tmp_path / "out", "llava", verify=True, report=lambda _: None)
-    written = parameters_of(VocoLlama.from_pretrained(tmp_path / "out"))
+    written = parameters_of(load_model(tmp_path / "out"))
     for path, value in parameters.items():
         np.testing.assert_array_equal(written[path], value, err_msg=path)
 
@@ -133,16 +134,16 @@ def test_decoder_alone_loads(tmp_path):
     decoder = load_decoder(tmp_path / "source", dtype=jnp.bfloat16)
     assert decoder.embedding.dtype == jnp.bfloat16 and decoder.embedding.shape == (256, 32)
     with pytest.raises(ValueError, match="holds a decoder alone; name a vision tower"):
-        VocoLlama.from_pretrained(tmp_path / "source")
+        load_model(tmp_path / "source")
 
 
 def test_missing_parts_are_drawn_at_random_if_allowed(tmp_path):
     """A stage of alignment begins with a new projector; nothing else may be missing."""
     parts = checkpoints.save_parts(tmp_path)
     with pytest.raises(ValueError, match=r"4 missing tensors: model\.mm_projector\.0\.bias, .*2\.weight"):
-        VocoLlama.from_pretrained(parts["source"], vision=parts["vision"])
-    model = VocoLlama.from_pretrained(parts["source"], vision=parts["vision"],
-                                      allow_missing=[r"model\.mm_projector\..*"])
+        load_model(parts["source"], vision=parts["vision"])
+    model = load_model(parts["source"], vision=parts["vision"],
+                       allow_missing=[r"model\.mm_projector\..*"])
     assert 0.05 < float(jnp.std(model.projector.linear_in.kernel[...])) < 0.15  # lecun_normal over 128 inputs
     assert not model.projector.linear_in.bias[...].any()
 
@@ -166,11 +167,11 @@ def test_shards(tmp_path, monkeypatch):
 
 MESH_SCRIPT = """
 import sys, jax, numpy as np
-from vocojax.models.voco import VocoLlama
+from vocojax.pretrained.loading import load_model
 from vocojax.models.parameters import parameters_of
-from vocojax.convert.weights import MappedWeights
-from vocojax.training.config import MeshConfig
-from vocojax.training.sharding import make_mesh
+from vocojax.convert.mapped import MappedWeights
+from vocojax.parallel.mesh import MeshConfig
+from vocojax.parallel.mesh import make_mesh
 read, sizes = MappedWeights.read, {}
 def counting(self, name, index=None):
   array = read(self, name, index)
@@ -178,9 +179,9 @@ def counting(self, name, index=None):
   return array
 MappedWeights.read = counting
 mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
-sharded = parameters_of(VocoLlama.from_pretrained(sys.argv[1], mesh=mesh))
+sharded = parameters_of(load_model(sys.argv[1], mesh=mesh))
 MappedWeights.read = read
-whole = parameters_of(VocoLlama.from_pretrained(sys.argv[1]))
+whole = parameters_of(load_model(sys.argv[1]))
 for name, value in whole.items():
   np.testing.assert_array_equal(sharded[name], value, err_msg=name)
 up = sharded['decoder/blocks/up/kernel']

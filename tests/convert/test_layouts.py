@@ -3,18 +3,18 @@
 import json
 import shutil
 
-import checkpoints
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 from transformers import CLIPConfig, CLIPModel
 
+from tests.helpers import checkpoints
 from vocojax.config import VisionConfig
-from vocojax.convert.conversion import convert
-from vocojax.convert.export import export
-from vocojax.convert.mapping import ConvertError
-from vocojax.convert.source import open_source
+from vocojax.errors import ConvertError
+from vocojax.pretrained.conversion import convert
+from vocojax.pretrained.export import export
+from vocojax.pretrained.source import open_source
 
 W = checkpoints.WORDS
 

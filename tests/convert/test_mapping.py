@@ -9,17 +9,9 @@ from hypothesis import strategies as st
 
 from vocojax.config import PRESETS, CompressorConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from vocojax.convert import tables
-from vocojax.convert.mapping import (
-    IDENTITY,
-    TRANSPOSE,
-    ConvertError,
-    Rule,
-    Table,
-    leading_ones,
-    patches,
-    vocabulary,
-)
-from vocojax.convert.source import parameter_shapes
+from vocojax.convert.mapping import IDENTITY, TRANSPOSE, Rule, Table, leading_ones, patches, vocabulary
+from vocojax.errors import ConvertError
+from vocojax.pretrained.source import parameter_shapes
 
 EVA_G = VisionConfig("eva", 224, 14, 1408, 39, 16, 6144, -1, 1e-6)
 MODELS = {

@@ -4,15 +4,15 @@ import dataclasses
 import json
 import logging
 
-import checkpoints
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import checkpoints
 from vocojax.config import ModelConfig, build
-from vocojax.convert.conversion import convert
-from vocojax.convert.orbax_files import OrbaxWeights
 from vocojax.data.config import DataConfig
+from vocojax.pretrained.conversion import convert
+from vocojax.runs.orbax_files import OrbaxWeights
 from vocojax.training.checkpoints import CheckpointError
 from vocojax.training.config import StageConfig
 from vocojax.training.stage import train

@@ -1,17 +1,17 @@
 """The processor of a directory: what it makes of an image and a question, and that the model takes it."""
 
-import checkpoints
 import jax
 import numpy as np
 from PIL import Image
 
-from vocojax.convert.conversion import convert
+from tests.helpers import checkpoints
 from vocojax.data.conversation import Turn
-from vocojax.data.processor import Processor
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.prompts import whole_rows
 from vocojax.layout import Role
-from vocojax.models.voco import VocoLlama
+from vocojax.pretrained.conversion import convert
+from vocojax.pretrained.loading import load_model
+from vocojax.pretrained.processor import Processor
 
 W = checkpoints.WORDS
 
@@ -31,7 +31,7 @@ def test_processor_and_model_of_one_directory(tmp_path):
     answered = processor([image], (Turn("user", "w1"), Turn("assistant", "w2")))
     assert answered.layout.labels[answered.layout.labels >= 0].tolist() == [6, 2]  # the answer and </s>
 
-    model = VocoLlama.from_pretrained(tmp_path / "source", num_vocos=2)
+    model = load_model(tmp_path / "source", num_vocos=2)
     rows = whole_rows([item.layout], [list(item.images)], model.config, "voco", len(item.layout))
     hidden = jax.jit(lambda rows: model(rows)[0])(rows)
     assert hidden.shape == (1, len(item.layout), 32) and np.isfinite(np.asarray(hidden)).all()

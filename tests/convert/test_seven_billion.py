@@ -7,15 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoints
 import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.helpers import checkpoints
 from vocojax.config import preset
 from vocojax.convert import huggingface, tables
 from vocojax.convert.safetensors_files import SafetensorsWriter
-from vocojax.convert.source import parameter_shapes
+from vocojax.pretrained.source import parameter_shapes
 
 GIB = 2**30
 LIMIT = 6 * GIB

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vocojax.convert.pretrained import load_decoder
 from vocojax.kernels.interval_attention import IntervalMask
+from vocojax.pretrained.loading import load_decoder
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "Water boils at a temperature of",
            "<|im_start|>user\nName three primary colours.<|im_end|>\n<|im_start|>assistant\n")

@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vocojax.config import build
+from vocojax.config import build, config_to_dict
 from vocojax.data.config import DataConfig
 from vocojax.data.loader import BatchStream
-from vocojax.training.config import config_to_dict
 
 ROOT = Path(__file__).parent.parent.parent
 TAKE = """

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_layout import Letters, pairs
-from vocojax.data.benchmark import fill_ratio
+from vocojax.costs.data import fill_ratio
 from vocojax.data.packing import Item, RowShape, Size, best_fit, pack_row
 from vocojax.layout import IGNORE, LayoutError, Role, Span, UnitShape, View, lay_out_sample
 

@@ -5,7 +5,7 @@ import numpy as np
 from vocojax.data.conversation import template
 from vocojax.evaluation.agreement import Agreement, agreement
 from vocojax.inference.assistant import Assistant
-from vocojax.inference.decode import Generation
+from vocojax.inference.decoding.decode import Generation
 
 
 def test_random_questions_about_random_images(tiny_model, words):

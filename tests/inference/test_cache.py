@@ -14,12 +14,21 @@ from safetensors.numpy import save as to_safetensors
 from vocojax.data.conversation import Turn, template
 from vocojax.data.tokenizer import word_tokenizer
 from vocojax.inference.assistant import Assistant
-from vocojax.inference.cache import CacheError, VocoCache
-from vocojax.inference.cache_files import FORMAT, DamagedCache, dequantise, from_bytes, load, quantise, save, to_bytes
+from vocojax.inference.caches.cache import CacheError, VocoCache
+from vocojax.inference.caches.files import (
+    FORMAT,
+    DamagedCache,
+    dequantise,
+    from_bytes,
+    load,
+    quantise,
+    save,
+    to_bytes,
+)
+from vocojax.inference.caches.fingerprint import Fingerprint, fingerprint, image_digest
+from vocojax.inference.caches.store import Store
 from vocojax.inference.compress import compress_keeping
-from vocojax.inference.fingerprint import Fingerprint, fingerprint, image_digest
-from vocojax.inference.sampling import SamplingConfig
-from vocojax.inference.store import Store
+from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.models.parameters import parameters_of, with_parameters
 from vocojax.models.voco import VocoLlama
 

@@ -14,16 +14,17 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from vocojax.cli.terminal import refuse_empty, require_writable
 from vocojax.config import ConfigError
 from vocojax.inference import assistant as assistant_module
-from vocojax.inference.ask import Question, answer_all, read_questions
 from vocojax.inference.assistant import Assistant
-from vocojax.inference.cache import VocoCache
+from vocojax.inference.caches.cache import VocoCache
+from vocojax.inference.caches.store import Store
 from vocojax.inference.collection import compress_files, find_files, int8_loss
-from vocojax.inference.mesh import local_mesh, parse_mesh
-from vocojax.inference.sampling import SamplingConfig
-from vocojax.inference.store import Store
-from vocojax.terminal import refuse_empty, require_writable
+from vocojax.inference.decoding.sampling import SamplingConfig
+from vocojax.inference.many import Question, answer_all, read_questions
+from vocojax.parallel.mesh import local_mesh, parse_mesh
+from vocojax.pretrained.loading import save_model
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = SamplingConfig(max_new_tokens=4)
@@ -198,7 +199,7 @@ def test_launch_scripts_refuse_nonsense_at_once(script, given, message):
 def test_the_launch_scripts_on_one_device_on_a_mesh_and_on_two_processes(assistant, photos, tmp_path):
     """The same caches and answers every time; two processes with one store share the files."""
     checkpoint = tmp_path / "model"
-    assistant.model.save_pretrained(checkpoint, "orbax", assistant.tokenizer)
+    save_model(assistant.model, checkpoint, "orbax", tokenizer=assistant.tokenizer)
 
     def start(script, *flags, devices=1):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",

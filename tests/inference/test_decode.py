@@ -18,11 +18,11 @@ from transformers import (
 
 from vocojax.config import ConfigError
 from vocojax.data.conversation import Turn
-from vocojax.inference.cache import VocoCache
-from vocojax.inference.decode import COMPILATIONS
+from vocojax.inference.caches.cache import VocoCache
+from vocojax.inference.decoding.decode import COMPILATIONS
+from vocojax.inference.decoding.sampling import SamplingConfig, choose, penalise, truncate
+from vocojax.inference.decoding.text import AnswerText
 from vocojax.inference.prompts import bucket
-from vocojax.inference.sampling import SamplingConfig, choose, penalise, truncate
-from vocojax.inference.text import AnswerText
 
 QUESTIONS = ("what color is the shape?", "is the shape red?", "a picture of", "what?", "red blue " * 4)
 DRAWN = SamplingConfig(max_new_tokens=8, temperature=1.5, top_k=12, top_p=0.95, repetition_penalty=1.3)

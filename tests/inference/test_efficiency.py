@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vocojax.config import PRESETS
-from vocojax.inference.efficiency import Case, cache_bytes, count_flops, efficiency, measurable, summarise
+from vocojax.costs.answers import Case, cache_bytes, count_flops, efficiency, measurable, summarise
 
 ROOT = Path(__file__).parent.parent.parent
 

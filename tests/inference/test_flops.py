@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vocojax.inference.flops import CannotCount, matmul_flops
+from vocojax.costs.flops import CannotCount, matmul_flops
 
 A, W = jnp.ones((32, 256)), jnp.ones((256, 256))
 

@@ -15,12 +15,12 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.inference.hammer import IMAGES, MODEL, entry, hammer
-from vocojax.inference import store as store_module
-from vocojax.inference.cache import CacheError, VocoCache
-from vocojax.inference.cache_files import DamagedCache
-from vocojax.inference.fingerprint import Fingerprint, image_digest
-from vocojax.inference.store import MissingCache, Store
+from tests.helpers.hammer import IMAGES, MODEL, entry, hammer
+from vocojax.inference.caches import store as store_module
+from vocojax.inference.caches.cache import CacheError, VocoCache
+from vocojax.inference.caches.files import DamagedCache
+from vocojax.inference.caches.fingerprint import Fingerprint, image_digest
+from vocojax.inference.caches.store import MissingCache, Store
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vocojax.data.conversation import Turn
-from vocojax.data.loader import unit_shape
 from vocojax.inference.assistant import Assistant
-from vocojax.inference.cache import place
+from vocojax.inference.caches.cache import place
 from vocojax.inference.compress import compress, compress_keeping, rows_at_once
-from vocojax.inference.mesh import AXES
+from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.inference.prompts import lay_out_prompt, text_rows, whole_rows
-from vocojax.inference.sampling import SamplingConfig
-from vocojax.layout import LayoutError
+from vocojax.layout import LayoutError, unit_shape
+from vocojax.parallel.mesh import AXES
 
 GREEDY = SamplingConfig(max_new_tokens=6)
 QUESTIONS = ("what color is the shape?", "is the shape red?", "a picture of", "what?")

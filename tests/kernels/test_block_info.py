@@ -2,7 +2,6 @@
 
 import functools
 
-import attention_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers import attention_oracle as oracle
 from vocojax.kernels.interval_attention import IntervalMask
 from vocojax.kernels.interval_attention.block_info import (
     DIRTY,

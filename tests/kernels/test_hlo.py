@@ -2,7 +2,7 @@
 
 import pytest
 
-from vocojax.kernels.static_cost import hlo
+from vocojax.costs import hlo
 
 CONDITIONAL = """
 %yes (x: f32[8]) -> f32[8] {

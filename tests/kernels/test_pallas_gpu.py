@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 
-import attention_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import topologies
 
+from tests.helpers import attention_oracle as oracle
+from vocojax.costs.kernels.gpu_targets import TARGETS
 from vocojax.kernels.interval_attention import IntervalMask, api, gpu_blocks, pallas_gpu
 from vocojax.kernels.interval_attention.gpu_blocks import Blocks
-from vocojax.kernels.static_cost.gpu_targets import TARGETS
 
 # A program for a device that is not there can be written to the suite's compilation cache but not read from it.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")

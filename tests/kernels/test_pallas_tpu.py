@@ -5,7 +5,6 @@ import importlib.util
 import itertools
 import re
 
-import attention_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tests.helpers import attention_oracle as oracle
 from vocojax.kernels.interval_attention import IntervalMask, api, interval_attention, pallas_tpu, tpu_blocks
 from vocojax.kernels.interval_attention.tpu_blocks import Blocks
 from vocojax.kernels.rotary import Rotation, rotate

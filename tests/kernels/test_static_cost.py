@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vocojax.costs.kernels import bundles, gpu, layouts, report, tpu
+from vocojax.costs.kernels.gpu_targets import TARGETS
 from vocojax.kernels.interval_attention.block_info import EMPTY, TileCode
 from vocojax.kernels.interval_attention.tpu_blocks import GENERATIONS, fitted
-from vocojax.kernels.static_cost import bundles, gpu, layouts, report, tpu
-from vocojax.kernels.static_cost.gpu_targets import TARGETS
 
 MACHINE = bundles.MACHINES["v5"]
 

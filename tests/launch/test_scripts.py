@@ -289,8 +289,8 @@ HELLO = """
 import jax, jax.numpy as jnp
 from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
 from jax.experimental import multihost_utils
-from vocojax.training import distributed
-distributed.initialize(distributed.find_cluster())
+from vocojax.parallel import cluster
+cluster.initialize(cluster.find_cluster())
 total = int(multihost_utils.process_allgather(jnp.array(jax.process_index() + 1)).sum())
 print("sum", total, "on GPU", CUDA_VISIBLE_DEVICES.value)
 """

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from vocojax.training.distributed import ClusterError, find_cluster
+from vocojax.parallel.cluster import ClusterError, find_cluster
 
 ROOT = Path(__file__).parents[2]
 # launch/train.py with a training that is told to stop at once.
 STOPPED = """
 import runpy, sys
-from vocojax.training import preemption, stage
+from vocojax.parallel import preemption
+from vocojax.training import stage
 def train(config, workdir):
     raise preemption.Preempted(f"{workdir}: stopped and saved")
 stage.train = train

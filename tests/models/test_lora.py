@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from parity import filled, randomise
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.helpers.parity import filled, randomise
 from vocojax.config import ConfigError, DecoderConfig, LoraConfig
 from vocojax.convert.tables import decoder_rules
 from vocojax.kernels.interval_attention import IntervalMask

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from parity import TorchTensors, assert_close, filled, randomise
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
+from tests.helpers.parity import TorchTensors, assert_close, filled, randomise
 from vocojax.config import DecoderConfig, ModelConfig, ProjectorConfig, RopeScalingConfig, VisionConfig, VocoConfig
+from vocojax.convert.mapped import MappedWeights
 from vocojax.convert.mapping import Table
-from vocojax.convert.source import parameter_shapes
 from vocojax.convert.tables import clip_rules, decoder_rules, projector_rules
-from vocojax.convert.weights import MappedWeights
 from vocojax.kernels.interval_attention import IntervalMask
 from vocojax.models.clip import CLIP_MEAN, CLIP_STD
 from vocojax.models.llama import Decoder
 from vocojax.models.voco import Rows, VocoLlama
+from vocojax.pretrained.source import parameter_shapes
 
 PLAIN = DecoderConfig(vocab_size=99, width=32, depth=3, num_heads=4, num_kv_heads=4, head_width=8, mlp_width=72)
 DECODERS = {

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from parity import TorchTensors, assert_close, filled, randomise
 from transformers import (
     Blip2QFormerConfig,
     Blip2QFormerModel,
@@ -18,6 +17,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from tests.helpers.parity import TorchTensors, assert_close, filled, randomise
 from vocojax.config import CompressorConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, VocoConfig
 from vocojax.convert.tables import clip_rules, eva_rules, projector_rules
 from vocojax.models.clip import ClipVision

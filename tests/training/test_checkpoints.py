@@ -16,16 +16,16 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vocojax.convert.mapping import ConvertError
-from vocojax.convert.pretrained import load_model as load_converted
 from vocojax.data.loader import BatchStream
+from vocojax.errors import ConvertError
 from vocojax.evaluation.report import loss_curve
 from vocojax.models.parameters import parameters_of
+from vocojax.parallel.preemption import Preempted
+from vocojax.pretrained.loading import load_model as load_converted
+from vocojax.runs.checksums import checksums, host_checksum
+from vocojax.runs.parameters import load_model, saved_leaves
 from vocojax.training.checkpoints import CheckpointError, Checkpoints
-from vocojax.training.checksums import checksums, host_checksum
 from vocojax.training.config import CheckpointConfig, OptimizerConfig
-from vocojax.training.preemption import Preempted
-from vocojax.training.run_weights import load_model, saved_leaves
 from vocojax.training.stage import train
 from vocojax.training.step import TrainState
 

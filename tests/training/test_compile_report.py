@@ -6,25 +6,19 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from stages import load
 
+from tests.helpers.stages import load
 from vocojax.config import ConfigError
+from vocojax.costs import hlo
+from vocojax.costs.kernels.tpu import CHIPS
+from vocojax.costs.steps import attention
+from vocojax.costs.steps.compiling import Compiled, CompilerError, Topology, Unfinished, compile_step, hbm_bytes
+from vocojax.costs.steps.program import Costs, add_up
+from vocojax.costs.steps.report import Device, compile_report, estimate, memory
+from vocojax.costs.steps.tables import comparison, table
 from vocojax.data.config import DataConfig
-from vocojax.kernels.static_cost import hlo
-from vocojax.kernels.static_cost.tpu import CHIPS
-from vocojax.training.compile_report import attention
-from vocojax.training.compile_report.compiling import (
-    Compiled,
-    CompilerError,
-    Topology,
-    Unfinished,
-    compile_step,
-    hbm_bytes,
-)
-from vocojax.training.compile_report.costs import Costs, add_up
-from vocojax.training.compile_report.report import Device, compile_report, estimate, memory
-from vocojax.training.compile_report.tables import comparison, table
-from vocojax.training.config import MeshConfig, StageConfig
+from vocojax.parallel.mesh import MeshConfig
+from vocojax.training.config import StageConfig
 from vocojax.training.flops import visible_pairs
 
 # A loop of five turns around a gather, a product in a fusion and a kernel; behind it a reduce-scatter in disguise.

@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
-from stages import load
 
+from tests.helpers.stages import load
 from vocojax.config import ConfigError
-from vocojax.training.compile_report.compiling import Topology, Unfinished
-from vocojax.training.compile_report.search import compare_remat, search
-from vocojax.training.compile_report.tables import comparison
-from vocojax.training.config import MeshConfig
+from vocojax.costs.steps.compiling import Topology, Unfinished
+from vocojax.costs.steps.search import compare_remat, search
+from vocojax.costs.steps.tables import comparison
+from vocojax.parallel.mesh import MeshConfig
 
 
 class Compiler:
@@ -35,7 +35,7 @@ class Compiler:
 @pytest.fixture
 def compiler(monkeypatch) -> Compiler:
     compiler = Compiler()
-    monkeypatch.setattr("vocojax.training.compile_report.search.compile_report", compiler)
+    monkeypatch.setattr("vocojax.costs.steps.search.compile_report", compiler)
     return compiler
 
 
@@ -63,7 +63,7 @@ def test_a_search_goes_on_where_it_was_ended(compiler, monkeypatch, tmp_path):
     run = lambda stage=stage, **space: search(stage, topology, path=path, **space)
     with monkeypatch.context() as patch:
         broken = lambda *_, **__: compiler(*_, **__) if len(compiler.asked) < 3 else (_ for _ in ()).throw(OSError)
-        patch.setattr("vocojax.training.compile_report.search.compile_report", broken)
+        patch.setattr("vocojax.costs.steps.search.compile_report", broken)
         with pytest.raises(OSError):
             run(policies=["full"])
     assert len(json.loads(Path(path).read_text())["reports"]) == 3
@@ -105,7 +105,7 @@ def test_a_compiler_that_was_killed_says_nothing_of_a_setting(compiler, monkeypa
         return compiler(config, topology, fast)
 
     with monkeypatch.context() as patch:
-        patch.setattr("vocojax.training.compile_report.search.compile_report", killed)
+        patch.setattr("vocojax.costs.steps.search.compile_report", killed)
         found = run()
     assert len(found.reports) == 4 and not found.skipped
     assert "   -        -         -      -\n    the compiler was killed by signal 9" in comparison(found.reports)

@@ -5,10 +5,10 @@ import importlib.util
 import subprocess
 
 import pytest
-from stages import ROOT, load
 
-from vocojax.training.compile_report.compiling import Topology
-from vocojax.training.compile_report.report import compile_report
+from tests.helpers.stages import ROOT, load
+from vocojax.costs.steps.compiling import Topology
+from vocojax.costs.steps.report import compile_report
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu (extra `tpu`)")
 

@@ -8,12 +8,15 @@ import threading
 import time
 
 import pytest
-import runs
 
+from tests.helpers import run_processes as runs
 from vocojax.evaluation.report import loss_curve
-from vocojax.training import distributed
-from vocojax.training.config import CheckpointConfig, MeshConfig
-from vocojax.training.distributed import Cluster, ClusterError, MissingProcesses, find_cluster, row_share
+from vocojax.parallel import cluster, processes
+from vocojax.parallel.cluster import Cluster, ClusterError, find_cluster
+from vocojax.parallel.mesh import MeshConfig
+from vocojax.parallel.processes import MissingProcesses
+from vocojax.parallel.shardings import row_share
+from vocojax.training.config import CheckpointConfig
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,7 @@ def meet(*told, limit=1.0):
 
     def one(place, count, index):
         try:
-            distributed._rendezvous(Cluster(address, count, index), limit)
+            cluster._rendezvous(Cluster(address, count, index), limit)
             answers[place] = "all there"
         except (MissingProcesses, ClusterError) as error:
             answers[place] = str(error).removeprefix(f"start at {address}: ")
@@ -94,7 +97,7 @@ def test_a_start_names_who_left_and_takes_back_who_came_again():
 
     def told(count):
         try:
-            answers.append(distributed._rendezvous(Cluster(f"127.0.0.1:{address[1]}", count, 0), 20.0))
+            answers.append(cluster._rendezvous(Cluster(f"127.0.0.1:{address[1]}", count, 0), 20.0))
         except MissingProcesses as error:
             answers.append(str(error).partition(": ")[2])
 
@@ -146,12 +149,12 @@ class Spread:
 )
 def test_a_process_makes_the_rows_its_devices_hold(owners, spans, shares, monkeypatch):
     for process, share in shares.items():
-        monkeypatch.setattr(distributed.jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(processes.jax, "process_index", lambda process=process: process)
         assert row_share(Spread(owners, spans), 8) == share
 
 
 def test_rows_that_overlap_are_refused(monkeypatch):
-    monkeypatch.setattr(distributed.jax, "process_index", lambda: 0)
+    monkeypatch.setattr(processes.jax, "process_index", lambda: 0)
     with pytest.raises(ClusterError, match="overlapping rows"):
         row_share(Spread([0, 0, 1], [(0, 2), (2, 4), (2, 4)]), 4)
 
@@ -162,12 +165,12 @@ def test_any_number_of_processes_and_any_mesh_train_alike(quickstart_stage, tmp_
     stage = dataclasses.replace(quickstart_stage, batch_size=8, steps=6, checkpoint=CheckpointConfig(every=3))
     runs.run(stage, tmp_path / "one")
     one = loss_curve(tmp_path / "one")
-    for name, processes, devices, mesh in (
+    for name, count, devices, mesh in (
         ("two", 2, 1, MeshConfig()), ("four", 4, 2, MeshConfig(data=2, fsdp=2, tensor=2)),
         ("eight devices of one", 1, 8, MeshConfig(data=2, fsdp=2, tensor=2)),
         ("slices", 1, 8, MeshConfig(slice=2, data=2, fsdp=2)), ("tensor over two", 2, 1, MeshConfig(data=1, tensor=2)),
     ):
-        runs.run(dataclasses.replace(stage, mesh=mesh), tmp_path / name, processes, devices)
+        runs.run(dataclasses.replace(stage, mesh=mesh), tmp_path / name, count, devices)
         curve = loss_curve(tmp_path / name)
         assert len(curve) == 6
         for (_, mine), (_, theirs) in zip(curve, one, strict=True):
@@ -180,10 +183,10 @@ def test_a_run_goes_on_with_other_processes_on_another_mesh(quickstart_stage, tm
     runs.run(stage, tmp_path / "one")
     whole = loss_curve(tmp_path / "one")
     workdir = tmp_path / "moved"
-    for processes, devices, mesh, last in (
+    for count, devices, mesh, last in (
         (1, 8, MeshConfig(data=2, fsdp=2, tensor=2), 3), (2, 2, MeshConfig(data=1, fsdp=4), 6),
     ):
-        runs.run(dataclasses.replace(stage, mesh=mesh), workdir, processes, devices)
+        runs.run(dataclasses.replace(stage, mesh=mesh), workdir, count, devices)
         for (_, mine), (_, theirs) in zip(loss_curve(workdir), whole, strict=True):
             assert abs(mine - theirs) <= 1e-5 * theirs
         if last == 3:  # as if it had been killed behind the third step

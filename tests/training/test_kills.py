@@ -11,10 +11,11 @@ import subprocess
 import time
 
 import pytest
-import runs
 
+from tests.helpers import run_processes as runs
 from vocojax.evaluation.report import loss_curve
-from vocojax.training.config import CheckpointConfig, MeshConfig
+from vocojax.parallel.mesh import MeshConfig
+from vocojax.training.config import CheckpointConfig
 
 pytestmark = pytest.mark.slow
 STEPS = 24

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vocojax.parallel.preemption import Preempted
 from vocojax.training import loop, run_log
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import CheckpointConfig, RunConfig
 from vocojax.training.goodput import Goodput
-from vocojax.training.preemption import Preempted
 from vocojax.training.run_log import RunLog
 from vocojax.training.step import TrainState
 from vocojax.training.watchdog import Watchdog

@@ -17,18 +17,18 @@ from flax import nnx
 from ml_collections import ConfigDict
 from transformers import LlavaForConditionalGeneration
 
-from vocojax.config import ConfigError, LoraConfig
-from vocojax.convert.conversion import convert
-from vocojax.convert.orbax_files import OrbaxWeights
-from vocojax.convert.pretrained import load_model as load_converted
+from vocojax.config import ConfigError, LoraConfig, config_to_dict
 from vocojax.evaluation.report import loss_curve
 from vocojax.models.parameters import parameters_of, with_parameters
 from vocojax.models.voco import Rows
+from vocojax.parallel.mesh import MeshConfig, make_mesh
+from vocojax.pretrained.conversion import convert
+from vocojax.pretrained.loading import load_model as load_converted
+from vocojax.runs.orbax_files import OrbaxWeights
+from vocojax.runs.parameters import load_model
 from vocojax.training import checkpoints
-from vocojax.training.config import MeshConfig, config_to_dict, stage_config
+from vocojax.training.config import stage_config
 from vocojax.training.program import make_model, make_program
-from vocojax.training.run_weights import load_model
-from vocojax.training.sharding import make_mesh
 from vocojax.training.stage import train
 
 RULES = {"train": ("projector/.*", ".*/lora/[ab]"), "freeze": ("vision/.*", "decoder/(?!.*/lora/).*")}
@@ -155,9 +155,10 @@ import jax, numpy as np
 from flax import nnx
 from vocojax.models.parameters import abstract, variables_of
 from vocojax.models.voco import VocoLlama
-from vocojax.training.run_weights import load_parameters
+from vocojax.runs.parameters import load_parameters
 from vocojax.training.config import stage_config
-from vocojax.training.sharding import make_mesh, parameter_shardings
+from vocojax.parallel.mesh import make_mesh
+from vocojax.parallel.shardings import parameter_shardings
 from vocojax.training.stage import train
 config = stage_config(json.load(open(sys.argv[1])))
 train(config, sys.argv[2])

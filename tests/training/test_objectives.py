@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec
 
 from vocojax.config import DecoderConfig
 from vocojax.layout import IGNORE
+from vocojax.models.gathering import Parts, cut, gathered
 from vocojax.models.llama import Decoder
-from vocojax.models.parts import Parts, cut, gathered
 from vocojax.training import objectives
 from vocojax.training.objectives import Teacher, target_sums
 

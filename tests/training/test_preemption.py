@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # A worker that is terminated leaves the process alone; then one call that no handler of Python's can interrupt.
 BUSY = """
 import hashlib, os, signal, time
-from vocojax.training.preemption import StopRequest, leave_on_sigterm
+from vocojax.parallel.preemption import StopRequest, leave_on_sigterm
 leave_on_sigterm(75)
 worker = os.fork()
 if worker == 0:
@@ -35,7 +35,7 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 HANDED_OVER = """
 import os, signal, sys, time
 import jax
-from vocojax.training.preemption import StopRequest, handed_to_jax, leave_on_sigterm
+from vocojax.parallel.preemption import StopRequest, handed_to_jax, leave_on_sigterm
 jax.process_count()
 leave_on_sigterm(7)
 sys.setswitchinterval(100)
@@ -56,7 +56,7 @@ else:
 ENDING = """
 import os, signal, sys, time
 import jax
-from vocojax.training.preemption import Preempted, StopRequest, leave_on_sigterm
+from vocojax.parallel.preemption import Preempted, StopRequest, leave_on_sigterm
 leave_on_sigterm(75)
 try:
     with StopRequest().listening():
@@ -68,11 +68,11 @@ finally:
 # One of two processes, which asks every 10 ms, at first after some time, until it is to stop.
 ASKING = """
 import sys, time
-from vocojax.training import distributed
-from vocojax.training.preemption import StopRequest, leave_on_sigterm
+from vocojax.parallel import cluster
+from vocojax.parallel.preemption import StopRequest, leave_on_sigterm
 address, index, wait = sys.argv[1:]
 leave_on_sigterm(1)
-distributed.initialize(distributed.Cluster(address, 2, int(index)), 60, 10)
+cluster.initialize(cluster.Cluster(address, 2, int(index)), 60, 10)
 print("joined", flush=True)
 time.sleep(float(wait))
 stop, asked = StopRequest(), 1

@@ -15,8 +15,8 @@ from jax.sharding import AbstractMesh
 from vocojax.config import ConfigError, preset
 from vocojax.models.parameters import abstract
 from vocojax.models.voco import VocoLlama
-from vocojax.training.config import MeshConfig
-from vocojax.training.sharding import AXES, make_mesh, parameter_shardings
+from vocojax.parallel.mesh import AXES, MeshConfig, make_mesh
+from vocojax.parallel.shardings import parameter_shardings
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "shardings_7b_v5p_4x4x4.txt"
 
@@ -103,7 +103,7 @@ def test_gathers_in_stages_and_their_gradients_are_those_of_one_stage():
     code = textwrap.dedent("""
         import functools, jax, jax.numpy as jnp, numpy as np
         from jax.sharding import PartitionSpec as P
-        from vocojax.models.parts import Parts
+        from vocojax.models.gathering import Parts
         mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
         w = jnp.arange(16 * 24, dtype=jnp.float32).reshape(16, 24)
         x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32)

@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vocojax.config import ConfigError
+from vocojax.config import ConfigError, config_to_dict
 from vocojax.data.loader import BatchStream
 from vocojax.evaluation.report import loss_curve
 from vocojax.models.parameters import parameters_of
-from vocojax.training import checkpoints, run_files, run_weights
+from vocojax.runs import directory, parameters
+from vocojax.runs.parameters import load_model, load_parameters
+from vocojax.training import checkpoints
 from vocojax.training.checkpoints import CheckpointError
-from vocojax.training.config import CheckpointConfig, DistillConfig, config_to_dict, stage_config
+from vocojax.training.config import CheckpointConfig, DistillConfig, stage_config
 from vocojax.training.loop import NonFiniteLoss
-from vocojax.training.run_weights import load_model, load_parameters
 from vocojax.training.stage import train
 
 
@@ -76,9 +77,9 @@ def test_a_bucket_that_is_not_reached_is_one_line(stage, monkeypatch):
     def unreachable(path):
         raise OSError("Cannot connect to host storage.googleapis.com:443")
 
-    monkeypatch.setattr(type(run_files.epath.Path("gs://bucket/run")), "exists", unreachable)
+    monkeypatch.setattr(type(directory.epath.Path("gs://bucket/run")), "exists", unreachable)
     with pytest.raises(CheckpointError, match=r"workdir 'gs://bucket/run' can't be reached: Cannot connect to host"):
-        run_files.run_path("gs://bucket/run")
+        directory.run_path("gs://bucket/run")
 
 
 def test_run_files_say_what_ran(stage, tmp_path):
@@ -107,7 +108,7 @@ def test_a_run_older_than_a_key_of_the_config_goes_on(stage, tmp_path):
     about = json.loads(progress.read_text())
     forget(about["config"], newer)
     del about["data"]["frames"], about["sha256"]
-    progress.write_text(json.dumps({**about, "sha256": run_weights.sha256(about)}))
+    progress.write_text(json.dumps({**about, "sha256": parameters.sha256(about)}))
     path = tmp_path / "run" / "config.json"
     path.write_text(json.dumps(forget(json.loads(path.read_text()), newer)))
     for changed, key in (({"visibility": "causal"}, "visibility"), ({"seed": 3}, "seed")):

@@ -107,7 +107,7 @@ def test_meshes_give_the_same_losses(stage, tmp_path):
     """Eight virtual devices as data, fsdp and tensor axes, against one device."""
     code = textwrap.dedent("""
         import dataclasses, pickle, sys
-        from vocojax.training.config import MeshConfig
+        from vocojax.parallel.mesh import MeshConfig
         from vocojax.training.stage import train
         stage = pickle.load(open(sys.argv[1], "rb"))
         for name, mesh in {"data": MeshConfig(data=-1), "all": MeshConfig(data=2, fsdp=2, tensor=2)}.items():

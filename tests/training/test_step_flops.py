@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from vocojax.config import LoraConfig, preset
-from vocojax.kernels.static_cost.layouts import layouts
+from vocojax.costs.kernels.layouts import layouts
 from vocojax.models.lora import add_lora
 from vocojax.models.parameters import abstract, variables_of
 from vocojax.models.voco import VocoLlama

@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
-from vocojax.config import ConfigError
+from tests.helpers import run_processes as runs
+from vocojax.config import ConfigError, config_to_dict
 from vocojax.data.loader import BatchStream
 from vocojax.layout import IGNORE
 from vocojax.models.voco import rows_from_batch
-from vocojax.training.config import CheckpointConfig, MeshConfig, ValidationConfig, config_to_dict, stage_config
+from vocojax.parallel.mesh import MeshConfig
+from vocojax.parallel.preemption import Preempted, StopRequest
+from vocojax.runs.parameters import load_model
+from vocojax.training.config import CheckpointConfig, ValidationConfig, stage_config
 from vocojax.training.objectives import gather_targets
-from vocojax.training.preemption import Preempted, StopRequest
-from vocojax.training.run_weights import load_model
 from vocojax.training.stage import train
 
 

@@ -19,7 +19,7 @@ from vocojax.config import (
     VocoConfig,
     build,
 )
-from vocojax.convert.mapping import ConvertError
+from vocojax.errors import ConvertError
 from vocojax.models.clip import CLIP_MEAN, CLIP_STD
 
 T = TypeVar("T")

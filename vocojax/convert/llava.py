@@ -17,9 +17,10 @@ from vocojax.convert.huggingface import (
     write_decoder,
     write_vision,
 )
-from vocojax.convert.mapping import ConvertError, Shape
 from vocojax.convert.tables import TOWER
 from vocojax.data.images import Fit
+from vocojax.errors import ConvertError
+from vocojax.weights import Shape
 
 # Width of a head, and up to which width of the tower it holds: CLIP ViT-B and -L (ViT-H is another), EVA-CLIP-g.
 _CLIP_HEAD, _EVA_HEAD = (64, 1024), (88, 1408)

@@ -9,17 +9,15 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-Shape = tuple[int, ...]
+from vocojax.errors import ConvertError
+from vocojax.weights import Shape
+
 Array = np.ndarray
-
-
-class ConvertError(ValueError):
-    """Weights that can't be read or written: one line that names the file, the tensor and what to do."""
 
 
 class Transform(NamedTuple):
@@ -169,34 +167,3 @@ class Table:
         if problems:
             raise ConvertError(f"the table of the layout {self.layout!r} doesn't fit the model: {'; '.join(problems)}")
         return slots
-
-
-def check_tensors(
-    expected: Mapping[str, Shape], present: Mapping[str, Shape], where: str, allowed: Collection[re.Pattern[str]] = ()
-) -> list[str]:
-    """Compares the tensors there are with those there should be.
-
-    Args:
-      expected, present: shapes by name.
-      where: the file or directory, for the error.
-      allowed: tensors that may be missing or superfluous.
-
-    Returns:
-      The names of tensors that are missing and may be.
-
-    Raises:
-      ConvertError: lists every missing, unexpected and wrongly shaped tensor.
-    """
-    may_differ = lambda name: any(pattern.fullmatch(name) for pattern in allowed)
-    missing = expected.keys() - present.keys()
-    shape = lambda name: f"{name} {list(present[name])} instead of {list(expected[name])}"
-    problems = {
-        "missing": sorted(name for name in missing if not may_differ(name)),
-        "unexpected": sorted(name for name in present.keys() - expected.keys() if not may_differ(name)),
-        "wrongly shaped": [shape(name) for name in sorted(expected.keys() & present.keys())
-                           if tuple(present[name]) != tuple(expected[name])],
-    }
-    found = [f"{len(names)} {kind} tensors: {', '.join(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise ConvertError(f"{where}: {'; '.join(found)}")
-    return sorted(name for name in missing if may_differ(name))

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vocojax.convert.mapping import ConvertError, Shape
-from vocojax.convert.weights import Index
+from vocojax.errors import ConvertError
+from vocojax.weights import Index, Shape
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry: 26 bytes, then the lengths of its name and extra field
 

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vocojax.convert.mapping import ConvertError, Shape
-from vocojax.convert.weights import Index
+from vocojax.errors import ConvertError
+from vocojax.weights import Index, Shape
 
 _LENGTH = struct.Struct("<Q")  # of the JSON header in front of the data
 DTYPES: Mapping[str, np.dtype] = {

@@ -3,16 +3,8 @@
 import re
 
 from vocojax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
-from vocojax.convert.mapping import (
-    IDENTITY,
-    TRANSPOSE,
-    ConvertError,
-    Rule,
-    Table,
-    leading_ones,
-    patches,
-    vocabulary,
-)
+from vocojax.convert.mapping import IDENTITY, TRANSPOSE, Rule, Table, leading_ones, patches, vocabulary
+from vocojax.errors import ConvertError
 
 # Buffers that older versions of the libraries saved along with the weights.
 _BUFFERS = (r".*\.rotary_emb\.inv_freq", r".*\.embeddings\.position_ids")

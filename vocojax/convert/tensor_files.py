@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vocojax.convert.mapping import ConvertError
 from vocojax.convert.pickle_files import PickleFile
 from vocojax.convert.safetensors_files import SafetensorsFile
-from vocojax.convert.weights import Index, Weights
+from vocojax.errors import ConvertError
+from vocojax.weights import Index, Weights
 
 # Name of the single file and of the index, by preference.
 _FORMS = (

@@ -20,13 +20,13 @@ import numpy as np
 from vocojax.config import ConfigError, ModelConfig
 from vocojax.data.config import DataConfig, PartConfig
 from vocojax.data.images import ImageError
-from vocojax.data.lanes import Lane, Plan, RowReport, StreamStateError
+from vocojax.data.packers import Lane, Plan, RowReport, StreamStateError
 from vocojax.data.packing import Row, RowShape, empty_rows, pack_row, row_of, row_shape
-from vocojax.data.prepared import PreparedSource, unit_shape
+from vocojax.data.prepared import PreparedSource
 from vocojax.data.sources import identity, open_source
 from vocojax.data.tally import SkippedTooMany, Tally
 from vocojax.data.tokenizer import Tokenizer
-from vocojax.layout import Visibility
+from vocojax.layout import Visibility, unit_shape
 
 __all__ = ["BatchStream", "SkippedTooMany", "StreamStateError", "merge_states", "open_tokenizer", "unit_shape"]
 BATCHES_AHEAD = 2  # that wait for the step

@@ -13,7 +13,7 @@ from vocojax.data.packing import Item, Size
 from vocojax.data.sources.base import Sample, Source
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.data.videos import choose_frames, probe, read_frames
-from vocojax.layout import LayoutError, SampleLayout, UnitShape, lay_out_sample, require_targets
+from vocojax.layout import LayoutError, SampleLayout, lay_out_sample, require_targets, unit_shape
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,3 @@ class PreparedSource:
 def _content(image: Path | bytes, record: str) -> tuple[bytes, str]:
     """An image's encoded content and its name for errors."""
     return (image, record) if isinstance(image, bytes) else (read(image), str(image))
-
-
-def unit_shape(model: ModelConfig) -> UnitShape:
-    """Tokens and VoCo tokens of the units that a model is trained on."""
-    return UnitShape(model.unit_tokens, model.unit_vocos)

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from vocojax.data.conversation import Conversation, Turn
 from vocojax.inference.assistant import Assistant
-from vocojax.inference.cache import VocoCache
-from vocojax.inference.decode import Generation
-from vocojax.inference.sampling import SamplingConfig
-from vocojax.inference.store import Store
+from vocojax.inference.caches.cache import VocoCache
+from vocojax.inference.caches.store import Store
+from vocojax.inference.decoding.decode import Generation
+from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.models.parameters import abstract, parameters_of, with_parameters
 from vocojax.models.voco import VocoLlama
 

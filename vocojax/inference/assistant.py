@@ -15,24 +15,24 @@ from jax.typing import DTypeLike
 from vocojax.config import require
 from vocojax.data.conversation import Conversation, Template, Turn, template
 from vocojax.data.images import Fit, load_image
-from vocojax.data.loader import unit_shape
-from vocojax.data.processor import Processor
 from vocojax.data.tokenizer import Tokenizer
-from vocojax.inference.cache import CacheError, VocoCache, place, require_model
-from vocojax.inference.cache_files import DamagedCache
+from vocojax.inference.caches.cache import CacheError, VocoCache, place, require_model
+from vocojax.inference.caches.files import DamagedCache
+from vocojax.inference.caches.fingerprint import Fingerprint, fingerprint, image_digest
+from vocojax.inference.caches.store import MissingCache, Store
 from vocojax.inference.compress import BATCH, compress
-from vocojax.inference.decode import LOOK_EVERY, Generation, Prompts, stream
-from vocojax.inference.fingerprint import Fingerprint, fingerprint, image_digest
-from vocojax.inference.mesh import place_rows, row_multiple
+from vocojax.inference.decoding.decode import LOOK_EVERY, Generation, Prompts, stream
+from vocojax.inference.decoding.sampling import GREEDY, SEEDS, SamplingConfig
+from vocojax.inference.decoding.text import AnswerText
 from vocojax.inference.prompts import batch_bucket, bucket, lay_out_prompt, text_rows, whole_rows
-from vocojax.inference.sampling import GREEDY, SEEDS, SamplingConfig
-from vocojax.inference.store import MissingCache, Store
-from vocojax.inference.text import AnswerText
-from vocojax.layout import SampleLayout, UnitShape, Visibility, lay_out_unit
+from vocojax.layout import SampleLayout, UnitShape, Visibility, lay_out_unit, unit_shape
 from vocojax.models.llama import KeyValues
 from vocojax.models.voco import Rows, VocoLlama
-from vocojax.training.run_files import run_config
-from vocojax.training.run_weights import load_model
+from vocojax.parallel.mesh import place_rows, row_multiple
+from vocojax.pretrained.loading import load_model
+from vocojax.pretrained.processor import Processor
+from vocojax.runs.directory import run_config
+from vocojax.runs.parameters import load_model as load_run_model
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Assistant:
         data = config["data"]
         _require_one_unit(data["fit"], workdir)
         return cls(
-            model=load_model(workdir, dtype),
+            model=load_run_model(workdir, dtype),
             tokenizer=Tokenizer.from_directory(Path(workdir) / "tokenizer"),
             template=template(data["template"]),
             visibility=visibility or config["visibility"],
@@ -82,7 +82,7 @@ class Assistant:
     def from_pretrained(
         cls, directory: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None
     ) -> "Assistant":
-        """Loads weights in any layout that `VocoLlama.from_pretrained` knows, runs included, to read VoCo tokens.
+        """Loads weights in any layout that `load_model` knows, runs included, to read VoCo tokens.
 
         Args:
           mesh: where the parameters go (`inference.mesh.local_mesh`); None for the first device.
@@ -94,7 +94,7 @@ class Assistant:
         """
         processor = Processor.from_pretrained(directory)
         _require_one_unit(processor.fit, directory)
-        model = VocoLlama.from_pretrained(directory, mesh=mesh, dtype=dtype)
+        model = load_model(directory, mesh=mesh, dtype=dtype)
         return cls(model, processor.tokenizer, processor.template, fit=processor.fit, mesh=mesh)
 
     @functools.cached_property

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from vocojax.data.conversation import Turn
 from vocojax.data.images import ImageError, load_image
 from vocojax.inference.assistant import Assistant
-from vocojax.inference.cache import VocoCache
-from vocojax.inference.cache_files import from_bytes, to_bytes
-from vocojax.inference.fingerprint import image_digest
-from vocojax.inference.sampling import SamplingConfig
-from vocojax.inference.store import Store
+from vocojax.inference.caches.cache import VocoCache
+from vocojax.inference.caches.files import from_bytes, to_bytes
+from vocojax.inference.caches.fingerprint import image_digest
+from vocojax.inference.caches.store import Store
+from vocojax.inference.decoding.sampling import SamplingConfig
 
 
 @dataclass

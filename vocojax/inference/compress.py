@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vocojax.data.loader import unit_shape
 from vocojax.data.tokenizer import Tokenizer
-from vocojax.inference.cache import VocoCache
-from vocojax.inference.fingerprint import Fingerprint, image_digest
-from vocojax.inference.mesh import place_rows, row_multiple
+from vocojax.inference.caches.cache import VocoCache
+from vocojax.inference.caches.fingerprint import Fingerprint, image_digest
 from vocojax.inference.prompts import batch_bucket, whole_rows
-from vocojax.layout import lay_out_unit
+from vocojax.layout import lay_out_unit, unit_shape
 from vocojax.models.llama import KeyValues
 from vocojax.models.voco import Rows, VocoLlama
+from vocojax.parallel.mesh import place_rows, row_multiple
 
 BATCH = 64  # units that run at once, where nobody says
 

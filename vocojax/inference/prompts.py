@@ -12,9 +12,9 @@ from vocojax.config import ModelConfig
 from vocojax.data.conversation import Conversation, Template
 from vocojax.data.packing import Item, RowShape, pack_row
 from vocojax.data.tokenizer import Tokenizer
-from vocojax.inference.mesh import row_multiple
 from vocojax.layout import LayoutError, SampleLayout, UnitShape, Visibility, lay_out_sample
 from vocojax.models.voco import Rows
+from vocojax.parallel.mesh import row_multiple
 
 
 def lay_out_prompt(

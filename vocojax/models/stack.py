@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from vocojax.models.parts import gathered, in_parts
+from vocojax.models.gathering import gathered, in_parts
 
 Block = TypeVar("Block", bound=nnx.Module)
 Carry = TypeVar("Carry")

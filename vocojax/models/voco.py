@@ -1,14 +1,12 @@
 """VoCo-LLaMA: a vision tower, a projector and a decoder that compresses vision tokens by its attention mask."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from vocojax.config import ModelConfig
@@ -60,34 +58,6 @@ class VocoLlama(nnx.Module):
         self.projector = Projector(config.projector, in_width, config.decoder.width, rngs)
         self.decoder = Decoder(config.decoder, rngs)
         append_voco_row(self.decoder, config.voco.token_id)
-        self.tokenizer_directory: str | None = None  # where `from_pretrained` found the tokenizer
-
-    @classmethod
-    def from_pretrained(
-        cls, directory: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None, **parts: Any
-    ) -> "VocoLlama":
-        """The model in a directory of any layout; `parts` are the other arguments of `convert.pretrained.load_model`.
-
-        Args:
-          directory: transformers' LLaVA, the original LLaVA, LLaMA with `vision=...`, or a run of training.
-          mesh: where the parameters go, every device its part; None for the first device.
-          dtype: of parameters and computation; None keeps the decoder's on disk.
-
-        Raises:
-          ConvertError: names the file, the tensors and the remedy.
-        """
-        from vocojax.convert.pretrained import load_model  # which builds on this module
-
-        return load_model(directory, mesh=mesh, dtype=dtype, **parts)
-
-    def save_pretrained(
-        self, directory: str | Path, layout: Literal["huggingface", "llava", "orbax"] = "huggingface",
-        tokenizer: Any = None,
-    ) -> None:
-        """Writes the model and its tokenizer to a new directory; see `convert.pretrained.save_model`."""
-        from vocojax.convert.pretrained import save_model  # which builds on this module
-
-        save_model(self, directory, layout, tokenizer)
 
     @jax.named_scope("vision")
     def encode_images(self, images_UHWC: jax.Array) -> jax.Array:

@@ -24,12 +24,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as keep
 
+from vocojax.files import is_remote
 from vocojax.models.parameters import Parameters
-from vocojax.training import distributed
-from vocojax.training.checksums import checksums
+from vocojax.parallel import processes
+from vocojax.runs.checksums import checksums
+from vocojax.runs.directory import CheckpointError, changed_keys, fixed_keys, run_path
+from vocojax.runs.parameters import damaged, described, first_line, not_saved, read_arrays, read_progress, sha256
 from vocojax.training.config import CheckpointConfig
-from vocojax.training.run_files import CheckpointError, changed_keys, fixed_keys, is_remote, run_path
-from vocojax.training.run_weights import damaged, described, first_line, not_saved, read_arrays, read_progress, sha256
 from vocojax.training.step import TrainState
 
 __all__ = ["CheckpointError", "Checkpoints"]
@@ -84,7 +85,7 @@ class Checkpoints:
     def overdue(self) -> bool:
         """Whether the last checkpoint is older than the config allows; process 0's clock decides for all."""
         late = self._config.minutes > 0 and self._clock() - self._saved_at >= 60 * self._config.minutes
-        return self._config.minutes > 0 and distributed.from_first("checkpoint by time", late)
+        return self._config.minutes > 0 and processes.from_first("checkpoint by time", late)
 
     def save(
         self, step: int, state: TrainState, progress: Mapping[str, Any], metrics: Mapping[str, float] | None = None
@@ -174,7 +175,7 @@ class Checkpoints:
             optimizer = read_arrays(directory / "optimizer", wanted.optimizer)
         except Exception as error:  # whatever a damaged file makes of Orbax and TensorStore
             problem = described(error)
-        if problem := next(filter(None, distributed.from_all("restore", problem)), ""):
+        if problem := next(filter(None, processes.from_all("restore", problem)), ""):
             return problem, None
         if changed := changed_keys(progress["config"], self._run_config):
             raise CheckpointError(f"{directory} was written with another config (differing: {', '.join(changed)}): "
@@ -194,7 +195,7 @@ class Checkpoints:
             frozen = read_arrays(directory, wanted) if wanted else {}
         except Exception as error:  # whatever a damaged file makes of Orbax and TensorStore
             problem = described(error)
-        problem = next(filter(None, distributed.from_all("restore frozen", problem)), "")
+        problem = next(filter(None, processes.from_all("restore frozen", problem)), "")
         if not problem:
             self._frozen_checksums = checksums({"frozen": frozen})
             names = (name for name in saved if name.startswith("frozen/"))
@@ -206,13 +207,13 @@ class Checkpoints:
     def _move_aside(self, steps: list[int]) -> None:
         if not steps:
             return
-        if distributed.is_first():
+        if processes.is_first():
             (self._workdir / "damaged").mkdir(exist_ok=True)
             for step in steps:
                 target = self._workdir / "damaged" / f"{step}-{int(time.time())}"
                 (self._workdir / "checkpoints" / str(step)).rename(target)
                 LOG.error("%s: moved to %s; the run goes on from the one before", self._workdir, target)
-        distributed.from_first("damaged", True)
+        processes.from_first("damaged", True)
         self._manager.reload()
 
     def check(self) -> None:

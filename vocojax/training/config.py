@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vocojax.config import ConfigError, LoraConfig, ModelConfig, build, require, require_positive
+from vocojax.config import ConfigError, LoraConfig, ModelConfig, build, config_to_dict, require, require_positive
 from vocojax.data.config import DataConfig, SourceName, Split
 from vocojax.layout import Visibility
 from vocojax.models.stack import REMAT_POLICIES
+from vocojax.parallel.mesh import MeshConfig
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -119,26 +120,6 @@ class RunConfig:
         require(self.hang_seconds > 0, "hang_seconds", "must be > 0", self.hang_seconds)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Devices along each mesh axis; -1 for one of them means all that are left.
-
-    slice: TPU slices that are joined by the data centre's network only; parameters are whole in each.
-    data: copies of the parameters; fsdp: parts that every copy is cut into; rows are spread over all of these.
-    tensor: parts that heads, MLP and vocabulary are cut into, with all rows on each.
-    """
-
-    slice: int = 1
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        sizes = (self.slice, self.data, self.fsdp, self.tensor)
-        require(all(s >= 1 or s == -1 for s in sizes), "slice", "data, fsdp and tensor must be >= 1 or -1", sizes)
-        require(sizes.count(-1) <= 1, "slice", "at most one axis may be -1", sizes)
-
-
 @dataclass(frozen=True)
 class StageConfig:
     """One stage of training.
@@ -228,11 +209,6 @@ def stage_config(values: Mapping[str, Any], source: str = "") -> StageConfig:
         raise ConfigError(f"{source}: {error.key}" if source else error.key, error.problem) from None
 
 
-def config_to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass config as nested dicts and lists that JSON can hold and `build` reads back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
 def all_keys(**values: Any) -> dict[str, Any]:
     """A stage's config as nested dicts with every key there is, the given values over the defaults.
 
@@ -252,15 +228,3 @@ def _over(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         merged[key] = _over(base[key], value) if isinstance(value, Mapping) else value
     return {key: list(value) if isinstance(value, tuple) else value for key, value in merged.items()}
-
-
-def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys at which two nested dicts differ."""
-    keys: list[str] = []
-    for name in sorted(one.keys() | other.keys()):
-        a, b = one.get(name), other.get(name)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            keys += differing_keys(a, b, f"{prefix}{name}.")
-        elif a != b:
-            keys.append(prefix + name)
-    return keys

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vocojax.training.run_files import run_path, write_atomically
+from vocojax.files import write_atomically
+from vocojax.runs.directory import run_path
 
 
 class Goodput:

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import jax
 from tqdm import tqdm
 
-from vocojax.training import distributed
+from vocojax.parallel import processes
+from vocojax.parallel.preemption import Preempted, StopRequest
+from vocojax.runs.directory import run_path
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import RunConfig
 from vocojax.training.goodput import Goodput
-from vocojax.training.preemption import Preempted, StopRequest
-from vocojax.training.run_files import run_path
 from vocojax.training.run_log import RunLog
 from vocojax.training.step import Step, TrainState
 from vocojax.training.watchdog import Watchdog
@@ -143,7 +143,7 @@ class _Loop:
         self._log = RunLog(workdir, first_step, config.run.wandb_project, config.name)
         stack.callback(self._log.close)
         self._bar = tqdm(total=config.steps, initial=first_step, desc=config.name, unit="step", dynamic_ncols=True,
-                         position=config.position, disable=not distributed.is_first())
+                         position=config.position, disable=not processes.is_first())
         stack.callback(self._bar.close)
         self._watchdog = stack.enter_context(Watchdog(config.run.hang_seconds))
         self.logged = 0  # the last step whose metrics are to be reported
@@ -183,7 +183,7 @@ class _Loop:
 
     def data_state(self) -> dict[str, Any]:
         """Where the data of all processes stand, on process 0."""
-        states = distributed.to_first("data state", self._task.stream.get_state())
+        states = processes.to_first("data state", self._task.stream.get_state())
         return {} if states is None else self._task.merge(states)
 
     def validate(self, number: int, state: TrainState, stop_request: StopRequest | None = None) -> bool:
@@ -227,7 +227,7 @@ class _Loop:
         }
         try:
             self._log.write([(n, {**metrics, **self._validated.get(n, {})}) for n, metrics in fetched], values)
-            if distributed.is_first():
+            if processes.is_first():
                 self._goodput.write(fetched[-1][0])
         except OSError as error:
             raise self._checkpoints.failure(error) from error

@@ -19,13 +19,14 @@ from jax.typing import DTypeLike
 from vocojax.config import ConfigError
 from vocojax.data.packing import pack_row, row_shape
 from vocojax.layout import Visibility
+from vocojax.models.gathering import cut
 from vocojax.models.lora import add_lora, factor_names
 from vocojax.models.parameters import Parameters, abstract, variables_of
-from vocojax.models.parts import cut
 from vocojax.models.voco import VocoLlama
+from vocojax.parallel.mesh import BATCH, BATCH_AXES, replicated
+from vocojax.parallel.shardings import on_every_device, parameter_shardings, parts_of
 from vocojax.training.config import StageConfig
 from vocojax.training.optimizer import check_rules, make_optimizer, matches
-from vocojax.training.sharding import BATCH, BATCH_AXES, on_every_device, parameter_shardings, parts_of, replicated
 from vocojax.training.step import Evaluate, Step, TrainState, make_evaluation, make_step
 
 

@@ -15,8 +15,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from vocojax.config import ConfigError
-from vocojax.training import distributed
-from vocojax.training.run_files import is_remote, run_path, write_atomically
+from vocojax.files import is_remote, write_atomically
+from vocojax.parallel import processes
+from vocojax.runs.directory import run_path
 
 LOG = logging.getLogger(__name__)
 Steps = Sequence[tuple[int, Mapping[str, float]]]
@@ -35,7 +36,7 @@ class RunLog:
     """
 
     def __init__(self, workdir: str | Path, first_step: int, wandb_project: str = "", name: str = ""):
-        self._writes = distributed.is_first()
+        self._writes = processes.is_first()
         if not self._writes:
             return
         self._target = run_path(workdir)

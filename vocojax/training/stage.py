@@ -13,19 +13,22 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from vocojax.config import ConfigError, ModelConfig, build
+from vocojax.config import ConfigError, ModelConfig, build, config_to_dict, differing_keys
 from vocojax.data.loader import BatchStream, merge_states
+from vocojax.files import write_directory
 from vocojax.models.lora import is_factor
 from vocojax.models.parameters import Parameters, parameters_of
-from vocojax.training import distributed, loop
+from vocojax.parallel import processes
+from vocojax.parallel.mesh import BATCH, make_mesh, shard_batch
+from vocojax.parallel.shardings import row_share
+from vocojax.runs.directory import run_config, run_path, write_run_files
+from vocojax.runs.parameters import load_parameters
+from vocojax.training import loop
 from vocojax.training.checkpoints import Checkpoints
-from vocojax.training.config import StageConfig, config_to_dict, differing_keys
+from vocojax.training.config import StageConfig
 from vocojax.training.flops import Composition, StepFlops
 from vocojax.training.optimizer import matches
 from vocojax.training.program import Program, make_model, make_program, views
-from vocojax.training.run_files import run_config, run_path, write_directory, write_run_files
-from vocojax.training.run_weights import load_parameters
-from vocojax.training.sharding import BATCH, make_mesh, shard_batch
 from vocojax.training.step import TrainState
 from vocojax.training.validation import Validation
 
@@ -35,7 +38,7 @@ LOG = logging.getLogger(__name__)
 def train(config: StageConfig, workdir: str | Path, bar_position: int = 0) -> None:
     """Runs a stage to its last step, resuming from the newest sound checkpoint in `workdir` if there is one.
 
-    All processes of a run (`distributed.initialize`) call it alike.
+    All processes of a run (`cluster.initialize`) call it alike.
 
     Args:
       workdir: a local path, or any that `etils.epath` knows; with several processes one that all see.
@@ -55,13 +58,13 @@ def _train(
 ) -> None:
     program = make_program(config, mesh)
     _check_teacher(config)
-    index, count = distributed.row_share(NamedSharding(mesh, BATCH), config.batch_size)
+    index, count = row_share(NamedSharding(mesh, BATCH), config.batch_size)
     stream = BatchStream(
         config.model, config.data, config.batch_size, config.seed, *views(config), process_index=index,
         process_count=count,
     )
     with contextlib.closing(stream):
-        if distributed.is_first():
+        if processes.is_first():
             write_directory(run_path(workdir) / "tokenizer", stream.tokenizer.save)
         first_step, useful_seconds = 0, 0.0
         restored = checkpoints.restore(program.abstract_state)

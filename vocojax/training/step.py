@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from vocojax.layout import IGNORE
+from vocojax.models.gathering import gathered, held_back
 from vocojax.models.parameters import Parameters, with_parameters
-from vocojax.models.parts import gathered, held_back
 from vocojax.models.voco import VocoLlama, rows_from_batch
 from vocojax.training.config import StageConfig
 from vocojax.training.objectives import TargetSums, Teacher, target_sums

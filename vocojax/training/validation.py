@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig
 from vocojax.data.loader import BatchStream
+from vocojax.parallel.mesh import shard_batch
 from vocojax.training.config import StageConfig, ValidationConfig
 from vocojax.training.objectives import TargetSums
 from vocojax.training.program import Program, views
-from vocojax.training.sharding import shard_batch
 from vocojax.training.step import TrainState
 
 IN_FLIGHT = 2  # batches on their way to the device

@@ -13,8 +13,8 @@ from vocojax.evaluation.metrics import accuracy_by_kind, exact_match
 from vocojax.evaluation.retention import Score
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.compress import compress
-from vocojax.inference.decode import Generation
-from vocojax.inference.sampling import SamplingConfig
+from vocojax.inference.decoding.decode import Generation
+from vocojax.inference.decoding.sampling import SamplingConfig
 
 Generate = Callable[[np.ndarray, list[Conversation]], Generation]  # (image of each question, questions) -> answers
 SAMPLING = SamplingConfig(max_new_tokens=4)

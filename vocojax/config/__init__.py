@@ -1,0 +1,20 @@
+"""Model configurations, the named presets, and the strict reader that builds them from a mapping."""
+
+from vocojax.config.model import (
+    CompressorConfig,
+    DecoderConfig,
+    LoraConfig,
+    ModelConfig,
+    ProjectorConfig,
+    RopeScalingConfig,
+    VisionConfig,
+    VocoConfig,
+)
+from vocojax.config.presets import PRESETS, preset
+from vocojax.config.reader import ConfigError, build, config_to_dict, differing_keys, require, require_positive
+
+__all__ = [
+    "PRESETS", "CompressorConfig", "ConfigError", "DecoderConfig", "LoraConfig", "ModelConfig", "ProjectorConfig",
+    "RopeScalingConfig", "VisionConfig", "VocoConfig", "build", "config_to_dict", "differing_keys", "preset", "require",
+    "require_positive",
+]

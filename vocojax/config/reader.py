@@ -1,0 +1,113 @@
+"""The strict reader of configurations: nested mappings become frozen dataclasses, and every error names its key.
+
+Every value is checked where it is built; an error names the key as a user writes it
+(`model.voco.num_vocos must be >= 1, got 0`).
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from vocojax.errors import VocojaxError
+
+T = TypeVar("T")
+
+
+class ConfigError(VocojaxError, ValueError):
+    """A configuration value that cannot be used; `key` is its dotted path below the config being built."""
+
+    def __init__(self, key: str, problem: str):
+        self.key, self.problem = key, problem
+        super().__init__(key, problem)  # what pickling builds it from again
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.problem}"
+
+
+def require(condition: bool, key: str, problem: str, value: Any) -> None:
+    """Raises `ConfigError("<key> <problem>, got <value>")` unless the condition holds."""
+    if not condition:
+        raise ConfigError(key, f"{problem}, got {value!r}")
+
+
+def require_positive(config: Any, *keys: str) -> None:
+    """Raises `ConfigError` for the first of the named integer fields that is below 1."""
+    for key in keys:
+        require(getattr(config, key) >= 1, key, "must be >= 1", getattr(config, key))
+
+
+def build(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
+    """Builds the dataclass `cls` from a nested mapping, strictly.
+
+    Args:
+      cls: a frozen dataclass whose fields are scalars, tuples, Literals or dataclasses (also `| None`).
+      values: its fields; those left out keep their defaults. Lists become tuples.
+      key: dotted path of `values` in the whole config, for errors.
+
+    Raises:
+      ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or one out of range.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments = {}
+    for name, value in values.items():
+        path = f"{key}.{name}" if key else name
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+            raise ConfigError(path, f"is not a key of {cls.__name__}{hint}")
+        arguments[name] = _convert(known[name], value, path)
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.{error.key}" if key else error.key, error.problem) from None
+    except TypeError as error:
+        raise ConfigError(key or cls.__name__, f"is incomplete: {error}") from None
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        return _convert(next(o for o in options if o is not type(None)), value, path)
+    if origin is Literal:
+        if value not in options:
+            raise ConfigError(path, f"must be one of {', '.join(map(repr, options))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ConfigError(path, f"must be a list, got {value!r}")
+        return tuple(_convert(options[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        if not isinstance(value, Mapping):
+            raise ConfigError(path, f"must be a mapping with the keys of {hint.__name__}, got {value!r}")  # type: ignore[union-attr]
+        return build(hint, value, path)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(path, f"must be of type {hint.__name__}, got {value!r}")
+    return value
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass config as nested dicts and lists that JSON can hold and `build` reads back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys at which two nested dicts differ."""
+    keys: list[str] = []
+    for name in sorted(one.keys() | other.keys()):
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            keys += differing_keys(a, b, f"{prefix}{name}.")
+        elif a != b:
+            keys.append(prefix + name)
+    return keys

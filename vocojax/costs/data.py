@@ -1,0 +1,134 @@
+"""What the pipeline costs, measured on synthetic data; `launch/data_report.py` prints it."""
+
+import json
+import multiprocessing
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image
+
+from vocojax.config import ModelConfig, VisionConfig, VocoConfig, preset
+from vocojax.data.config import DataConfig
+from vocojax.data.loader import BatchStream
+from vocojax.data.packers import Lane
+from vocojax.data.packing import RowShape, Size
+from vocojax.data.prepared import Prepared, PreparedSource
+from vocojax.data.tokenizer import word_tokenizer
+from vocojax.layout import SampleLayout, UnitShape
+
+WORDS = ("a", "photo", "of", "the", "bus", "dog", "tree", "red", "small", "person", "near", "left", "what", "how", "is")
+PIXELS = ((640, 480), (480, 640), (640, 427), (500, 375), (1024, 768))  # sizes as COCO's and OCR-VQA's
+
+
+def write_images(folder: Path, count: int) -> list[str]:
+    """Noisy pictures as JPEG files of ordinary size; their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for index in range(count):
+        width, height = PIXELS[index % len(PIXELS)]
+        y, x = np.mgrid[:height, :width] / 17
+        waves = np.stack([np.sin(x * (c + 1) + y * (2 - c) + index) for c in range(3)], -1)
+        pixels = 127 + 100 * waves + random.normal(0, 8, waves.shape)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.jpg", quality=90)
+    return [f"{index}.jpg" for index in range(count)]
+
+
+def write_records(path: Path, count: int, images: Sequence[str], words: int) -> None:
+    """A LLaVA JSON of `count` records with about so many words each; every 16th has no image."""
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(WORDS, words // 6)) for _ in range(1000)]
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(count):
+            picks = random.integers(0, len(texts), 6).tolist()
+            values = [texts[pick] for pick in picks]
+            record: dict[str, Any] = {"id": f"{index:012d}"}
+            if index % 16:
+                record["image"], values[0] = images[index % len(images)], "<image>\n" + values[0]
+            record["conversations"] = [{"from": ("human", "gpt")[i % 2], "value": v} for i, v in enumerate(values)]
+            file.write(("[" if not index else ",\n") + json.dumps(record))
+        file.write("]")
+
+
+def stage(folder: Path) -> tuple[ModelConfig, DataConfig]:
+    """The configs of a 7B stage on the data in a folder (`records.json`, `images`), with a word tokenizer."""
+    tokenizer = word_tokenizer([" ".join(WORDS) + " USER: ASSISTANT: "])
+    tokenizer.save(folder / "tokenizer")
+    model = preset("clip_l_336_vicuna_7b")
+    model = ModelConfig(VisionConfig(), model.projector, model.decoder, VocoConfig(token_id=tokenizer.voco_id))
+    return model, DataConfig(path=str(folder / "records.json"), image_root=str(folder / "images"),
+                             tokenizer=str(folder / "tokenizer"), images_per_row=3, num_threads=4)
+
+
+def stream_rate(folder: Path, images: int) -> Callable[[], float]:
+    """A function that takes batches with about so many images; it returns images per second of CPU time."""
+    stream = BatchStream(*stage(folder), 8, 0, "voco")
+    next(stream)  # compiles, fills the windows
+    _settled()
+
+    def measure() -> float:
+        taken, before = 0, _settled()
+        while taken < images:
+            taken += int((next(stream)["vision"] >= 0).sum()) // 576
+        return taken / (_settled() - before)
+
+    return measure
+
+
+def _settled() -> float:
+    """CPU seconds of this process once the batches made ahead are complete and its threads wait."""
+    last = time.process_time()
+    while True:
+        time.sleep(0.3)
+        now = time.process_time()
+        if now - last < 0.01:
+            return now
+        last = now
+
+
+def fill_ratio(rows: int, window: int = DataConfig.pack_window) -> float:
+    """Share of tokens that are no padding, at row length 2,048: images of 579 tokens with 20 to 900 tokens of text, and
+    6 % text alone."""
+    random = np.random.default_rng(0)
+
+    class Lengths:
+        def __len__(self) -> int:
+            return 2**20
+
+        def lay_out(self, record: int) -> Prepared:
+            images = int(random.random() >= 0.06)
+            tokens = int(random.integers(20, 901)) + 579 * images
+            nothing = np.zeros(0, np.int32)
+            layout = SampleLayout(str(record), UnitShape(576, 1), nothing, nothing, nothing, nothing, images, 579)
+            return Prepared(record, layout, (), (), Size(tokens, images, 1))
+
+    shape = RowShape(2048, 3, 2048, 336, 576, ())
+    lane = Lane(0, 1, 0, cast(PreparedSource, Lengths()), shape, window, False)
+    plans = [lane.next_row() for _ in range(rows)]
+    return sum(prepared.size.tokens for plan in plans for _, prepared in plan.members) / (rows * shape.length)
+
+
+def first_batch(folder: Path, rows: int = 8) -> tuple[float, float]:
+    """Seconds from opening the data to the first batch, and the peak resident memory in GiB, in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_first_batch, folder, rows).result()
+
+
+def _first_batch(folder: Path, rows: int) -> tuple[float, float]:
+    model, data = stage(folder)
+    before = time.perf_counter()
+    stream = BatchStream(model, data, rows, 0, "voco")
+    next(stream)
+    seconds = time.perf_counter() - before
+    stream.close()
+    return seconds, _peak_resident_gib()
+
+
+def _peak_resident_gib() -> float:
+    """Of this process; `getrusage` would give the parent's where that is larger."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**20  # type: ignore[index]

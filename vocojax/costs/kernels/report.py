@@ -1,0 +1,185 @@
+"""The project's TPU attention beside JAX's splash attention on four layouts: figures of `launch/kernel_report.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vocojax.costs.kernels import tpu
+from vocojax.costs.kernels.layouts import Layout, layouts
+from vocojax.costs.kernels.tpu import CHIPS, Compiled, Job, TileCosts
+from vocojax.kernels.interval_attention import IntervalMask, pallas_tpu, tpu_blocks, tpu_tiles
+from vocojax.kernels.interval_attention.block_info import DIRTY, EMPTY, FULL, PARTIAL, TileCode, padded_vectors
+
+HEADS, WIDTH = 32, 128
+SPLASH_BLOCKS = ((256, 0), (512, 0), (1024, 0), (1024, 512))  # (block, block of one inner step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one pass costs on one layout.
+
+    Attributes:
+        block: queries and keys of its tiles.
+        seconds: for all rows and heads.
+        matrix_seconds: of them, those that the matrix units are busy.
+        full_tile_cycles, partial_tile_cycles, dirty_tile_cycles: one tile of one head.
+        spills: registers stored for want of room, per full tile and head.
+        vmem_bytes: windows and scratch.
+    """
+
+    block: tuple[int, int]
+    seconds: float
+    matrix_seconds: float
+    full_tile_cycles: float
+    partial_tile_cycles: float
+    dirty_tile_cycles: float
+    spills: float
+    vmem_bytes: int
+
+
+def tpu_report(topologies: list[str]) -> dict[str, Any]:
+    """`{layout: {"live_tiles", "tiles_with_a_visible_pair", topology: {"ours", "splash", "ratio"}}}`.
+
+    `seconds` is forward plus backward of all rows of a layout with 32 heads of 128 in bfloat16, `ratio` is splash's
+    over ours. Ours holds the products of outputs and their gradients, which splash leaves to XLA. Splash gets the best
+    of `SPLASH_BLOCKS` for each pass, ours the blocks of its table. The tile counts are those of the forward pass on the
+    first topology.
+    """
+    report: dict[str, Any] = {}
+    for topology in topologies:
+        jobs = [Job("ours", x.length, x.rows, HEADS, WIDTH) for x in layouts().values()]
+        jobs += [Job("splash", 4096, 1, HEADS, WIDTH, *blocks) for blocks in SPLASH_BLOCKS]
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = tpu.compile_jobs(topology, jobs, folder)
+            splash = [[(k, tpu.tile_costs(k)) for k in job.values()] for job in compiled[len(layouts()) :]]
+            ours_by_layout = [ours_costs(x, job) for x, job in zip(layouts().values(), compiled, strict=False)]
+            kind = next(iter(compiled[0].values())).device_kind
+        for (name, layout), ours in zip(layouts().items(), ours_by_layout, strict=True):
+            entry = report.setdefault(name, {"title": layout.title} | live_tiles(layout, kind))
+            theirs = [best_splash(layout, [job[i] for job in splash]) for i in range(2)]
+            entry[topology] = {"ours": _entry(ours), "splash": _entry(theirs)}
+            entry[topology]["ratio"] = entry[topology]["splash"]["seconds"] / entry[topology]["ours"]["seconds"]
+    return report
+
+
+def _entry(passes: Sequence[Cost]) -> dict[str, Any]:
+    seconds = sum(x.seconds for x in passes)
+    return {
+        "seconds": seconds,
+        "mxu_util": sum(x.matrix_seconds for x in passes) / seconds,
+        "spills": sum(x.spills for x in passes),
+        "vmem_bytes": max(x.vmem_bytes for x in passes),
+        **{name: dataclasses.asdict(x) for name, x in zip(("forward", "backward"), passes, strict=True)},
+    }
+
+
+def live_tiles(layout: Layout, device_kind: str) -> dict[str, int]:
+    """How many tiles the forward kernel computes, and how many hold a visible pair."""
+    table = tpu_blocks.GENERATIONS[tpu_blocks.generation(device_kind)]
+    blocks = tpu_blocks.fitted(table.forward, layout.length, layout.length)
+    kinds = tile_codes(layout, blocks.q, blocks.k, None) & TileCode.KIND
+    return {
+        "live_tiles": int((kinds != EMPTY).sum()),
+        "tiles_with_a_visible_pair": layout.tiles_with_a_visible_pair(blocks.q, blocks.k),
+    }
+
+
+def ours_costs(layout: Layout, kernels: dict[str, Compiled]) -> tuple[Cost, Cost]:
+    """Of the forward and the backward pass; the latter holds the mean gradients, which come before its tiles."""
+    forward, backward = tile_costs(layout, kernels)
+    before = tpu.streaming_seconds(kernels["interval_attention_mean"])
+    return forward, dataclasses.replace(backward, seconds=backward.seconds + before)
+
+
+def tile_costs(layout: Layout, kernels: dict[str, Compiled]) -> tuple[Cost, Cost]:
+    """Of the kernels that walk tiles, forward and backward."""
+    forward, backward = (kernels[f"interval_attention_{name}"] for name in ("forward", "backward"))
+    return (
+        _tile_cost(layout, forward, tpu.tile_costs(forward), backward=False),
+        _tile_cost(layout, backward, tpu.tile_costs(backward), backward=True),
+    )
+
+
+def _tile_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: bool) -> Cost:
+    """Walks the kernel's own tile list: every step costs what its tile and flags say, or its DMA if that is more."""
+    generation = tpu_blocks.generation(kernel.device_kind)
+    table = tpu_blocks.GENERATIONS[generation]
+    blocks = tpu_blocks.fitted(table.backward if backward else table.forward, layout.length, layout.length)
+    heads, spans = pallas_tpu.heads_per_step(HEADS, blocks.columns // WIDTH, 1), None
+    if backward:
+        heads, spans = pallas_tpu.backward_plan(layout.length, HEADS, 1, WIDTH, blocks, 2, table.dq_bytes)
+    codes = tile_codes(layout, blocks.q, blocks.k, spans)
+    kinds = codes & TileCode.KIND
+    full, partial, dirty = costs.tiles
+    which = [kinds == kind for kind in (FULL, PARTIAL, DIRTY)]
+    cycles = np.select(which, costs.tiles, costs.idle).astype(float)
+    inner, outer = (TileCode.FIRST, TileCode.LAST), (TileCode.OPEN, TileCode.CLOSE)
+    flags = (outer[0], *inner, outer[1]) if backward else inner
+    for flag, extra in zip(flags, (*costs.before, *costs.after), strict=True):
+        cycles += extra * (codes & flag != 0)
+
+    chip = CHIPS[kernel.device_kind]
+    cores = kernel.cores if kernel.parallel else 1
+    per_cycle = chip.bandwidth / chip.cores / chip.ghz / 1e9  # bytes that one core's share of HBM moves in a cycle
+    # Every step reads two operands on the side that it walks; on the other side a group reads one or two and writes as
+    # many (forward: q and out; backward: k, v, dk and dv).
+    walked, kept = (blocks.q, 4 * blocks.k) if backward else (blocks.k, 2 * blocks.q)
+    dma = (2 * walked + kept * (codes & TileCode.FIRST != 0)) * 2 * heads * WIDTH / per_cycle
+    groups = HEADS // heads
+    matrix = np.select(which, costs.matrix, 0.0)
+    to_seconds = groups / cores / chip.ghz / 1e9
+    return Cost(
+        block=(blocks.q, blocks.k),
+        seconds=float(np.maximum(cycles, dma).sum() * to_seconds),
+        matrix_seconds=float(matrix.sum() * to_seconds),
+        full_tile_cycles=full / heads,
+        partial_tile_cycles=partial / heads,
+        dirty_tile_cycles=dirty / heads,
+        spills=costs.spills[0] / heads,
+        vmem_bytes=costs.vmem_bytes,
+    )
+
+
+def best_splash(layout: Layout, measured: list[tuple[Compiled, TileCosts]]) -> Cost:
+    """The cheapest of `SPLASH_BLOCKS` for one pass on one layout."""
+    blocks = [block for block, _ in SPLASH_BLOCKS]
+    costs = [splash_cost(layout, *kernel, block) for kernel, block in zip(measured, blocks, strict=True)]
+    return min(costs, key=lambda cost: cost.seconds)
+
+
+def splash_cost(layout: Layout, kernel: Compiled, costs: TileCosts, block: int) -> Cost:
+    """Every tile of the causal triangle is computed and every other one is a step of the grid; DMA is not counted."""
+    n = -(-layout.length // block)
+    live = n * (n + 1) // 2
+    cycles = live * costs.tiles[0] + (n * n - live) * costs.idle + n * (sum(costs.before) + sum(costs.after))
+    cores = kernel.cores if kernel.parallel else 1
+    to_seconds = layout.rows * HEADS / cores / CHIPS[kernel.device_kind].ghz / 1e9
+    return Cost(
+        block=(block, block),
+        seconds=cycles * to_seconds,
+        matrix_seconds=live * costs.matrix[0] * to_seconds,
+        full_tile_cycles=costs.tiles[0],
+        partial_tile_cycles=costs.tiles[0],
+        dirty_tile_cycles=costs.tiles[0],
+        spills=costs.spills[0],
+        vmem_bytes=costs.vmem_bytes,
+    )
+
+
+def tile_codes(layout: Layout, block_q: int, block_k: int, spans: int | None) -> np.ndarray:
+    """The used part of the list that the kernel would walk for a layout."""
+
+    @jax.jit
+    def made(start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
+        start, stop = padded_vectors(IntervalMask(start, stop), (spans or 1) * block_q, block_k)
+        tiles = tpu_tiles.tiles_to_walk(start, stop, 0, block_q, block_k, spans)
+        return tiles.codes, tiles.count
+
+    codes, count = made(layout.start, layout.stop)
+    return np.asarray(codes)[: int(count)]

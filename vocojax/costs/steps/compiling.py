@@ -1,0 +1,262 @@
+"""Compiles a stage's step for a machine that is not there, in a child process, and keeps what XLA wrote down about it.
+
+libtpu and XLA read where to write their dumps before they load, so a child process compiles
+(`python -m vocojax.costs.steps.compiling`). With `fast` it is stopped as soon as the scheduled program and
+its memory are on disk, which is seconds instead of the minutes that code generation takes. Compiler flags are those of
+the environment (`launch/xla_flags.sh`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vocojax.config import ConfigError, config_to_dict
+from vocojax.costs.kernels.gpu_targets import TARGETS
+from vocojax.costs.kernels.tpu import DEVICELESS, topology_devices
+from vocojax.parallel.mesh import MeshConfig
+from vocojax.training.config import StageConfig, stage_config
+
+
+class CompilerError(RuntimeError):
+    """The compiler can't be used as it was asked to: no libtpu, an unknown flag, a topology that it does not know."""
+
+
+class Unfinished(RuntimeError):
+    """The compiler was ended from outside or took too long, which says nothing of what it was to compile."""
+
+
+GENERATIONS = ("v4", "v5e", "v5p", "v6e")  # of TPUs, whose figures `static_cost.tpu.CHIPS` has
+
+
+@dataclass(frozen=True)
+class Topology:
+    """`v5p:4x4x4`, `v5e:16x16*2` (two slices) or `h100:8` (GPUs of one host), taken apart.
+
+    Raises:
+      ConfigError: it is none of these.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        number = r"[1-9]\d*"
+        known = (re.fullmatch(rf"\w+:{number}", self.name) if self.is_gpu else
+                 re.fullmatch(rf"\w+:{number}(x{number})*(\*{number})?", self.name) and self.kind in GENERATIONS)
+        if not known:
+            raise ConfigError("topology", f"must look like v5p:4x4x4, v5e:16x16*2 (two slices) or h100:8, of the TPUs "
+                              f"{', '.join(GENERATIONS)} or the GPUs {', '.join(TARGETS)}, got {self.name!r}")
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def slices(self) -> int:
+        return int(self.name.partition("*")[2] or 1)
+
+    @property
+    def count(self) -> int:
+        """Of its devices."""
+        shape = self.name.partition(":")[2].partition("*")[0]
+        return self.slices * math.prod(int(size) for size in shape.split("x"))
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kind in TARGETS
+
+    def whole(self, mesh: MeshConfig) -> MeshConfig:
+        """A mesh with its -1 filled in, if its other sizes divide the devices."""
+        sizes = dataclasses.asdict(mesh)
+        left, rest = divmod(self.count, math.prod(size for size in sizes.values() if size != -1))
+        return mesh if rest else MeshConfig(**{axis: left if size == -1 else size for axis, size in sizes.items()})
+
+    def devices(self) -> list[Any]:
+        """Its devices, to compile for. Only for a process that has no other use for XLA's TPU or GPU client."""
+        if not self.is_gpu:
+            return topology_devices(self.name)
+        from jax.experimental import topologies
+
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name=self.name, topology=f"1x1x{self.count}",
+            target_config=TARGETS[self.kind].config(),
+        ).devices
+
+
+@dataclass
+class Compiled:
+    """What is known of a compiled step.
+
+    device_kind, cores: of one of the `devices`; held: bytes on each by kind, parameters and so on, without temporaries.
+    model_flops: of a step on all devices, as `flops.StepFlops` counts them, with typical rows' images, targets and
+    visible pairs; their tokens count as full rows, padding too, like the tokens per second.
+    hlo: the scheduled program, with `estimated_cycles` if code was generated. peak: bytes of HBM, by XLA's buffer
+    assignment; None with an `error` where the compiler gave up. cpu_seconds, memory_gib: what the compiler took.
+    """
+
+    devices: int = 0
+    device_kind: str = ""
+    cores: int = 1
+    held: dict[str, int] = field(default_factory=dict)
+    model_flops: float = 0.0
+    hlo: str = ""
+    peak: int | None = None
+    error: str = ""
+    cpu_seconds: float = 0.0
+    memory_gib: float = 0.0
+
+
+def compile_step(config: StageConfig, topology: Topology, *, fast: bool = False, limit: float = 1800) -> Compiled:
+    """Compiles the step of a stage.
+
+    Args:
+      fast: stop at the scheduled program (TPU only; GPU programs are complete in seconds).
+      limit: seconds after which the compiler is stopped.
+
+    Raises:
+      ConfigError: the config does not go with the topology.
+      CompilerError, Unfinished: nothing was learnt about it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config_to_dict(config)))
+        flags = f"--xla_dump_to={folder}/dump --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_step"
+        if topology.is_gpu:
+            flags += " --xla_gpu_enable_triton_gemm=false"  # its tiles are chosen by timing them on a device
+        environment = {
+            **os.environ,
+            **DEVICELESS,
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+        }
+        command = [sys.executable, "-m", "vocojax.costs.steps.compiling", topology.name, folder]
+        with open(f"{folder}/log", "w") as log:
+            child = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            try:
+                stopped = _has_to_be_stopped(child, Path(folder), fast and not topology.is_gpu, limit)
+            finally:  # also where this process is told to end
+                child.kill()
+                child.wait()
+        status = 0 if stopped else child.returncode
+        errors = _errors(Path(folder, "log").read_text(errors="replace"))
+        if status < 0 and status != -signal.SIGABRT:  # which is how XLA ends itself
+            raise Unfinished(f"the compiler was killed by signal {-status} (out of memory?): run again")
+        if (refused := Path(folder, "refused.json")).exists():
+            raise ConfigError(*json.loads(refused.read_text()))
+        answer = Path(folder, "answer.json")
+        compiled = Compiled(**json.loads(answer.read_text())) if answer.exists() else Compiled()
+        compiled.error = errors if status else ""
+        _read_dumps(compiled, Path(folder, "dump"))
+        if stopped and not compiled.hlo:
+            raise Unfinished(f"the compiler took more than {limit:.0f} s: run again on an idle machine")
+        if not compiled.devices:
+            raise CompilerError(f"can't compile for {topology.name}: {errors}")
+        return compiled
+
+
+def _has_to_be_stopped(child: subprocess.Popen[bytes], folder: Path, fast: bool, limit: float) -> bool:
+    """Waits for the child; True if what is wanted is there before it ends, or it takes too long."""
+    began = time.monotonic()
+    while child.poll() is None:
+        reports = list(folder.glob("dump/*buffer-assignment.txt"))
+        scheduled = list(folder.glob("dump/*after_optimizations_after_buffer_assignment.txt"))
+        done = fast and reports and scheduled and time.time() - max(p.stat().st_mtime for p in scheduled + reports) > 2
+        if done or time.monotonic() - began > limit:
+            return True
+        time.sleep(0.25)
+    return False
+
+
+def _read_dumps(compiled: Compiled, dump: Path) -> None:
+    for stage in ("after_codegen", "after_optimizations_after_buffer_assignment", "gpu_after_optimizations"):
+        if found := [path for path in sorted(dump.glob(f"*{stage}.txt")) if ".cpu_" not in path.name]:
+            compiled.hlo = found[0].read_text(errors="replace")
+            break
+    for path in dump.glob("*after_optimizations-buffer-assignment.txt"):
+        if ".cpu_" not in path.name:
+            compiled.peak = compiled.peak or hbm_bytes(path.read_text(errors="replace"))
+
+
+def hbm_bytes(assignment: str) -> int:
+    """HBM that a program takes: all allocations of XLA's buffer assignment, but for those of other memories (which have
+    a color) and those inside fusions (thread-local), which name values that are never stored."""
+    allocations = re.findall(r"^allocation \d+: size (\d+),([^\n]*):$", assignment, re.M)
+    return sum(int(size) for size, kind in allocations if "thread-local" not in kind and "color" not in kind)
+
+
+def _errors(log: str) -> str:
+    """What a log says went wrong: the exception, not the lines of source above it; else what looks like an error."""
+    lines = re.findall(r"^[\w.]+(?:Error|Exception): .*$", log, re.M)[-1:] or re.findall(
+        r"^.*(?:Error|ERROR|EXHAUSTED|xceeded|Check failed|Unknown).*$", log, re.M)[-3:]
+    return " | ".join(line.strip() for line in lines)[:1500] or log[-600:]
+
+
+def _compile_here(topology: Topology, folder: str) -> None:
+    """The child's part of `compile_step`."""
+    import jax
+
+    from vocojax.costs.steps.attention import ROWS, typical_images, typical_rows, typical_targets
+    from vocojax.parallel.mesh import make_mesh
+    from vocojax.training.flops import StepFlops, visible_pairs
+    from vocojax.training.program import make_program
+
+    jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache leaves no dumps
+    config = stage_config(json.loads(Path(folder, "config.json").read_text()))
+    jax.devices()  # reads XLA's flags: an unknown one ends this process before it answers anything
+    devices = topology.devices()
+    try:
+        mesh = make_mesh(config.mesh, devices)
+        program = make_program(config, mesh)
+    except ConfigError as error:
+        Path(folder, "refused.json").write_text(json.dumps([error.key, error.problem]))
+        raise
+    state = program.abstract_state
+    kinds = {"parameters": state.trained, "optimizer": state.optimizer, "frozen": state.frozen,
+             "teacher": state.teacher, "batch": program.abstract_batch}
+    held = {kind: sum(_bytes_held(leaf) for leaf in jax.tree.leaves(tree)) for kind, tree in kinds.items()}
+    layout = typical_rows(config)
+    causal = typical_rows(dataclasses.replace(config, visibility="causal"))
+    per_row = StepFlops(config.model, state).total(
+        config.data.row_length, typical_targets(config), typical_images(config),
+        visible_pairs(layout.start, layout.stop) / ROWS, visible_pairs(causal.start, causal.stop) / ROWS)
+    cores = getattr(devices[0], "num_cores", 1) or 1
+    answer = Compiled(len(devices), devices[0].device_kind, cores, held, config.batch_size * per_row)
+    _write(answer, folder)
+    with jax.set_mesh(mesh):
+        compiled = program.step.lower(state, program.abstract_batch).compile()  # type: ignore[attr-defined]
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    answer.cpu_seconds, answer.memory_gib = used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
+    if topology.is_gpu:
+        memory = compiled.memory_analysis()
+        answer.peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+                       + memory.temp_size_in_bytes)
+    _write(answer, folder)
+
+
+def _write(answer: Compiled, folder: str) -> None:
+    partial = Path(folder, "answer.partial")
+    partial.write_text(json.dumps(asdict(answer)))
+    partial.replace(Path(folder, "answer.json"))
+
+
+def _bytes_held(leaf: Any) -> int:
+    """Of one array, on one device."""
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    count = 1
+    for size in shape:
+        count *= size
+    return count * leaf.dtype.itemsize
+
+
+if __name__ == "__main__":
+    _compile_here(Topology(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,217 @@
+"""The main job on a small public data set, end to end: train every stage, compress, read, print what is retained."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vocojax.config import ModelConfig, build
+from vocojax.data.conversation import Turn, template
+from vocojax.data.sources.easy_vqa import EasyVqaCaptions, EasyVqaSource
+from vocojax.data.tokenizer import Tokenizer, word_tokenizer
+from vocojax.evaluation import report
+from vocojax.evaluation.benchmarks.easy_vqa import Answers, EasyVqaBenchmark
+from vocojax.evaluation.retention import Score, format_table, table
+from vocojax.experiments.contrastive import ContrastiveConfig, pretrain_vision
+from vocojax.files import write_atomically
+from vocojax.inference.assistant import Assistant
+from vocojax.layout import Visibility, lay_out_sample, unit_shape
+from vocojax.training.config import StageConfig, stage_config
+from vocojax.training.stage import train
+
+UPPER, LOWER = "Upper Bound", "Lower Bound"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the retention table: the stage whose run it reads, and through which mask."""
+
+    name: str
+    stage: str
+    visibility: Visibility
+
+
+ARMS = (
+    Arm(UPPER, "upper_bound", "causal"),
+    Arm("VoCo-1", "voco_1", "voco"),
+    Arm(LOWER, "upper_bound", "voco"),
+)
+FURTHER_ARMS = (
+    Arm("VoCo-2", "voco_2", "voco"),
+    Arm("VoCo-8", "voco_8", "voco"),
+    Arm("Avg. Pool + Linear", "avg_pool", "causal"),
+    Arm("Q-Former (1 query)", "qformer", "causal"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run: a stage's, or the vision tower's."""
+
+    name: str
+    config: StageConfig | ContrastiveConfig
+    workdir: Path
+    tokenizer: Path
+
+
+def run_job(job: Job, position: int = 0) -> float:
+    """Runs a job and returns its seconds; `position` is its progress bar's line among those of parallel jobs."""
+    started = time.perf_counter()
+    if isinstance(job.config, ContrastiveConfig):
+        tokenizer = Tokenizer.from_directory(job.tokenizer)
+        pretrain_vision(job.config, EasyVqaCaptions("train"), tokenizer, job.workdir, position)
+    else:
+        train(job.config, job.workdir, position)
+    return time.perf_counter() - started
+
+
+def _set_up_compilation(workdir: Path) -> None:
+    """Stages and seeds share their programs: each is compiled once."""
+    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@dataclass
+class Quickstart:
+    """What is run, and where.
+
+    Args:
+      get_config: the stages' configs by name (`configs/quickstart.py`).
+      workdir: for runs and results; what is finished in it is not done again.
+      seeds: one training of everything for each.
+      full: add the baselines and larger N.
+      steps: overrides of a stage's number of steps, `vision` included.
+      test_images: evaluate on the first so many images only.
+    """
+
+    get_config: Callable[[str], ConfigDict]
+    workdir: Path
+    seeds: Sequence[int] = (0,)
+    full: bool = False
+    steps: Mapping[str, int] = field(default_factory=dict)
+    test_images: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> dict[str, Any]:
+        """Trains, evaluates, prints the table, writes retention.json and report.html, and returns the former."""
+        _set_up_compilation(self.workdir)
+        started = time.perf_counter()
+        arms = ARMS + (FURTHER_ARMS if self.full else ())
+        self._make_tokenizer()
+        self._run_jobs([self._vision_job(seed) for seed in self.seeds])
+        self._run_jobs([self._stage_job(seed, "alignment") for seed in self.seeds])
+        stages = dict.fromkeys(arm.stage for arm in arms)
+        self._run_jobs([self._stage_job(seed, stage) for seed in self.seeds for stage in stages])
+        benchmark = EasyVqaBenchmark("test", max_images=self.test_images)
+        with self._timed("evaluation"):
+            answers = {arm.name: [self._answer(benchmark, arm, seed) for seed in self.seeds] for arm in arms}
+        with self._timed("two-stage check"):
+            two_stage = self._check_two_stages(benchmark, answers["VoCo-1"][0])
+        self.seconds["total"] = time.perf_counter() - started
+        scores: dict[str, list[Score]] = {
+            name: [benchmark.score(answer) for answer in runs] for name, runs in answers.items()
+        }
+        rows = table(scores, LOWER, UPPER)
+        result: dict[str, Any] = {
+            "rows": rows,
+            "seeds": list(self.seeds),
+            "vision_tokens": self._model("voco_1").unit_tokens,
+            "two_stage": two_stage,
+            "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()},
+        }
+        write_atomically(self.workdir / "retention.json", json.dumps(result, indent=2) + "\n")
+        self._write_report(result, benchmark, answers, arms)
+        print(format_table(rows))
+        return result
+
+    def _make_tokenizer(self) -> None:
+        """A word tokenizer of the training questions, beside the runs."""
+        questions = [q for group in EasyVqaSource("train").questions for q in group]
+        tokenizer = word_tokenizer(f"{q.text} {q.answer}" for q in questions)
+        tokenizer.save(self.workdir / "tokenizer")
+
+    def _vision_job(self, seed: int) -> "Job":
+        tokens = len(Tokenizer.from_directory(self.workdir / "tokenizer"))
+        config = ContrastiveConfig(self._model("voco_1").vision, tokens, seed=seed)
+        config = dataclasses.replace(config, steps=self.steps.get("vision", config.steps))
+        return Job("vision", config, self._run(seed, "vision"), self.workdir / "tokenizer")
+
+    def _stage_job(self, seed: int, stage: str) -> "Job":
+        """The alignment stands on the vision tower, every other stage on the alignment."""
+        values = self.get_config(stage)
+        values.seed = seed
+        values.data.tokenizer = str(self.workdir / "tokenizer")
+        values.init_from = str(self._run(seed, "vision" if stage == "alignment" else "alignment"))
+        values.steps = self.steps.get(stage, values.steps)
+        config = stage_config(values, "configs/quickstart.py")
+        return Job(stage, config, self._run(seed, stage), self.workdir / "tokenizer")
+
+    def _run_jobs(self, jobs: "Sequence[Job]") -> None:
+        """Runs the jobs, two at a time on a CPU: such small models keep one core busy, not two."""
+        if len(jobs) == 1 or jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
+            seconds = [run_job(job) for job in jobs]
+        else:
+            fresh = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(2, fresh, _set_up_compilation, (self.workdir,)) as pool:
+                seconds = list(pool.map(run_job, jobs, range(len(jobs))))
+        for job, taken in zip(jobs, seconds, strict=True):
+            self.seconds[job.name] = self.seconds.get(job.name, 0.0) + taken
+
+    def _answer(self, benchmark: EasyVqaBenchmark, arm: Arm, seed: int) -> Answers:
+        return benchmark.answer_single_pass(Assistant.from_run(self._run(seed, arm.stage), arm.visibility))
+
+    def _check_two_stages(self, benchmark: EasyVqaBenchmark, single_pass: Answers) -> dict[str, float | int]:
+        """Whether answers from a VoCo cache are those of the single pass."""
+        cached = benchmark.answer_two_stage(Assistant.from_run(self._run(self.seeds[0], "voco_1")))
+        finite = np.isfinite(single_pass.logits)  # all but the <voco> token's
+        return {
+            "questions": len(cached.texts),
+            "identical_answers": sum(a == b for a, b in zip(cached.texts, single_pass.texts, strict=True)),
+            "max_abs_logit_diff": float(np.abs(cached.logits[finite] - single_pass.logits[finite]).max()),
+        }
+
+    def _write_report(
+        self, result: Mapping[str, Any], benchmark: EasyVqaBenchmark, answers: Mapping[str, Sequence[Answers]],
+        arms: Sequence[Arm],
+    ) -> None:
+        seed = self.seeds[0]
+        curves = {arm.name: report.loss_curve(self._run(seed, arm.stage)) for arm in arms if arm.name != LOWER}
+        tokenizer = Tokenizer.from_directory(self.workdir / "tokenizer")
+        write = template("bare").spans
+        asked = [write((Turn("user", q.text), Turn("assistant", q.answer)), tokenizer.eos_token)
+                 for q in benchmark.questions[:2]]
+        sample = lay_out_sample("drawn", 1, asked, tokenizer, unit_shape(self._model("voco_1")), 1000)
+        chosen = np.linspace(0, len(benchmark.questions) - 1, 12).astype(int)
+        examples = [
+            report.Example(
+                benchmark.image_paths[benchmark.image_of[i]], benchmark.questions[i].text,
+                benchmark.questions[i].answer, {name: runs[0].texts[i] for name, runs in answers.items()},
+            )
+            for i in chosen
+        ]
+        versions = json.loads((self._run(seed, "voco_1") / "versions.json").read_text())
+        report.write_report(self.workdir / "report.html", result, report.draw_losses(curves), report.draw_mask(sample),
+                            examples, versions)
+
+    def _model(self, stage: str) -> ModelConfig:
+        return build(ModelConfig, json.loads(self.get_config(stage).model.to_json()), "model")
+
+    def _run(self, seed: int, stage: str) -> Path:
+        return self.workdir / f"seed_{seed}" / stage
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - before

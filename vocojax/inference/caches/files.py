@@ -1,0 +1,134 @@
+"""Caches as safetensors: bytes that say what they are, and that are refused where a single bit is wrong.
+
+    keys, values                [L, U, N, G, D] in the cache's dtype, or int8 with
+    keys_scale, values_scale    float32 [L, U, N, G]: what the int8 of each token and head are multiplied with
+    metadata                    format, config and parameters (the model's fingerprint), position, images, dtype, sha256
+
+The digest covers the metadata and the tensors; safetensors itself notices only a length that is wrong.
+"""
+
+import errno
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from etils import epath
+from safetensors.numpy import save as to_safetensors
+
+from vocojax.files import write_atomically
+from vocojax.inference.caches.cache import CacheError, VocoCache, require_model
+from vocojax.inference.caches.fingerprint import Fingerprint
+
+Storage = Literal["exact", "int8"]
+FORMAT = "vocojax-voco-cache-1"
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "I8": np.dtype(np.int8),
+           "BF16": np.dtype(ml_dtypes.bfloat16)}
+_NAMES = {dtype.name: dtype for dtype in _DTYPES.values()}
+
+
+class DamagedCache(CacheError):
+    """A file that is not, or no longer, what was written."""
+
+
+def save(cache: VocoCache, path: epath.PathLike, storage: Storage = "exact") -> None:
+    """Writes a cache to a file that holds all of it or is not there.
+
+    Raises:
+      CacheError: it can't be written, or the cache doesn't say whose it is.
+    """
+    write_cache(epath.Path(path), to_bytes(cache, storage))
+
+
+def load(path: epath.PathLike, model: Fingerprint | None = None) -> VocoCache:
+    """Reads a cache.
+
+    Args:
+      model: if given, whose it has to be.
+
+    Raises:
+      CacheError: it can't be read or is of another model. `DamagedCache`: it is torn, truncated or altered.
+    """
+    try:
+        content = epath.Path(path).read_bytes()
+    except OSError as error:
+        raise CacheError(f"{path}: can't be read: {error.strerror or error}") from error
+    cache = from_bytes(content, str(path))
+    return cache if model is None else require_model(cache, model, str(path))
+
+
+def to_bytes(cache: VocoCache, storage: Storage = "exact") -> bytes:
+    """The file's content."""
+    if cache.model is None:
+        raise CacheError("a cache that doesn't say whose it is can't be saved: compress with Assistant.compress, or "
+                         "pass compress the model's fingerprint")
+    arrays = {"keys": np.asarray(cache.k_LUNGD), "values": np.asarray(cache.v_LUNGD)}
+    metadata = {
+        "format": FORMAT, "config": cache.model.config, "parameters": cache.model.parameters,
+        "position": str(cache.position), "images": json.dumps(cache.images), "dtype": arrays["keys"].dtype.name,
+    }
+    if storage == "int8":
+        arrays = {name: part for key, array in arrays.items()
+                  for name, part in zip((key, f"{key}_scale"), quantise(array), strict=True)}
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return to_safetensors(arrays, metadata | {"sha256": _digest(metadata, arrays)})
+
+
+def from_bytes(content: bytes, where: str) -> VocoCache:
+    """The cache in a file's content; `where` names it in errors."""
+    try:
+        arrays = {name: _array(tensor) for name, tensor in safetensors.deserialize(content)}
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        if metadata.get("format") != FORMAT:
+            raise CacheError(f"{where}: is no VoCo cache of format {FORMAT} but {metadata.get('format')!r}")
+        if metadata.pop("sha256") != _digest(metadata, arrays):
+            raise ValueError("its digest is not that of its content")
+        dtype = _NAMES[metadata["dtype"]]
+        part = lambda key: (dequantise(arrays[key], arrays[f"{key}_scale"], dtype) if f"{key}_scale" in arrays
+                            else arrays[key])
+        return VocoCache(part("keys"), part("values"), int(metadata["position"]),
+                         tuple(json.loads(metadata["images"])), Fingerprint(metadata["config"], metadata["parameters"]))
+    except CacheError:
+        raise
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise DamagedCache(f"{where}: torn or damaged ({error}); delete it and compress the image again") from error
+
+
+def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[..., D] -> int8 [..., D] and the float32 scale [...] that brings each vector's largest entry to 127."""
+    x = x.astype(np.float32)
+    scale = np.abs(x).max(-1) / 127
+    return np.rint(x / np.where(scale > 0, scale, 1)[..., None]).astype(np.int8), scale
+
+
+def dequantise(x: np.ndarray, scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The inverse of `quantise` up to rounding."""
+    return (x.astype(np.float32) * scale[..., None]).astype(dtype)
+
+
+def write_cache(path: epath.Path, content: bytes) -> None:
+    """Writes a cache's file that readers see whole or not at all, whoever else writes it at the same time.
+
+    Raises:
+      CacheError: the disk is full, or whatever else the system says; nothing is left behind.
+    """
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        remedy = ": free space, or limit the store's size" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise CacheError(f"{path}: can't be written: {error.strerror or error}{remedy}") from error
+
+
+def _array(tensor: Mapping[str, Any]) -> np.ndarray:
+    return np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+
+
+def _digest(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f" {name} {array.dtype.name} {list(array.shape)} ".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""Which model a cache is of: its config, the tokens of its units and a digest of its parameters; and which image: a
+digest of its pixels."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vocojax.data.tokenizer import Tokenizer
+from vocojax.layout import Role, lay_out_unit, unit_shape
+from vocojax.models.parameters import parameters_of
+from vocojax.models.voco import VocoLlama
+
+_WORDS = 4  # 32-bit words of a parameter's checksum
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What two models must share to read each other's caches.
+
+    The number of VoCo tokens is left out: a unit's first n VoCo tokens are the same whatever follows them, so it is a
+    property of the cache.
+
+    Attributes:
+      config: the model's config without `voco.num_vocos`, the dtype it computes in, and the ids that its tokenizer
+        puts around an image's vision tokens, as canonical JSON.
+      parameters: digest of names, dtypes, shapes and values of all parameters.
+    """
+
+    config: str
+    parameters: str
+
+    @property
+    def digest(self) -> str:
+        """Both in one: 32 hexadecimal digits."""
+        return hashlib.sha256(f"{self.config} {self.parameters}".encode()).hexdigest()[:32]
+
+    def differences(self, other: "Fingerprint") -> str:
+        """What tells `other` from this one, for errors: `decoder.depth is 2 there, 3 here`."""
+        here, there = (_flat(json.loads(f.config)) for f in (self, other))
+        odd = [f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
+               for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
+        if not odd and self.parameters != other.parameters:
+            odd = [f"the config is the same, but its parameters are others (digest {other.parameters[:12]} there, "
+                   f"{self.parameters[:12]} here)"]
+        return "; ".join(odd)
+
+
+def fingerprint(model: VocoLlama, tokenizer: Tokenizer) -> Fingerprint:
+    """The model's fingerprint, the same on every mesh and device. It reads every parameter once, where it lies."""
+    unit = lay_out_unit("unit", tokenizer, unit_shape(model.config))
+    config = dataclasses.asdict(model.config)
+    del config["voco"]["num_vocos"]
+    config["dtype"] = model.dtype.name
+    config["unit_ids"] = unit.ids[(unit.roles != Role.VISION) & (unit.roles != Role.VOCO)].tolist()
+    parameters = parameters_of(model)
+    sums = jax.device_get(_checksums(parameters))
+    text = "".join(f"{name} {value.dtype.name} {list(value.shape)} {sums[name].tolist()}\n"
+                   for name, value in sorted(parameters.items()))
+    return Fingerprint(json.dumps(config, sort_keys=True), hashlib.sha256(text.encode()).hexdigest())
+
+
+def image_digest(image: np.ndarray) -> str:
+    """Digest of a prepared image, uint8 [size, size, 3]: what the model sees, whatever file it came from."""
+    return hashlib.sha256(f"{list(image.shape)} ".encode() + np.ascontiguousarray(image).tobytes()).hexdigest()[:32]
+
+
+@jax.jit
+def _checksums(parameters: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _checksum(value) for name, value in parameters.items()}
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """uint32 [_WORDS]: sums over all entries of a hash of their bits and their place.
+
+    Sums of integers are the same in every order, so a parameter that is spread over devices stays there.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    mixed = _mix(bits ^ _mix(place + jnp.uint32(0x9E3779B9)))
+    return jnp.stack([_mix(mixed + jnp.uint32(0x85EBCA6B * word % 2**32)).sum(dtype=jnp.uint32)
+                      for word in range(1, _WORDS + 1)])
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """MurmurHash3's finaliser: every bit of the input changes about half of the output's."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    pairs = ((prefix + key, value) for key, value in values.items())
+    return functools.reduce(
+        lambda out, pair: out | (_flat(pair[1], pair[0] + ".") if isinstance(pair[1], dict) else {pair[0]: pair[1]}),
+        pairs, {},
+    )

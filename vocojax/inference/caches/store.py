@@ -1,0 +1,184 @@
+"""A directory of caches that many processes fill and read at once.
+
+    ROOT/<model's digest>/<N>[-int8]/<first 2 digits of the image's digest>/<image's digest>.safetensors
+
+An entry is named by what it holds, so two writers of one entry write the same thing, and whoever comes last wins.
+"""
+
+import contextlib
+import glob
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from etils import epath
+
+from vocojax.files import is_remote
+from vocojax.inference.caches.cache import CacheError, VocoCache
+from vocojax.inference.caches.files import DamagedCache, Storage, from_bytes, to_bytes, write_cache
+from vocojax.inference.caches.fingerprint import Fingerprint
+
+# The last four parts of an entry's path, and the name of one half-written. Nothing else is ever removed.
+_ENTRY = re.compile(r"[0-9a-f]{32}/\d+(-int8)?/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors")
+_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.safetensors\.[0-9a-f]{32}\.partial")
+_ABANDONED = 3600  # seconds after which a half-written file is that of a writer that was killed
+
+
+class MissingCache(CacheError):
+    """The store holds no such cache."""
+
+
+class _Entry(NamedTuple):
+    last_used: float
+    size: int
+    path: epath.Path
+
+
+class Store:
+    """Caches by image, model and number of VoCo tokens.
+
+    Args:
+      root: a local directory, or any path that `etils.epath` knows (`gs://bucket/caches`); made when first written to.
+      storage: `exact`, or `int8` for half of bfloat16's bytes and a small loss. Both kinds live side by side.
+      max_bytes: entries that nobody used for the longest time are removed beyond this size. Every writer looks after
+        writing a twentieth of it, so that is how far each of several may overshoot. On an object store, whose times
+        can't be set, an entry's last use is its writing, or this process's own reading.
+
+    Raises:
+      CacheError: the root is empty.
+    """
+
+    def __init__(self, root: epath.PathLike, storage: Storage = "exact", max_bytes: int | None = None):
+        if not os.fspath(root):
+            raise CacheError("a store's directory must be named, got ''")
+        self.root, self.storage, self.max_bytes = epath.Path(root), storage, max_bytes
+        self._used: dict[str, float] = {}  # on an object store
+        self._swept: set[epath.Path] = set()  # directories without what killed writers left behind
+        self._room = 0  # bytes that may be written before the next look at the store's size
+
+    def path(self, image: str, model: Fingerprint, num_vocos: int) -> epath.Path:
+        """Where an entry belongs; `image` is the image's digest."""
+        kind = f"{num_vocos}-int8" if self.storage == "int8" else str(num_vocos)
+        return self.root / model.digest / kind / image[:2] / f"{image}.safetensors"
+
+    def has(self, image: str, model: Fingerprint, num_vocos: int) -> bool:
+        """Whether there is an entry of exactly that many VoCo tokens; it is not read."""
+        return self.path(image, model, num_vocos).exists()
+
+    def get(self, image: str, model: Fingerprint, num_vocos: int) -> VocoCache:
+        """One image's cache; an entry with more VoCo tokens is cut to `num_vocos`.
+
+        Raises:
+          MissingCache: there is none, and what there is.
+          DamagedCache: it is not what was written. It is removed, so that compressing again mends it.
+        """
+        for kept in self._at_least(num_vocos, model):
+            path = self.path(image, model, kept)
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise CacheError(f"{path}: can't be read: {error.strerror or error}") from error
+            try:
+                cache = from_bytes(content, str(path))
+                if cache.images != (image,) or cache.model != model or cache.tokens_per_unit != kept:
+                    raise DamagedCache(f"{path}: holds another image's or model's cache than its name says")
+            except CacheError as error:  # of another format too: by its name it should be an entry
+                with contextlib.suppress(OSError):  # a store that may only be read keeps it
+                    path.unlink(missing_ok=True)
+                raise DamagedCache(str(error)) from error
+            self._touch(path)
+            return cache if kept == num_vocos else cache.truncate(num_vocos)
+        raise MissingCache(f"{self.root}: holds no {self.storage} cache of image {image} with {num_vocos} or more VoCo "
+                           f"tokens by model {model.digest}; {self._contents(model)}")
+
+    def put(self, cache: VocoCache) -> None:
+        """Writes an entry for each unit of a cache, then removes what is beyond the size limit.
+
+        Raises:
+          CacheError: it holds whole units or doesn't say whose it is, or an entry can't be written.
+        """
+        if cache.position == 0:
+            raise CacheError("a store holds VoCo tokens; save a cache of whole units to a file of its own")
+        for unit in range(cache.num_units):
+            one = cache.take(slice(unit, unit + 1))
+            content = to_bytes(one, self.storage)
+            assert one.model is not None  # to_bytes has refused it otherwise
+            path = self.path(one.images[0], one.model, one.tokens_per_unit)
+            write_cache(path, content)
+            if is_remote(path):
+                self._touch(path)
+            elif path.parent not in self._swept:
+                self._sweep(path.parent)
+            self._room -= len(content)
+        if self.max_bytes is not None and self._room < 0:
+            self._evict(self.max_bytes)
+
+    def size(self) -> int:
+        """Bytes of all entries."""
+        return sum(entry.size for entry in self._entries())
+
+    def _evict(self, max_bytes: int) -> None:
+        entries = sorted(self._entries())
+        size = sum(entry.size for entry in entries)
+        goal = max_bytes if size <= max_bytes else max_bytes - max_bytes // 20  # room until the next look
+        for entry in entries[:-1]:  # the newest stays, however large
+            if size <= goal:
+                break
+            entry.path.unlink(missing_ok=True)  # another writer may have been faster
+            size -= entry.size
+        self._room = max(0, min(max_bytes // 20, max_bytes - size))
+
+    def _sweep(self, directory: epath.Path) -> None:
+        self._swept.add(directory)
+        for path in directory.iterdir():
+            if _PARTIAL.fullmatch(path.name):
+                with contextlib.suppress(OSError):  # another sweeper was faster, or it is another user's
+                    if time.time() - os.stat(path).st_mtime > _ABANDONED:
+                        path.unlink(missing_ok=True)
+
+    def _entries(self) -> Iterator[_Entry]:
+        for path in epath.Path(glob.escape(str(self.root))).glob("*/*/*/*.safetensors"):
+            if not _ENTRY.fullmatch("/".join(path.parts[-4:])):
+                continue
+            try:
+                if is_remote(path):
+                    stat = path.stat()
+                    yield _Entry(max(stat.mtime, self._used.get(str(path), 0)), stat.length, path)
+                else:
+                    local = os.stat(path)
+                    yield _Entry(local.st_mtime_ns / 1e9, local.st_size, path)
+            except FileNotFoundError:  # removed since it was listed
+                continue
+
+    def _touch(self, path: epath.Path) -> None:
+        if is_remote(path):
+            self._used[str(path)] = time.time()
+            return
+        with contextlib.suppress(OSError):  # a store that may only be read has no order of use
+            os.utime(path)
+
+    def _at_least(self, num_vocos: int, model: Fingerprint) -> Iterator[int]:
+        """Numbers of VoCo tokens that an entry may have; the directory is only listed if the first is not there."""
+        yield num_vocos
+        yield from (n for n in self._kept(model) if n > num_vocos)
+
+    def _kept(self, model: Fingerprint) -> list[int]:
+        """Numbers of VoCo tokens for which there may be entries of a model, in this storage."""
+        suffix = "-int8" if self.storage == "int8" else ""
+        try:
+            names = [path.name for path in (self.root / model.digest).iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(int(name.removesuffix(suffix)) for name in names
+                      if name.endswith(suffix) and name.removesuffix(suffix).isdecimal())
+
+    def _contents(self, model: Fingerprint) -> str:
+        """For errors: what the store does hold."""
+        if kept := self._kept(model):
+            return f"of this model it has entries with {', '.join(map(str, kept))} VoCo tokens"
+        models = sorted(path.name for path in self.root.iterdir()) if self.root.exists() else []
+        return f"it has entries of the models {', '.join(models)}" if models else "it is empty"

@@ -1,0 +1,106 @@
+"""A conversion from end to end: open, write, and read again what was written."""
+
+import hashlib
+import re
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vocojax.config import ModelConfig
+from vocojax.errors import ConvertError
+from vocojax.pretrained.export import VOCABULARY, Layout, export
+from vocojax.pretrained.source import Source, open_source, parameter_shapes
+from vocojax.weights import Weights
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    target_layout: Layout,
+    *,
+    dtype: str | None = None,
+    verify: bool = False,
+    vision: str | Path | None = None,
+    projector: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    num_vocos: int | None = None,
+    allow_missing: Collection[str] = (),
+    report: Callable[[str], None] = print,
+) -> None:
+    """Converts weights from one layout to another; arguments as `open_source`'s and `export`'s.
+
+    Args:
+      verify: read the target again and compare, see `verify_target`.
+      report: takes the lines of the report.
+
+    Raises:
+      ConvertError: see `open_source`, `export` and `verify_target`.
+    """
+    opened = open_source(source, vision=vision, projector=projector, tokenizer=tokenizer, num_vocos=num_vocos,
+                         allow_missing=allow_missing)
+    total = sum(int(np.prod(shape)) for shape in opened.weights.shapes.values())
+    report(f"{opened.weights.where}: {len(opened.weights.shapes)} parameters, {total:,} values")
+    digests: list[str] = []
+    check = lambda directory: digests.append(verify_target(opened, directory, report))
+    export(opened, target, target_layout, dtype, *([check] if verify else []))
+    report(f"{target}: written as {target_layout}")
+    for digest in digests:
+        report(f"{target}: sha256 {digest}")
+
+
+def verify_target(source: Source, target: str | Path, report: Callable[[str], None]) -> str:
+    """Reads a converted directory again and compares it with its source, layer by layer.
+
+    Reports for every parameter the largest |Δ| from the source, which is the rounding to the target's dtype, and
+    returns a digest. The digest is of the parameters by path, so the same weights have the same one in every layout.
+
+    Raises:
+      ConvertError: the configs differ in more than the vocabulary's length, or a value is not the source's rounded to
+        the target's dtype.
+    """
+    absent = parameter_shapes(source.config).keys() - source.weights.shapes.keys()
+    written = open_source(target, allow_missing=[re.escape(path) for path in absent])
+    if _without_vocabulary(written.config) != _without_vocabulary(source.config):
+        raise ConvertError(f"{target}: its config reads {written.config}, its source's {source.config}")
+    if set(written.weights.shapes) != set(source.weights.shapes):
+        odd = sorted(set(written.weights.shapes) ^ set(source.weights.shapes))
+        raise ConvertError(f"{target}: has other parameters than its source: {', '.join(odd)}")
+    whole = hashlib.sha256()
+    wrong = []
+    for path in sorted(written.weights.shapes):
+        num_tokens = source.config.decoder.num_tokens
+        largest, is_exact = _compare(path, source.weights, written.weights, whole, num_tokens)
+        if not is_exact:
+            wrong.append(path)
+        report(f"{path} {written.weights.dtype(path).name} {list(written.weights.shapes[path])}: max |Δ| {largest:.3g}")
+    if wrong:
+        raise ConvertError(f"{target}: read again, these are not what was to be written: {', '.join(wrong)}")
+    return whole.hexdigest()
+
+
+def _compare(path: str, source: Weights, written: Weights, whole: Any, num_tokens: int) -> tuple[float, bool]:
+    """Largest |Δ| of a parameter, and whether it is the source's rounded to the dtype; feeds the digest `whole`."""
+    dtype, shape = written.dtype(path), written.shapes[path]
+    whole.update(f"{path} {dtype.name} {list(shape)} ".encode())
+    largest, is_exact = 0.0, True
+    rest = tuple(slice(None) for _ in shape[1:])
+    first = [slice(layer, layer + 1) for layer in range(shape[0])] if "blocks/" in path else [slice(None)]
+    for part in first:
+        before, after = source.read(path, (part, *rest)), written.read(path, (part, *rest))
+        whole.update(np.ascontiguousarray(after).reshape(-1).view(np.uint8).data)
+        if path in VOCABULARY:  # padding rows mean nothing, and <image> may have added one
+            tokens = (slice(None),) * VOCABULARY[path] + (slice(num_tokens),)
+            before, after = before[tokens], after[tokens]
+        difference = before.astype(np.float32) - after.astype(np.float32)
+        largest = max(largest, float(np.fmax.reduce(np.abs(difference), axis=None, initial=0)))
+        is_exact &= np.array_equal(before.astype(dtype, copy=False), after, equal_nan=True)
+        is_exact &= not (np.isfinite(before) & ~np.isfinite(after)).any()  # overflow of the target's dtype
+    return largest, is_exact
+
+
+def _without_vocabulary(config: ModelConfig) -> ModelConfig:
+    num_tokens = config.voco.token_id + 1
+    return replace(config, decoder=replace(config.decoder, vocab_size=num_tokens, vocab_padding=0))

@@ -1,0 +1,159 @@
+"""Writes a model in a published layout, or as an Orbax checkpoint; a directory is complete or not there at all."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from vocojax.convert import huggingface, llava, tables
+from vocojax.convert.mapping import Slot, Table
+from vocojax.convert.safetensors_files import SafetensorsWriter
+from vocojax.data.tokenizer import Tokenizer
+from vocojax.errors import ConvertError
+from vocojax.files import new_directory
+from vocojax.pretrained.source import Source, parameter_shapes
+from vocojax.runs import orbax_files
+from vocojax.weights import check_tensors
+
+Layout = Literal["orbax", "huggingface", "llava"]
+SHARD_BYTES = 5 * 10**9
+IMAGE_TOKEN = "<image>"  # transformers' processor writes it where vision tokens go
+
+
+# Parameters with a row per token, and the axis the rows are on.
+VOCABULARY = {"decoder/embedding": 0, "decoder/head/kernel": 1}
+
+
+def export(
+    source: Source,
+    target: str | Path,
+    layout: Layout,
+    dtype: str | None = None,
+    check: Callable[[Path], object] = lambda directory: None,
+) -> None:
+    """Writes a model to a new directory.
+
+    Args:
+      source: what to write; one stacked parameter at a time is in memory.
+      target: the directory. It appears when everything is in it.
+      layout: `huggingface` (a decoder alone becomes a `LlamaForCausalLM`), `llava` (the original layout), or `orbax`
+        (a run of training that has made no step).
+      dtype: of the arrays; None keeps each as it is.
+      check: called with the filled directory before it becomes the target; an error it raises leaves no target.
+
+    Raises:
+      ConvertError: the target exists, or the layout has no place for this model.
+    """
+    dtypes = {path: np.dtype(dtype) if dtype else source.weights.dtype(path) for path in source.weights.shapes}
+    with new_directory(Path(target)) as directory:
+        if layout == "orbax":
+            _write_run(source, directory, dtypes)
+        elif layout in ("huggingface", "llava"):
+            _write_published(source, directory, layout, dtypes)
+        else:
+            raise ConvertError(f"the target layout must be orbax, huggingface or llava, got {layout!r}")
+        check(directory)
+
+
+def _write_run(source: Source, directory: Path, dtypes: Mapping[str, np.dtype]) -> None:
+    orbax_files.write_parameters(directory, source.weights, dtypes)
+    source.tokenizer.save(directory / "tokenizer")
+    data = {"template": source.template, "fit": source.fit}
+    _write_json(directory / "config.json",
+                {"model": dataclasses.asdict(source.config), "data": data, "visibility": "voco"})
+
+
+def _write_published(source: Source, directory: Path, layout: str, dtypes: Mapping[str, np.dtype]) -> None:
+    config, tokenizer, rows = source.config, source.tokenizer, source.config.decoder.num_tokens
+    ids = _special_ids(tokenizer)
+    if source.decoder_only and layout == "llava":
+        raise ConvertError(f"{source.weights.where}: a decoder alone has no layout 'llava'; use 'huggingface'")
+    if source.decoder_only:
+        table = tables.llama_table(config.decoder, rows)
+        values = huggingface.write_decoder(config.decoder, rows, ids)
+    elif layout == "llava":
+        table = tables.llava_table(config, rows)
+        values = llava.write_llava(config, rows, ids, source.fit)
+    else:
+        tokenizer = copy.deepcopy(tokenizer)  # the caller's stays as it is
+        tokenizer.huggingface.add_tokens([IMAGE_TOKEN], special_tokens=True)
+        image_id = tokenizer.huggingface.get_vocab()[IMAGE_TOKEN]
+        rows = max(rows, image_id + 1)
+        table = tables.huggingface_table(config, rows)
+        values = huggingface.write_llava(config, rows, ids, image_id)
+        _write_json(directory / "processor_config.json", huggingface.write_processor(config.vision, IMAGE_TOKEN))
+    _write_tensors(source, directory, table, dtypes)
+    tokenizer.save(directory)
+    if not source.decoder_only:
+        _write_json(directory / "preprocessor_config.json", huggingface.write_image_processor(config.vision))
+    _write_json(directory / "generation_config.json", ids)
+    most = max(dtypes.values(), key=list(dtypes.values()).count)
+    _write_json(directory / "config.json",
+                {**values, "torch_dtype": most.name, "voco": huggingface.write_voco(config.voco),
+                 "prompt": {"template": source.template, "fit": source.fit}})
+
+
+def _write_tensors(source: Source, directory: Path, table: Table, dtypes: Mapping[str, np.dtype]) -> None:
+    """Writes the shards and their index; every tensor goes to its place in its shard as its parameter's turn comes."""
+    weights = source.weights
+    shapes = parameter_shapes(source.config, source.decoder_only)
+    check_tensors(shapes, weights.shapes, weights.where)
+    slots = table.resolve(shapes)
+    shards = _assign_shards(slots, dtypes)
+    if len(shards) > 1:
+        homes = {name: shard for shard, names in shards.items() for name in names}
+        total = sum(_bytes(slots[name], dtypes) for name in slots)
+        _write_json(directory / "model.safetensors.index.json",
+                    {"metadata": {"total_size": total}, "weight_map": homes})
+    by_path: dict[str, list[tuple[str, Slot]]] = {}
+    for name, slot in slots.items():
+        by_path.setdefault(slot.path, []).append((name, slot))
+    with contextlib.ExitStack() as stack:
+        writers: dict[str, SafetensorsWriter] = {}
+        for shard, names in shards.items():
+            announced = {name: (dtypes[slots[name].path], slots[name].shape) for name in names}
+            writer = stack.enter_context(SafetensorsWriter(directory / shard, announced))
+            writers |= dict.fromkeys(names, writer)
+        for path, tensors in by_path.items():
+            parameter = weights.read(path)
+            if path in VOCABULARY:  # the padding rows' values mean nothing and are cut off
+                num_tokens = source.config.decoder.num_tokens
+                parameter = parameter[:num_tokens] if VOCABULARY[path] == 0 else parameter[:, :num_tokens]
+            for name, slot in tensors:
+                array = parameter if slot.layer is None else parameter[slot.layer]
+                writers[name].write(name, slot.transform.backward(array).astype(dtypes[path], copy=False))
+            del parameter, array  # before the next one is read
+
+
+def _assign_shards(slots: Mapping[str, Slot], dtypes: Mapping[str, np.dtype]) -> dict[str, list[str]]:
+    """Tensors by shard, layers together and none above `SHARD_BYTES` (a larger tensor has a shard to itself)."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(slots, key=lambda name: (slots[name].layer is not None, slots[name].layer or 0)):
+        bytes_ = _bytes(slots[name], dtypes)
+        if groups[-1] and size + bytes_ > SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += bytes_
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups)}
+
+
+def _bytes(slot: Slot, dtypes: Mapping[str, np.dtype]) -> int:
+    return int(np.prod(slot.shape, dtype=np.int64)) * dtypes[slot.path].itemsize
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.huggingface.pad_token_id}
+
+
+def _write_json(path: Path, values: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

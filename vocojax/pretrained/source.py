@@ -1,0 +1,212 @@
+"""Opens weights in any layout: finds out what a directory holds, and from which tensors the model is to be read."""
+
+import functools
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flax import nnx
+from transformers import AutoTokenizer
+
+from vocojax.config import DecoderConfig, ModelConfig, VocoConfig, build
+from vocojax.convert import huggingface, llava, tables
+from vocojax.convert.mapped import MappedWeights
+from vocojax.convert.mapping import Table
+from vocojax.convert.tensor_files import MergedTensors, open_directory, open_file
+from vocojax.data.images import Fit
+from vocojax.data.tokenizer import VOCO_TOKEN, Tokenizer
+from vocojax.errors import ConvertError
+from vocojax.models.llama import Decoder
+from vocojax.models.parameters import abstract, variables_of
+from vocojax.models.voco import VocoLlama
+from vocojax.runs import orbax_files
+from vocojax.runs.lora import merged
+from vocojax.weights import Shape, Weights, check_tensors
+
+# Vocabularies grow to a multiple of this: tensor-parallel devices share them evenly, and libtpu reduce-scatters the
+# head's gradient, where it makes an all-reduce of it if a row is not whole pairs of registers of 128.
+VOCAB_MULTIPLE = 256
+
+
+# Other architectures share LLaMA's tensor names, so that only this tells them apart.
+MODEL_TYPES = ("llama", "llava", "llava_llama", "shikra")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk.
+
+    config: of the decoder alone, vision and projector have no meaning.
+    weights: the parameters by path.
+    tokenizer: with `<voco>`.
+    template, fit: how its prompts are written out and its images become square; LLaVA-1.5's ways unless a run of
+      training says otherwise.
+    """
+
+    config: ModelConfig
+    weights: Weights
+    tokenizer: Tokenizer
+    template: str = "vicuna_v1"
+    fit: Fit = "pad"
+
+    @property
+    def decoder_only(self) -> bool:
+        """Whether there is no vision tower."""
+        return is_decoder_only(self.weights)
+
+
+def is_decoder_only(weights: Weights) -> bool:
+    """Whether these are the weights of a decoder without vision tower and projector."""
+    return all(path.startswith("decoder/") for path in weights.shapes)
+
+
+@functools.cache
+def parameter_shapes(config: ModelConfig, decoder_only: bool = False) -> Mapping[str, Shape]:
+    """Shapes of a model's parameters by path, of all or of its decoder's."""
+    if not decoder_only:
+        variables = variables_of(abstract(lambda: VocoLlama(config, nnx.Rngs(0))))
+        return {path: tuple(variable.shape) for path, variable in variables.items()}
+    variables = variables_of(abstract(lambda: Decoder(config.decoder, nnx.Rngs(0))))
+    return {f"decoder/{path}": tuple(variable.shape) for path, variable in variables.items()}
+
+
+def open_source(
+    directory: str | Path,
+    *,
+    vision: str | Path | None = None,
+    projector: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    num_vocos: int | None = None,
+    allow_missing: Collection[str] = (),
+) -> Source:
+    """Opens weights; only their headers are read.
+
+    Args:
+      directory: one of
+        - a `LlavaForConditionalGeneration` of transformers (key names of versions 4 and 5);
+        - the original layout: LLaVA-1.5, the released VoCo-LLaMA, Shikra, LLaMA-VID;
+        - a `LlamaForCausalLM` (LLaMA, Vicuna, ...): with `vision` the parts of a model, without it a decoder alone;
+        - a work directory of training, or one that a conversion wrote: the newest Orbax checkpoint in it.
+      vision: directory of a CLIP vision tower or file of an EVA-CLIP one, where the tensors have none.
+      projector: file of a projector, where the tensors have none.
+      tokenizer: directory of the tokenizer, where there is none beside the weights.
+      num_vocos: VoCo tokens per unit, where nothing says it; 1 by default.
+      allow_missing: regexes of tensors that may be missing, or superfluous.
+
+    Raises:
+      ConvertError: names the file, the tensors and the remedy.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ConvertError(f"{directory}: no such directory")
+    values = huggingface.read_json(directory / "config.json")
+    where = str(directory / "config.json")
+    is_run = orbax_files.is_run(directory)
+    if (vision or projector) and (is_run or "text_config" in values):
+        raise ConvertError(f"{directory}: has a vision tower and a projector of its own; leave out --vision and "
+                           "--projector")
+    if is_run:
+        return _open_run(directory, values, tokenizer, num_vocos, allow_missing)
+    if values.get("model_type", "llama") not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise ConvertError(f"{where}: model_type {values['model_type']!r} is not supported; {known} are")
+    tensors = open_directory(directory)
+    make_table: Callable[[ModelConfig, int, int | None], Table]
+    if "text_config" in values:
+        config, make_table = huggingface.read_llava(values, where), tables.huggingface_table
+    elif "mm_hidden_size" in values or vision or projector:
+        tensors = _with_parts(tensors, vision, projector)
+        config, make_table = _read_original(values, tensors, vision, where), tables.llava_table
+    else:
+        decoder = huggingface.read_decoder(values, where)
+        config = ModelConfig(decoder=decoder, voco=huggingface.read_voco(values, where))
+        make_table = _llama_table
+    own_tokenizer, knows_voco = _read_tokenizer(Path(tokenizer or directory))
+    rows, voco_id = config.decoder.vocab_size, own_tokenizer.voco_id
+    if "voco" in values:
+        _require_same_voco(config.voco, own_tokenizer, num_vocos, where)
+    # The released code's vocabulary ends with the row, whether its tokenizer says so or not.
+    knows_voco |= "mm_hidden_size" in values and rows == voco_id + 1
+    config = replace(
+        config, decoder=_grown(config.decoder, voco_id),
+        voco=VocoConfig(num_vocos or config.voco.num_vocos, voco_id),
+    )
+    table = make_table(config, rows, None if knows_voco and voco_id < rows else voco_id)
+    shapes = parameter_shapes(config, decoder_only=make_table is _llama_table)
+    said = huggingface.typed(values, "prompt", dict, {}, where)  # what an export of ours says of its prompts and images
+    return Source(config, MappedWeights(table, tensors, shapes, allow_missing), own_tokenizer,
+                  said.get("template", "vicuna_v1"), said.get("fit") or llava.read_fit(values, where))
+
+
+def _llama_table(config: ModelConfig, rows: int, new_id: int | None) -> Table:
+    return tables.llama_table(config.decoder, rows, new_id)
+
+
+def _grown(config: DecoderConfig, voco_id: int) -> DecoderConfig:
+    """The decoder with a row for `<voco>` and a vocabulary that shards."""
+    tokens = max(config.vocab_size, voco_id + 1)
+    size = -(-tokens // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return replace(config, vocab_size=size, vocab_padding=size - tokens)
+
+
+def _read_tokenizer(directory: Path) -> tuple[Tokenizer, bool]:
+    """The tokenizer of a directory, and whether it knew `<voco>` before."""
+    try:
+        raw = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, legacy=False)
+        knows_voco = VOCO_TOKEN in raw.get_vocab()
+        return Tokenizer(raw), knows_voco
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConvertError(f"{directory}: no usable tokenizer ({reason}); name a directory that has one with "
+                           "--tokenizer") from None
+
+
+def _with_parts(tensors: Weights, vision: str | Path | None, projector: str | Path | None) -> Weights:
+    """The tensors of a decoder or a whole model with those of separate parts, by the names of the original layout."""
+    parts: list[tuple[Weights, Callable[[str], str]]] = [(tensors, lambda name: name)]
+    if vision is not None:
+        tower = open_directory(vision) if Path(vision).is_dir() else open_file(vision)
+        parts.append((tower, lambda name: tables.TOWER + name))
+    if projector is not None:
+        parts.append((open_file(projector), lambda name: name))
+    if len(parts) == 1:
+        return tensors
+    return MergedTensors(" + ".join(part.where for part, _ in parts), parts)
+
+
+def _read_original(values: huggingface.Json, tensors: Weights, vision: str | Path | None, where: str) -> ModelConfig:
+    if vision is not None and Path(vision).is_dir():
+        path = Path(vision) / "config.json"
+        tower = huggingface.read_vision(huggingface.read_json(path), str(path),
+                                        huggingface.typed(values, "mm_vision_select_layer", int, -2, where))
+    else:
+        tower = llava.vision_of_tensors(values, tensors.shapes, where)
+    return llava.read_llava(values, tower, llava.read_projector(values, tensors.shapes, where), where)
+
+
+def _open_run(
+    directory: Path, values: huggingface.Json, tokenizer: str | Path | None, num_vocos: int | None,
+    allow_missing: Collection[str],
+) -> Source:
+    where = str(directory / "config.json")
+    if "model" not in values:
+        raise ConvertError(f"{where}: has no entry 'model'; a run of training has one")
+    config = huggingface.checked(where, lambda: build(ModelConfig, values["model"], "model"))
+    weights = merged(orbax_files.OrbaxWeights(directory), values, where)
+    allowed = [re.compile(pattern) for pattern in allow_missing]
+    check_tensors(parameter_shapes(config, is_decoder_only(weights)), weights.shapes, weights.where, allowed)
+    home = Path(tokenizer or orbax_files.tokenizer_directory(directory, values))
+    own_tokenizer, _ = _read_tokenizer(home)
+    _require_same_voco(config.voco, own_tokenizer, num_vocos, where)
+    data = {key: values["data"][key] for key in ("template", "fit") if key in values.get("data", {})}
+    return Source(config, weights, own_tokenizer, **data)
+
+
+def _require_same_voco(voco: VocoConfig, tokenizer: Tokenizer, num_vocos: int | None, where: str) -> None:
+    if voco.token_id != tokenizer.voco_id:
+        raise ConvertError(f"{where}: says {VOCO_TOKEN} is token {voco.token_id}, the tokenizer says "
+                           f"{tokenizer.voco_id}; name the tokenizer that belongs to these weights with --tokenizer")
+    if num_vocos not in (None, voco.num_vocos):
+        raise ConvertError(f"{where}: was made for {voco.num_vocos} VoCo tokens, not {num_vocos}; leave out "
+                           "--num_vocos")
