@@ -2,8 +2,16 @@
 
 
 class VocojaxError(Exception):
-    """Something that the user can mend: one line that names the thing, the place and the remedy."""
+    """A problem that the user can mend; its one line names the thing, the place and the remedy."""
+
+
+class InputError(VocojaxError, ValueError):
+    """An argument, a question or a file that can't be used as it is."""
+
+
+class MissingPackage(VocojaxError, ImportError):
+    """An optional package that is not installed; the message says how to install it."""
 
 
 class ConvertError(VocojaxError, ValueError):
-    """Weights that can't be read or written: one line that names the file, the tensor and what to do."""
+    """Weights that can't be read or written; the message names the file, the tensor and the remedy."""

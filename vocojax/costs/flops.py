@@ -7,11 +7,12 @@ optimised HLO instead and multiplies every body with its trip count. Elementwise
 import jax
 
 from vocojax.costs import hlo
+from vocojax.errors import VocojaxError
 
 _UNCOUNTED = ("convolution", "custom-call", "ragged-dot")
 
 
-class CannotCount(ValueError):
+class CannotCount(VocojaxError, ValueError):
     """A program with work whose FLOPs its text does not say."""
 
 

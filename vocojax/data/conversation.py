@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from vocojax.errors import InputError
 from vocojax.layout import LayoutError, Span
 
 VICUNA_SYSTEM = (
@@ -122,7 +123,7 @@ TEMPLATES: Mapping[str, Template] = {
 
 
 def template(name: str) -> Template:
-    """The template of that name; `ValueError` lists the names there are."""
+    """The template of that name; `InputError` lists the names there are."""
     if name not in TEMPLATES:
-        raise ValueError(f"template must be one of {sorted(TEMPLATES)}, got {name!r}")
+        raise InputError(f"template must be one of {sorted(TEMPLATES)}, got {name!r}")
     return TEMPLATES[name]

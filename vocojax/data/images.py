@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from vocojax.data.resampling import reduce_columns, reduce_rows, resize
+from vocojax.errors import InputError, VocojaxError
 from vocojax.models.clip import CLIP_MEAN
 
 Fit = Literal["pad", "pad_white", "crop", "square", "anyres"]
@@ -28,7 +29,7 @@ MAX_BYTES = 2**28
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
-class ImageError(ValueError):
+class ImageError(VocojaxError, ValueError):
     """An image that can't be used; `reason` is a short key to count it under."""
 
     def __init__(self, name: str, problem: str, reason: str):
@@ -123,7 +124,7 @@ def prepare(image: Image.Image, size: int, fit: Fit = "pad") -> np.ndarray:
     by bicubic interpolation. `anyres` gives several: see `prepare_units`.
     """
     if fit == "anyres":
-        raise ValueError("'anyres' makes several units of an image: use prepare_units")
+        raise InputError("'anyres' makes several units of an image: use prepare_units")
     if fit == "square":
         return resize(image, size, size)
     if fit != "crop" and image.width != image.height:

@@ -15,12 +15,13 @@ import grain
 from vocojax.data.images import ImageError
 from vocojax.data.packing import RowShape, Size, best_fit
 from vocojax.data.prepared import Prepared, PreparedSource
+from vocojax.errors import VocojaxError
 from vocojax.layout import LayoutError
 
 PATIENCE = 1000  # records in a row that a lane may fail to use before it goes on with what it has
 
 
-class StreamStateError(ValueError):
+class StreamStateError(VocojaxError, ValueError):
     """A saved state does not belong to this stream, or is not all of it."""
 
 

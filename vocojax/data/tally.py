@@ -5,10 +5,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from vocojax.errors import VocojaxError
+
 LOG = logging.getLogger(__name__)
 
 
-class SkippedTooMany(RuntimeError):
+class SkippedTooMany(VocojaxError, RuntimeError):
     """More records were skipped than the data config allows."""
 
 

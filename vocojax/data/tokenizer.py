@@ -7,6 +7,7 @@ from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as BackendTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from vocojax.errors import InputError
 from vocojax.layout import Encoded
 
 VOCO_TOKEN = "<voco>"
@@ -24,10 +25,10 @@ class Tokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} keeps no character offsets: load its fast version")
+            raise InputError(f"{type(tokenizer).__name__} keeps no character offsets: load its fast version")
         for name in ("bos_token_id", "eos_token_id"):
             if getattr(tokenizer, name) is None:
-                raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no {name.removesuffix('_id')}")
+                raise InputError(f"the tokenizer {tokenizer.name_or_path!r} has no {name.removesuffix('_id')}")
         tokenizer.add_tokens([VOCO_TOKEN], special_tokens=True)
         self.huggingface = tokenizer
         self.bos_id: int = tokenizer.bos_token_id
@@ -41,14 +42,14 @@ class Tokenizer:
 
         Raises:
           FileNotFoundError: no such directory.
-          ValueError: no usable tokenizer in it.
+          InputError: no usable tokenizer in it.
         """
         if not Path(directory).is_dir():
             raise FileNotFoundError(f"tokenizer directory {str(directory)!r} does not exist")
         try:
             return cls(AutoTokenizer.from_pretrained(str(directory), local_files_only=True, legacy=False))
         except OSError as error:
-            raise ValueError(f"{str(directory)!r} holds no usable tokenizer: {error}") from error
+            raise InputError(f"{str(directory)!r} holds no usable tokenizer: {error}") from error
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer files that `from_directory` and transformers load."""

@@ -16,6 +16,7 @@ from vocojax.config import require
 from vocojax.data.conversation import Conversation, Template, Turn, template
 from vocojax.data.images import Fit, load_image
 from vocojax.data.tokenizer import Tokenizer
+from vocojax.errors import InputError
 from vocojax.inference.caches.cache import CacheError, VocoCache, place, require_model
 from vocojax.inference.caches.files import DamagedCache
 from vocojax.inference.caches.fingerprint import Fingerprint, fingerprint, image_digest
@@ -217,7 +218,7 @@ class Assistant:
     ) -> Iterator[Generation]:
         about = sorted({unit for row in units for unit in row})
         if not conversations or any(not row for row in units) or about[0] < 0 or about[-1] >= cache.num_units:
-            raise ValueError(f"questions must be about units 0 to {cache.num_units - 1}, at least one each, "
+            raise InputError(f"questions must be about units 0 to {cache.num_units - 1}, at least one each, "
                              f"got {units}")
         unit = self._unit_behind(cache, max(map(len, units)))
         kept = cache.tokens_per_unit
@@ -245,7 +246,7 @@ class Assistant:
         sampling: SamplingConfig, seeds: Sequence[int], every: int | None = None,
     ) -> Iterator[Generation]:
         if not all(0 <= seed < SEEDS for seed in seeds):
-            raise ValueError(f"seeds must be in [0, 2**32), got {list(seeds)}")
+            raise InputError(f"seeds must be in [0, 2**32), got {list(seeds)}")
         vectors = (np.array(lengths, np.int32), np.array(text_starts, np.int32), np.array(seeds, np.uint32))
         prompts = Prompts(rows, *vectors)  # type: ignore[arg-type]
         text = self._answer_text(sampling)

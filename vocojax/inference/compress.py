@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vocojax.data.tokenizer import Tokenizer
+from vocojax.errors import InputError
 from vocojax.inference.caches.cache import VocoCache
 from vocojax.inference.caches.fingerprint import Fingerprint, image_digest
 from vocojax.inference.prompts import batch_bucket, whole_rows
@@ -31,10 +32,10 @@ def compress(
       batch_size: how many images run at once, at most.
 
     Raises:
-      ValueError: no image, an image of another shape, or a baseline's model, which has no VoCo tokens.
+      InputError: no image, an image of another shape, or a baseline's model, which has no VoCo tokens.
     """
     if model.config.unit_vocos == 0:
-        raise ValueError(f"a model with the compressor {model.config.compressor.kind!r} has no VoCo tokens to cache")
+        raise InputError(f"a model with the compressor {model.config.compressor.kind!r} has no VoCo tokens to cache")
     return compress_keeping(model, tokenizer, images, model.config.unit_vocos, fingerprint, batch_size)
 
 
@@ -46,7 +47,7 @@ def compress_keeping(
     size = model.config.vision.image_size
     if not images or any(image.shape != (size, size, 3) or image.dtype != np.uint8 for image in images):
         found = sorted({f"{image.dtype}{list(image.shape)}" for image in images}) or "none"
-        raise ValueError(f"images must be one or more uint8 [{size}, {size}, 3] arrays, got {found}")
+        raise InputError(f"images must be one or more uint8 [{size}, {size}, 3] arrays, got {found}")
     unit = lay_out_unit("unit", tokenizer, unit_shape(model.config))
     batch = rows_at_once(len(images), batch_size)
     parts = []

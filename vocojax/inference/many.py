@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vocojax.data.images import ImageError
+from vocojax.errors import InputError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.store import Store
 from vocojax.inference.decoding.sampling import SEEDS, SamplingConfig
@@ -32,12 +33,12 @@ def read_questions(path: str | Path, seed: int = 0) -> list[Question]:
       seed: of the first line without one; the others count on from it.
 
     Raises:
-      ValueError: names the line that is no question.
+      InputError: names the line that is no question.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON may hold what else splitlines splits at
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8: {error}") from error
+        raise InputError(f"{path}: must be UTF-8: {error}") from error
     questions: list[Question] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -54,9 +55,9 @@ def read_questions(path: str | Path, seed: int = 0) -> list[Question]:
             questions.append(Question(images, record["question"], own_seed, record))
         except (ValueError, TypeError, KeyError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f'{path}, line {number}: is no {{"image": ..., "question": ...}}: {what}') from error
+            raise InputError(f'{path}, line {number}: is no {{"image": ..., "question": ...}}: {what}') from error
     if not questions:
-        raise ValueError(f"{path}: holds no question")
+        raise InputError(f"{path}: holds no question")
     return questions
 
 

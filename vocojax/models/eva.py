@@ -7,6 +7,7 @@ from einops import rearrange
 from flax import nnx
 
 from vocojax.config import VisionConfig
+from vocojax.errors import InputError
 from vocojax.models.layers import LayerNorm, Linear, parameter
 from vocojax.models.stack import scan, stack
 
@@ -66,7 +67,7 @@ class EvaVision(nnx.Module):
         """
         size = self.config.image_size
         if pixels_UHWC.shape[1:] != (size, size, 3):
-            raise ValueError(f"the vision tower takes images of {size}x{size}x3, got {pixels_UHWC.shape[1:]}: "
+            raise InputError(f"the vision tower takes images of {size}x{size}x3, got {pixels_UHWC.shape[1:]}: "
                              "preprocess them with vocojax.data.images for this model's image_size")
         patches_UPC = rearrange(pixels_UHWC, "u (h p) (w q) c -> u (h w) (p q c)", p=self.config.patch_size,
                                 q=self.config.patch_size)

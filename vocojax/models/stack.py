@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from vocojax.errors import InputError
 from vocojax.models.gathering import gathered, in_parts
 
 Block = TypeVar("Block", bound=nnx.Module)
@@ -29,7 +30,7 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 def remat_policy(name: str) -> Callable[..., Any] | None:
     """The policy of that name; `ValueError` lists the names there are."""
     if name not in REMAT_POLICIES:
-        raise ValueError(f"remat must be one of {sorted(REMAT_POLICIES)}, got {name!r}")
+        raise InputError(f"remat must be one of {sorted(REMAT_POLICIES)}, got {name!r}")
     return REMAT_POLICIES[name]
 
 

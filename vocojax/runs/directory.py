@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from vocojax.config import ConfigError, build, config_to_dict, differing_keys
+from vocojax.errors import VocojaxError
 from vocojax.files import is_remote, write_atomically
 from vocojax.parallel import processes
 
@@ -26,7 +27,7 @@ MUTABLE_KEYS = ("log_every", "checkpoint", "validation", "run", "data.num_thread
 HOST_KEYS = ("data.num_threads", "data.num_workers", "data.keep_in_memory")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(VocojaxError, RuntimeError):
     """A run's files don't allow what was asked of them."""
 
 

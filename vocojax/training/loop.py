@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import jax
 from tqdm import tqdm
 
+from vocojax.errors import VocojaxError
 from vocojax.parallel import processes
 from vocojax.parallel.preemption import Preempted, StopRequest
 from vocojax.runs.directory import run_path
@@ -29,7 +30,7 @@ from vocojax.training.watchdog import Watchdog
 IN_FLIGHT = 2
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(VocojaxError, RuntimeError):
     """The loss became NaN or infinite."""
 
 

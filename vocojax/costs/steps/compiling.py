@@ -26,15 +26,16 @@ from typing import Any
 from vocojax.config import ConfigError, config_to_dict
 from vocojax.costs.kernels.gpu_targets import TARGETS
 from vocojax.costs.kernels.tpu import DEVICELESS, topology_devices
+from vocojax.errors import VocojaxError
 from vocojax.parallel.mesh import MeshConfig
 from vocojax.training.config import StageConfig, stage_config
 
 
-class CompilerError(RuntimeError):
+class CompilerError(VocojaxError, RuntimeError):
     """The compiler can't be used as it was asked to: no libtpu, an unknown flag, a topology that it does not know."""
 
 
-class Unfinished(RuntimeError):
+class Unfinished(VocojaxError, RuntimeError):
     """The compiler was ended from outside or took too long, which says nothing of what it was to compile."""
 
 

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from vocojax.data.conversation import Turn
 from vocojax.data.sources.base import Sample
+from vocojax.errors import InputError, MissingPackage
 
 Split = Literal["train", "validation", "test"]
 VALIDATION_EVERY = 10
@@ -34,17 +35,17 @@ class EasyVqaSource:
       threads_per_sample: the most questions in one sample; None for no limit.
 
     Raises:
-      ImportError: the package is not installed.
-      ValueError: an unknown split.
+      MissingPackage: the package is not installed.
+      InputError: an unknown split.
     """
 
     def __init__(self, split: Split, threads_per_sample: int | None = None):
         try:
             import easy_vqa
         except ImportError as error:
-            raise ImportError("the easy-VQA data set is not installed: pip install 'vocojax[quickstart]'") from error
+            raise MissingPackage("the easy-VQA data set is not installed: pip install 'vocojax[quickstart]'") from error
         if split not in ("train", "validation", "test"):
-            raise ValueError(f"data.split must be 'train', 'validation' or 'test', got {split!r}")
+            raise InputError(f"data.split must be 'train', 'validation' or 'test', got {split!r}")
         texts, answers, images = easy_vqa.get_test_questions() if split == "test" else easy_vqa.get_train_questions()
         paths = easy_vqa.get_test_image_paths() if split == "test" else easy_vqa.get_train_image_paths()
         by_image: dict[int, list[Question]] = defaultdict(list)

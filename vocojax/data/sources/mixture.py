@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import grain
 
 from vocojax.data.sources.base import Sample, Source
+from vocojax.errors import InputError
 
 CHOICE = 0  # seed of the choice of records for the part of a weight that is no whole number
 
@@ -28,7 +29,7 @@ class MixtureSource:
         self._parts: list[tuple[Source, grain.MapDataset]] = []
         for source, weight in sources:
             if not weight > 0:
-                raise ValueError(f"the weight of a source must be > 0, got {weight}")
+                raise InputError(f"the weight of a source must be > 0, got {weight}")
             length = max(1, round(weight * len(source))) if len(source) else 0
             order = grain.MapDataset.range(max(len(source), 1)).shuffle(CHOICE).repeat()
             self._parts.append((source, order[:length] if length else order[:0]))

@@ -12,6 +12,7 @@ from vocojax.data.conversation import Turn, is_unicode
 from vocojax.data.images import Fit, ImageError, pixel_size, read
 from vocojax.data.sources.base import Root, Sample
 from vocojax.data.sources.columnar import ColumnarRecords
+from vocojax.errors import InputError
 from vocojax.layout import LayoutError
 
 Task = Literal["rec", "reg", "pointqa"]
@@ -36,7 +37,7 @@ class ShikraSource:
 
     def __init__(self, path: str | Path, image_root: str | Path, task: Task, fit: Fit):
         if fit not in ("pad", "pad_white", "square"):
-            raise ValueError(f"data.fit must be 'pad', 'pad_white' or 'square' for boxes, got {fit!r}")
+            raise InputError(f"data.fit must be 'pad', 'pad_white' or 'square' for boxes, got {fit!r}")
         self._records, self._root = ColumnarRecords(path), Root(image_root)
         self._task, self._padded = task, fit != "square"
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vocojax.data.conversation import Turn, is_unicode
 from vocojax.data.sources.base import Root, Sample
+from vocojax.errors import InputError
 from vocojax.layout import LayoutError
 
 COLUMNS = ("videoid", "page_dir", "name")
@@ -27,10 +28,10 @@ class WebVidSource:
             try:
                 missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
                 if missing:
-                    raise ValueError(f"{path}: no WebVid CSV: it lacks the columns {', '.join(missing)}")
+                    raise InputError(f"{path}: no WebVid CSV: it lacks the columns {', '.join(missing)}")
                 self._rows = [tuple(row[column] for column in COLUMNS) for row in reader]
             except csv.Error as error:
-                raise ValueError(f"{path}: no WebVid CSV: {error} at line {reader.line_num}") from error
+                raise InputError(f"{path}: no WebVid CSV: {error} at line {reader.line_num}") from error
         self._root = Root(video_root)
 
     def __len__(self) -> int:

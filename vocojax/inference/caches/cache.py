@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vocojax.config import DecoderConfig
+from vocojax.errors import InputError, VocojaxError
 from vocojax.inference.caches.fingerprint import Fingerprint
 from vocojax.inference.decoding.decode import COMPILATIONS
 from vocojax.kernels.rotary import Rotation, rotate
 from vocojax.models.llama import KeyValues, rope_frequencies
 
 
-class CacheError(ValueError):
+class CacheError(VocojaxError, ValueError):
     """A cache that can't be used for what was asked of it."""
 
 
@@ -125,7 +126,7 @@ def place(cache: VocoCache, units_BT: np.ndarray, decoder: DecoderConfig) -> Key
     """
     units_BT = np.asarray(units_BT)
     if units_BT.size and not (units_BT.min() >= -1 and units_BT.max() < cache.num_units):
-        raise ValueError(f"units must be in [-1, {cache.num_units}), got {units_BT.min()} to {units_BT.max()}")
+        raise InputError(f"units must be in [-1, {cache.num_units}), got {units_BT.min()} to {units_BT.max()}")
     frequencies = rope_frequencies(decoder.head_width, decoder.rope_theta, decoder.rope_scaling)
     units = KeyValues(*(jnp.asarray(_fill_up(x)) for x in (cache.k_LUNGD, cache.v_LUNGD)))
     return _place(units, jnp.maximum(units_BT, 0), frequencies)

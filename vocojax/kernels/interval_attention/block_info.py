@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vocojax.errors import InputError
 from vocojax.kernels.interval_attention.mask import NEVER, IntervalMask, range_max
 
 EMPTY, PARTIAL, FULL, DIRTY = 0, 1, 2, 3
@@ -134,7 +135,7 @@ def tile_list(kinds_BNM: jax.Array, prefix: int, block_q: int, block_k: int, spa
     B, N, M = kinds_BNM.shape
     layout = TileCode(max(N - 1, 1).bit_length(), max(M - 1, 1).bit_length())
     if B.bit_length() + layout.bits_q + layout.bits_k + layout.LOW > 31:
-        raise ValueError(f"{B} rows of {N} x {M} tiles do not fit the kernel's list: use fewer rows or larger blocks")
+        raise InputError(f"{B} rows of {N} x {M} tiles do not fit the kernel's list: use fewer rows or larger blocks")
 
     # The candidates of one row are known when the program is built: no tile in the future of its queries is live.
     a_C, b_C, group_C, outer_C = _candidates(N, M, prefix, block_q, block_k, spans)

@@ -6,6 +6,7 @@ from typing import Any
 
 from vocojax.data.conversation import Turn
 from vocojax.data.sources.base import Sample
+from vocojax.errors import InputError, MissingPackage
 
 
 class TfdsSource:
@@ -17,7 +18,7 @@ class TfdsSource:
 
     Raises:
       ValueError: no complete data set there, or no such split.
-      ImportError: the extra `tfds` is not installed.
+      MissingPackage: the extra `tfds` is not installed.
     """
 
     def __init__(self, directory: str | Path, split: str):
@@ -28,12 +29,12 @@ class TfdsSource:
         try:
             import tensorflow_datasets as tfds  # takes seconds
         except ImportError as error:
-            raise ImportError(f"source 'tfds' needs pip install 'vocojax[tfds]': {error}") from error
+            raise MissingPackage(f"source 'tfds' needs pip install 'vocojax[tfds]': {error}") from error
         if not (self._directory / "dataset_info.json").exists():
-            raise ValueError(f"{self._directory} holds no complete data set: launch/prepare_data.py writes one")
+            raise InputError(f"{self._directory} holds no complete data set: launch/prepare_data.py writes one")
         builder = tfds.builder_from_directory(str(self._directory))
         if self._split not in builder.info.splits:
-            raise ValueError(f"{self._directory} has the splits {sorted(builder.info.splits)}, not {self._split!r}")
+            raise InputError(f"{self._directory} has the splits {sorted(builder.info.splits)}, not {self._split!r}")
         self._records = builder.as_data_source(self._split)
 
     def __getstate__(self) -> dict[str, Any]:
