@@ -35,8 +35,7 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
             "source": "easy_vqa", "template": "bare", "threads_per_sample": 4, "row_length": 68, "images_per_row": 1,
             "max_targets": 8, "num_threads": 2, "keep_in_memory": True,
         },
-        train=["projector/.*", "decoder/.*"],
-        freeze=["vision/.*"],
+        learning_rates=[("projector/.*", 1.0), ("decoder/.*", 1.0), ("vision/.*", "freeze")],
         visibility="voco",
         optimizer={"learning_rate": 2e-3, "warmup_share": 0.05, "b2": 0.98},
         checkpoint={"every": 10_000, "keep": 1},
@@ -61,7 +60,8 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
         config.visibility = "causal"
     elif stage == "qformer":
         config.model.compressor.update(kind="qformer", depth=4, width=64, num_heads=4, mlp_width=256)
-        config.update(visibility="causal", train=["compressor/.*", *config.train], init_new=["compressor/.*"])
+        config.update(visibility="causal", init_new=["compressor/.*"],
+                      learning_rates=[("compressor/.*", 1.0), *config.learning_rates])
     else:
         raise ConfigError("stage", f"{stage!r} is unknown: alignment, upper_bound, voco_N, avg_pool or qformer")
     return config

@@ -4,9 +4,9 @@
         --config.data.path=llava_v1_5_mix665k.json --config.data.image_root=images \
         --config.data.tokenizer=vicuna-7b-v1.5 --config.init_from=runs/alignment
 
-Rank, alpha and the factors' learning rate are those of LLaVA-1.5's LoRA script; rows and steps are configs/voco.py's.
-That script trains the projector at 2e-5, a tenth of the factors' rate; here both have one. The row of the <voco> token
-in `decoder/embedding` is the decoder's and so stays as it is, as long as `decoder/embedding` is not moved to `train`.
+Rank, alpha and both learning rates are those of LLaVA-1.5's LoRA script: 2e-4 for the factors, and a tenth of it, 2e-5,
+for the projector. Rows and steps are those of configs/voco.py. The row of the <voco> token in `decoder/embedding` is
+frozen like the rest of the decoder; to train it, put ("decoder/embedding", 0.1) before the decoder's "freeze".
 Whatever reads the run (launch/convert.py, `Assistant.from_run`, the `init_from` of another stage) finds the factors
 merged.
 """
@@ -23,8 +23,9 @@ def get_config(preset_name: str = "clip_l_336_vicuna_7b") -> ConfigDict:
         model=config_to_dict(preset(preset_name)),
         data={"template": "vicuna_v1", "row_length": 2048, "images_per_row": 3},
         lora={"rank": 128, "alpha": 256.0, "targets": ["decoder/blocks/.*/kernel"]},
-        train=["projector/.*", ".*/lora/[ab]"],
-        freeze=["vision/.*", "decoder/(?!.*/lora/).*"],
+        learning_rates=[
+            ("projector/.*", 0.1), (".*/lora/[ab]", 1.0), ("vision/.*", "freeze"), ("decoder/.*", "freeze"),
+        ],
         visibility="voco",
         optimizer={"learning_rate": 2e-4},
         batch_size=64,

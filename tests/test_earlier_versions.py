@@ -15,6 +15,7 @@ from vocojax.data.conversation import Turn
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.store import Store
 from vocojax.runs.directory import run_config
+from vocojax.runs.earlier import upgraded
 from vocojax.training.config import StageConfig, stage_config
 from vocojax.training.stage import train
 
@@ -60,3 +61,11 @@ def test_a_store_of_an_earlier_version_is_read(earlier):
         assert assistant.read(cache, [QUESTION]) == assistant.read(fresh, [QUESTION], units=[[unit]])
     small = Store("store", "int8").get(earlier["images"][0], assistant.fingerprint, 2)
     assert np.abs(np.asarray(small.k_LUNGD) - np.asarray(caches[0].k_LUNGD)).max() < 0.1
+
+
+def test_what_trained_in_an_earlier_version_trains(earlier):
+    """Its two lists of regexes are today's one; a config of today is left as it is."""
+    saved = json.loads(Path("lora/config.json").read_text())
+    rates = upgraded(saved)["learning_rates"]
+    assert rates == [*([regex, 1.0] for regex in saved["train"]), *([regex, "freeze"] for regex in saved["freeze"])]
+    assert upgraded(upgraded(saved)) == upgraded(saved) and upgraded({"seed": 1}) == {"seed": 1}

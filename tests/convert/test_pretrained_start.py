@@ -29,7 +29,7 @@ def test_alignment_from_a_llama_and_a_tower(tmp_path, llava_data, caplog):
         data=DataConfig(path=str(llava_data / "records.json"), image_root=str(llava_data / "images"),
                         tokenizer=str(tmp_path / "pretrained" / "tokenizer"), template="plain", row_length=48,
                         images_per_row=2, max_targets=12, num_threads=1),
-        train=("projector/.*",), freeze=("vision/.*", "decoder/.*"), visibility="causal", batch_size=2, steps=1,
+        learning_rates=(("projector/.*", 1.0), (".*", "freeze")), visibility="causal", batch_size=2, steps=1,
         dtype="float32", remat="none", init_from=str(tmp_path / "pretrained"), init_new=("projector/.*",),
     )
     with pytest.raises(CheckpointError) as caught:

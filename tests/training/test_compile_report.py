@@ -252,7 +252,7 @@ def test_pod_configs_have_the_released_hyper_parameters(size):
     assert (voco.batch_size, voco.data.row_length, voco.visibility) == (128, 2048, "voco")
     assert alignment.optimizer.learning_rate == 1e-3
     assert alignment.batch_size * alignment.data.images_per_row == 256
-    assert alignment.train == ("projector/.*",)
+    assert [regex for regex, rate in alignment.learning_rates if rate != "freeze"] == ["projector/.*"]
 
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu (extra `tpu`)")
@@ -262,7 +262,8 @@ needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason
 def tiny_stage(tiny_config) -> StageConfig:
     data = DataConfig(path="-", image_root="-", tokenizer="-", row_length=128, images_per_row=1, max_targets=16)
     return StageConfig(
-        name="tiny", model=tiny_config, data=data, train=("projector/.*", "decoder/.*"), freeze=("vision/.*",), steps=1,
+        name="tiny", model=tiny_config, data=data, steps=1,
+        learning_rates=(("vision/.*", "freeze"), (".*", 1.0)),
         mesh=MeshConfig(data=1, fsdp=-1), batch_size=4, attention="chunked",
     )
 

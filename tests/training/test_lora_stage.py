@@ -31,7 +31,7 @@ from vocojax.training.config import stage_config
 from vocojax.training.program import make_model, make_program
 from vocojax.training.stage import train
 
-RULES = {"train": ("projector/.*", ".*/lora/[ab]"), "freeze": ("vision/.*", "decoder/(?!.*/lora/).*")}
+RULES = (("projector/.*", 0.1), (".*/lora/[ab]", 1.0), ("vision/.*", "freeze"), ("decoder/.*", "freeze"))
 LORA = LoraConfig(rank=2, alpha=6.0)
 KERNELS = [f"decoder/blocks/{name}/kernel" for name in ("down", "gate", "key", "out", "query", "up", "value")]
 
@@ -39,7 +39,7 @@ KERNELS = [f"decoder/blocks/{name}/kernel" for name in ("down", "gate", "key", "
 @pytest.fixture
 def lora_stage(stage, tmp_path):
     """Its base is yet to be trained, by `base`."""
-    return dataclasses.replace(stage, lora=LORA, init_from=str(tmp_path / "base"), seed=7, **RULES)
+    return dataclasses.replace(stage, lora=LORA, init_from=str(tmp_path / "base"), seed=7, learning_rates=RULES)
 
 
 @pytest.fixture
@@ -135,8 +135,7 @@ def test_a_killed_run_goes_on_and_the_next_stage_starts_from_the_sum(lora_stage,
     np.testing.assert_allclose(loss_curve(tmp_path / "lora")[0], loss_curve(tmp_path / "full")[0], rtol=1e-6)
 
     plain = dataclasses.replace(lora_stage, lora=LoraConfig(), init_from=str(tmp_path / "lora"), steps=1,
-                                train=("projector/linear_in/bias",),
-                                freeze=("vision/.*", "decoder/.*", "projector/(?!linear_in/bias).*"))
+                                learning_rates=(("projector/linear_in/bias", 1.0), (".*", "freeze")))
     train(plain, tmp_path / "next")
     after, expected = saved(tmp_path / "next"), merged(arrays)
     assert_same(after, expected | {"projector/linear_in/bias": after["projector/linear_in/bias"]})
@@ -192,12 +191,9 @@ def test_a_mesh_trains_and_merges_the_same(lora_stage, base, tmp_path):
 
 def test_rules_that_train_the_kernel_or_freeze_the_factors_are_refused(lora_stage, stage):
     mesh = make_mesh(MeshConfig())
-    for train_, freeze in ((stage.train, stage.freeze), (("projector/.*",), ("vision/.*", "decoder/.*"))):
-        with pytest.raises(ConfigError, match=r"train, freeze must freeze 'decoder/blocks/down/kernel' and train its "):
-            make_program(dataclasses.replace(lora_stage, train=train_, freeze=freeze), mesh)
-    with pytest.raises(ConfigError, match=r"'decoder/blocks/down/lora/a' is covered by none"):
-        make_program(dataclasses.replace(lora_stage, freeze=("vision/.*", "decoder/(?!.*/lora/).*"),
-                                         train=("projector/.*",)), mesh)
+    for rules in (stage.learning_rates, (("projector/.*", 1.0), (".*", "freeze"))):
+        with pytest.raises(ConfigError, match="learning_rates must freeze 'decoder/blocks/down/kernel' and train its "):
+            make_program(dataclasses.replace(lora_stage, learning_rates=rules), mesh)
 
 
 def test_the_config_file(lora_stage):
@@ -208,5 +204,5 @@ def test_the_config_file(lora_stage):
     assert isinstance(values, ConfigDict)
     values.data.update(tokenizer="t", path="p", image_root="i")
     config = stage_config(values)
-    assert {"train": config.train, "freeze": config.freeze} == RULES
+    assert config.learning_rates == RULES
     assert (config.lora.rank, config.lora.scale, config.lora.targets) == (128, 2.0, LORA.targets)

@@ -133,8 +133,8 @@ def forget(values, keys):
 def test_a_stage_starts_from_an_earlier_one(stage, tmp_path):
     train(dataclasses.replace(stage, steps=2), tmp_path / "first")
     frozen = dataclasses.replace(
-        stage, steps=1, init_from=str(tmp_path / "first"), init_new=("projector/.*",), train=("projector/.*",),
-        freeze=("vision/.*", "decoder/.*"), seed=3,
+        stage, steps=1, init_from=str(tmp_path / "first"), init_new=("projector/.*",), seed=3,
+        learning_rates=(("projector/.*", 1.0), (".*", "freeze")),
     )
     train(frozen, tmp_path / "second")
     first, second = (parameters_of(load_model(tmp_path / name)) for name in ("first", "second"))
@@ -202,7 +202,13 @@ def test_frozen_parameters_are_held_in_their_dtype(stage, tmp_path):
         ({"learning_rate": 1}, "x.py: learning_rate is not a key of StageConfig"),
         ({"accumulate": 3}, "x.py: accumulate must divide batch_size 4, got 3"),
         ({"remat": "some"}, "x.py: remat must be one of"),
-        ({"train": ["("]}, "x.py: train has the invalid regex '('"),
+        ({"learning_rates": [["(", 1.0]]}, "x.py: learning_rates has the invalid regex '('"),
+        ({"learning_rates": [[".*", "freeze"]]}, "x.py: learning_rates must name what trains"),
+        ({"learning_rates": [[".*", 0.0]]}, "x.py: learning_rates has for '.*' a multiplier that is not > 0"),
+        ({"learning_rates": [[".*", "frozen"]]},
+         "x.py: learning_rates[0][1] must be of type float or must be one of 'freeze', got 'frozen'"),
+        ({"learning_rates": ["vision/.*", "freeze"]}, "x.py: learning_rates[0] must be a list, got 'vision/.*'"),
+        ({"learning_rates": [["vision/.*"]]}, "x.py: learning_rates[0] must be a list of 2, got ['vision/.*']"),
         ({"optimizer": {"learning_rate": 0.0}}, "x.py: optimizer.learning_rate must be > 0, got 0.0"),
     ],
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -18,14 +19,20 @@ from vocojax.data.loader import BatchStream
 from vocojax.evaluation.report import loss_curve
 from vocojax.models.parameters import abstract, parameters_of, variables_of
 from vocojax.models.voco import VocoLlama
-from vocojax.training.optimizer import check_rules, decayed, make_schedule, matches
+from vocojax.training.optimizer import (
+    decayed,
+    learning_rate_multipliers,
+    make_optimizer,
+    make_schedule,
+    with_multipliers,
+)
 from vocojax.training.stage import train
 from vocojax.training.step import TrainState, make_step
 
 
 def state_and_batch(stage, visibilities=("voco",)):
     parameters = parameters_of(VocoLlama(stage.model, nnx.Rngs(1), stage.dtype))
-    trained = {n: p for n, p in parameters.items() if matches(n, stage.train)}
+    trained = {n: parameters[n] for n in learning_rate_multipliers(parameters, stage.learning_rates)}
     frozen = {n: p for n, p in parameters.items() if n not in trained}
     optimizer = optax.sgd(1.0)
     state = TrainState(jax.numpy.int32(0), trained, frozen, optimizer.init(trained), {})
@@ -58,7 +65,7 @@ def test_rematerialisation_changes_no_step(stage, remat):
 
 
 def test_only_what_trains_changes(stage):
-    before, after, _ = run(dataclasses.replace(stage, train=("projector/.*",), freeze=("vision/.*", "decoder/.*")))
+    before, after, _ = run(dataclasses.replace(stage, learning_rates=(("projector/.*", 1.0), (".*", "freeze"))))
     assert all(name.startswith("projector/") for name in after.trained)
     assert all((before.trained[n] != after.trained[n]).any() for n in after.trained)
     assert all((before.frozen[n] == after.frozen[n]).all() for n in after.frozen)
@@ -82,15 +89,42 @@ def test_gradient_is_that_of_the_mean_loss(stage):
     assert float(metrics["loss"]) > 0
 
 
-def test_rules_must_cover_every_parameter_once(stage):
+def test_the_first_rule_that_matches_decides(stage):
     names = list(variables_of(abstract(lambda: VocoLlama(stage.model, nnx.Rngs(0)))))
-    check_rules(names, stage.train, stage.freeze)
-    with pytest.raises(ConfigError, match=r"'projector/linear_in/bias' is covered by none"):
-        check_rules(names, ("decoder/.*",), ("vision/.*",))
-    with pytest.raises(ConfigError, match=r"is covered by train 'decoder/\.\*' and freeze '\.\*'"):
-        check_rules(names, ("decoder/.*",), (".*",))
-    with pytest.raises(ConfigError, match=r"train has the regex 'decodr/\.\*', which matches no parameter"):
-        check_rules(names, (*stage.train, "decodr/.*"), stage.freeze)
+    rules = (("decoder/embedding", 0.5), ("(vision|decoder)/.*", "freeze"), (".*", 2))
+    found = learning_rate_multipliers(names, rules)
+    projector = [name for name in names if name.startswith("projector/")]
+    assert found == {"decoder/embedding": 0.5, **dict.fromkeys(projector, 2)} and projector
+
+
+def test_rules_must_cover_every_parameter_and_each_decides_for_one(stage):
+    names = list(variables_of(abstract(lambda: VocoLlama(stage.model, nnx.Rngs(0)))))
+    with pytest.raises(ConfigError, match=r"must cover every parameter; no regex matches 'projector/linear_in/bias'"):
+        learning_rate_multipliers(names, (("decoder/.*", 1.0), ("vision/.*", "freeze")))
+    for unused in (("decodr/.*", 1.0), ("vision/.*", "freeze")):
+        with pytest.raises(ConfigError, match=re.escape(f"learning_rates has the regex {unused[0]!r}, which decides")):
+            learning_rate_multipliers(names, ((".*", 1.0), unused))
+
+
+def test_multipliers_scale_the_learning_rate_and_nothing_else(stage):
+    """Also the weight decay, but neither the clipping nor the state: as if those parameters had another rate."""
+    config = dataclasses.replace(stage.optimizer, weight_decay=0.1, warmup_share=0.0)
+    parameters = {"a/kernel": np.full((3,), 2.0, np.float32), "b/kernel": np.full((2,), 3.0, np.float32)}
+    gradients = {"a/kernel": np.array([1, 2, 30], np.float32), "b/kernel": np.array([-4, 5], np.float32)}
+
+    def moves(rate, multipliers):
+        plain = make_optimizer(dataclasses.replace(config, learning_rate=rate), 10)
+        optimizer = with_multipliers(plain, multipliers)
+        state = optimizer.init(parameters)
+        assert jax.tree.structure(state) == jax.tree.structure(plain.init(parameters))
+        for _ in range(3):
+            updates, state = optimizer.update(gradients, state, parameters)
+        return updates
+
+    ones = dict.fromkeys(parameters, 1.0)
+    whole, tenth, mixed = moves(1e-2, ones), moves(1e-3, ones), moves(1e-2, ones | {"b/kernel": 0.1})
+    np.testing.assert_array_equal(mixed["a/kernel"], whole["a/kernel"])
+    np.testing.assert_allclose(mixed["b/kernel"], tenth["b/kernel"], rtol=1e-6)
 
 
 def test_schedule_warms_up_and_falls_to_zero(stage):

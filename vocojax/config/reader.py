@@ -44,7 +44,7 @@ def build(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
     """Builds the dataclass `cls` from a nested mapping, strictly.
 
     Args:
-      cls: a frozen dataclass whose fields are scalars, tuples, Literals or dataclasses (also `| None`).
+      cls: a frozen dataclass whose fields are scalars, Literals, dataclasses, tuples of these, or unions.
       values: its fields; those left out keep their defaults. Lists become tuples.
       key: dotted path of `values` in the whole config, for errors.
 
@@ -74,7 +74,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:
             return None
-        return _convert(next(o for o in options if o is not type(None)), value, path)
+        return _convert_to_one([option for option in options if option is not type(None)], value, path)
     if origin is Literal:
         if value not in options:
             raise ConfigError(path, f"must be one of {', '.join(map(repr, options))}, got {value!r}")
@@ -82,7 +82,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise ConfigError(path, f"must be a list, got {value!r}")
-        return tuple(_convert(options[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+        hints = [options[0]] * len(value) if options[-1] is Ellipsis else options
+        if len(hints) != len(value):
+            raise ConfigError(path, f"must be a list of {len(hints)}, got {value!r}")
+        return tuple(_convert(item_hint, item, f"{path}[{i}]")
+                     for i, (item_hint, item) in enumerate(zip(hints, value, strict=True)))
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
@@ -94,6 +98,19 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(path, f"must be of type {hint.__name__}, got {value!r}")
     return value
+
+
+def _convert_to_one(hints: list[Any], value: Any, path: str) -> Any:
+    """Returns the value as the first of several types that takes it."""
+    problems = []
+    for hint in hints:
+        try:
+            return _convert(hint, value, path)
+        except ConfigError as error:
+            if len(hints) == 1:
+                raise
+            problems.append(error.problem.rpartition(", got ")[0])
+    raise ConfigError(path, f"{' or '.join(problems)}, got {value!r}")
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from vocojax.config import ConfigError, build, config_to_dict, differing_keys
 from vocojax.errors import VocojaxError
 from vocojax.files import is_remote, write_atomically
 from vocojax.parallel import processes
+from vocojax.runs.earlier import upgraded
 
 PACKAGES = ("vocojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 # Keys of a stage's config that may change when a run goes on.
@@ -68,7 +69,7 @@ def changed_keys(saved: Any, config: Any) -> list[str]:
     if config is None or isinstance(saved, str):  # at first checkpoints held a digest; config.json is what counts there
         return []
     try:
-        filled = build(type(config), saved)
+        filled = build(type(config), upgraded(saved))
     except ConfigError as error:
         return [error.key]
     return differing_keys(fixed_keys(filled), fixed_keys(config))
@@ -130,8 +131,8 @@ def _version(package: str) -> str:
 
 
 def run_config(workdir: str | Path) -> dict[str, Any]:
-    """The resolved config of a run; `CheckpointError` if the directory holds none."""
+    """Returns the resolved config of a run in today's keys; `CheckpointError` if the directory holds none."""
     path = run_path(workdir) / "config.json"
     if not path.exists():
         raise CheckpointError(f"{workdir} holds no run: {path.name} is missing")
-    return json.loads(path.read_text())
+    return upgraded(json.loads(path.read_text()))

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vocojax.config import ConfigError, LoraConfig, ModelConfig, build, config_to_dict, require, require_positive
+from vocojax.config import ConfigError, LoraConfig, ModelConfig, build, require, require_positive
 from vocojax.data.config import DataConfig, SourceName, Split
 from vocojax.layout import Visibility
 from vocojax.models.stack import REMAT_POLICIES
 from vocojax.parallel.mesh import MeshConfig
 
 Dtype = Literal["float32", "bfloat16"]
+LearningRate = tuple[str, float | Literal["freeze"]]
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,10 @@ class RunConfig:
 class StageConfig:
     """One stage of training.
 
-    train, freeze: regexes over parameter paths (`decoder/blocks/query/kernel`), matched whole; every parameter must
-      match exactly one of all of them.
+    learning_rates: pairs (regex, multiplier of `optimizer.learning_rate` or "freeze") over parameter paths such as
+      `decoder/blocks/query/kernel`. A regex must match the whole path. The first that matches decides. Every parameter
+      must be matched, and every regex must decide for at least one. On the command line:
+      --config.learning_rates='[["vision/.*", "freeze"], [".*", 1.0]]'
     visibility: who sees whom in training: `voco`, or `causal` for the bounds and the baselines.
     batch_size: rows per optimizer step, cut into `accumulate` parts that run one after the other.
     init_from: work directory of an earlier stage whose parameters this one starts from; '' starts from random ones.
@@ -137,9 +140,8 @@ class StageConfig:
 
     name: str = ""
     data: DataConfig = field(default_factory=DataConfig)
-    train: tuple[str, ...] = ()
+    learning_rates: tuple[LearningRate, ...] = ()
     steps: int = 0
-    freeze: tuple[str, ...] = ()
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -176,17 +178,27 @@ class StageConfig:
         require(self.batch_size % self.accumulate == 0, "accumulate", f"must divide batch_size {self.batch_size}",
                 self.accumulate)
         require(self.remat in REMAT_POLICIES, "remat", f"must be one of {sorted(REMAT_POLICIES)}", self.remat)
-        require(bool(self.train), "train", "must name what trains", self.train)
+        for pattern, multiplier in self.learning_rates:
+            require_regex("learning_rates", pattern)
+            require(multiplier == "freeze" or multiplier > 0, "learning_rates",
+                    f"has for {pattern!r} a multiplier that is not > 0; to keep parameters as they are say 'freeze'",
+                    multiplier)
+        require(any(multiplier != "freeze" for _, multiplier in self.learning_rates), "learning_rates",
+                "must name what trains", self.learning_rates)
+        for pattern in self.init_new:
+            require_regex("init_new", pattern)
         if self.model.compressor.kind != "none":
             require(self.visibility == "causal", "visibility",
                     f"must be 'causal' for the baseline {self.model.compressor.kind!r}, which has no VoCo tokens",
                     self.visibility)
-        for key in ("train", "freeze", "init_new"):
-            for pattern in getattr(self, key):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ConfigError(key, f"has the invalid regex {pattern!r}: {error}") from None
+
+
+def require_regex(key: str, pattern: str) -> None:
+    """Raises `ConfigError` unless the pattern is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(key, f"has the invalid regex {pattern!r}: {error}") from None
 
 
 def _require_files(data: DataConfig | ValidationConfig, key: str) -> None:
@@ -214,17 +226,18 @@ def all_keys(**values: Any) -> dict[str, Any]:
 
     Config files are made of it, so that each key can be set on the command line.
     """
-    defaults = {
-        entry.name: entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
-        for entry in dataclasses.fields(StageConfig)
-    }
-    plain = {k: config_to_dict(value) if dataclasses.is_dataclass(value) else value for k, value in defaults.items()}
-    return _over(plain, values)
+    defaults: dict[str, Any] = {}
+    for entry in dataclasses.fields(StageConfig):
+        if entry.default_factory is dataclasses.MISSING:
+            defaults[entry.name] = entry.default
+        else:
+            defaults[entry.name] = dataclasses.asdict(entry.default_factory())
+    return _over(defaults, values)
 
 
 def _over(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` over `base`, dict by dict; tuples become lists."""
+    """Returns `values` over `base`, dict by dict. Lists become tuples, which the command line can override."""
     merged = dict(base)
     for key, value in values.items():
         merged[key] = _over(base[key], value) if isinstance(value, Mapping) else value
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in merged.items()}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}

@@ -1,8 +1,8 @@
-"""What trains, and AdamW with its schedule."""
+"""AdamW with its schedule, and the learning rate of every parameter."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
@@ -15,19 +15,33 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def check_rules(names: Iterable[str], train: Sequence[str], freeze: Sequence[str]) -> None:
-    """Raises `ConfigError` unless every name matches exactly one of all regexes and every regex matches a name."""
-    rules = [("train", pattern) for pattern in train] + [("freeze", pattern) for pattern in freeze]
-    unused = set(rules)
+def learning_rate_multipliers(
+    names: Iterable[str], rules: Sequence[tuple[str, float | Literal["freeze"]]]
+) -> dict[str, float]:
+    """Returns the learning rate multiplier of every parameter that trains; the first rule that matches decides.
+
+    Args:
+      names: of all parameters.
+      rules: `StageConfig.learning_rates`.
+
+    Raises:
+      ConfigError: no rule matches a parameter, or a rule decides for none.
+    """
+    multipliers: dict[str, float] = {}
+    used = set()
     for name in names:
-        matching = [rule for rule in rules if re.fullmatch(rule[1], name)]
-        unused -= set(matching)
-        if len(matching) != 1:
-            found = " and ".join(f"{key} {pattern!r}" for key, pattern in matching) or "none"
-            raise ConfigError("train, freeze", f"must cover every parameter once; {name!r} is covered by {found}")
-    if unused:
-        key, pattern = sorted(unused)[0]
-        raise ConfigError(key, f"has the regex {pattern!r}, which matches no parameter")
+        deciding = next(((pattern, rate) for pattern, rate in rules if re.fullmatch(pattern, name)), None)
+        if deciding is None:
+            raise ConfigError("learning_rates", f"must cover every parameter; no regex matches {name!r}")
+        pattern, rate = deciding
+        used.add(pattern)
+        if rate != "freeze":
+            multipliers[name] = rate
+    for pattern, _ in rules:
+        if pattern not in used:
+            raise ConfigError("learning_rates", f"has the regex {pattern!r}, which decides for no parameter: it "
+                              "matches none, or only those that one before it matches")
+    return multipliers
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -38,12 +52,31 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW over a flat dict of parameters."""
+    """Returns clipping by the global norm, then AdamW, over a flat dict of parameters."""
     adamw = optax.adamw(
         make_schedule(config, steps), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
         mask=decayed,
     )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def with_multipliers(
+    optimizer: optax.GradientTransformation, multipliers: Mapping[str, float]
+) -> optax.GradientTransformation:
+    """Returns the optimizer with its updates, weight decay included, multiplied per parameter; its state is the same.
+
+    Args:
+      optimizer: over a flat dict of parameters.
+      multipliers: by the parameters' names.
+    """
+
+    def update(updates: Any, state: optax.OptState, parameters: Any = None) -> tuple[Any, optax.OptState]:
+        updates, state = optimizer.update(updates, state, parameters)
+        scaled = {name: value if multipliers[name] == 1 else multipliers[name] * value
+                  for name, value in updates.items()}
+        return scaled, state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def decayed(parameters: Mapping[str, Any]) -> dict[str, bool]:

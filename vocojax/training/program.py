@@ -26,7 +26,7 @@ from vocojax.models.voco import VocoLlama
 from vocojax.parallel.mesh import BATCH, BATCH_AXES, replicated
 from vocojax.parallel.shardings import on_every_device, parameter_shardings, parts_of
 from vocojax.training.config import StageConfig
-from vocojax.training.optimizer import check_rules, make_optimizer, matches
+from vocojax.training.optimizer import learning_rate_multipliers, make_optimizer, with_multipliers
 from vocojax.training.step import Evaluate, Step, TrainState, make_evaluation, make_step
 
 
@@ -63,8 +63,8 @@ def make_program(config: StageConfig, mesh: Mesh) -> Program:
       ConfigError: what trains is not said for every parameter, or the batch does not divide over the mesh.
     """
     model = abstract(lambda: make_model(config, nnx.Rngs(0)))
-    check_rules(variables_of(model), config.train, config.freeze)
-    _check_lora_rules(config, model)
+    multipliers = learning_rate_multipliers(variables_of(model), config.learning_rates)
+    _check_lora_rules(model, multipliers)
     rows, ways = config.batch_size // config.accumulate, math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if rows % ways:
         raise ConfigError("batch_size", f"/ accumulate must be a multiple of slice x data x fsdp = {ways} devices, got "
@@ -72,8 +72,8 @@ def make_program(config: StageConfig, mesh: Mesh) -> Program:
     shardings = parameter_shardings(model, mesh)
     in_parts = lambda model: cut(model, parts_of(shardings, mesh), config.dtype)
     teacher = abstract(lambda: VocoLlama(config.model, nnx.Rngs(0), config.dtype)) if config.distill.teacher else None
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    state = _abstract_state(config, model, teacher, optimizer, mesh, shardings)
+    optimizer = with_multipliers(make_optimizer(config.optimizer, config.steps), multipliers)
+    state = _abstract_state(config, model, multipliers, teacher, optimizer, mesh, shardings)
     batch = _abstract_batch(config, mesh)
     # The new state keeps the old one's shardings, so that nothing is compiled twice and every donated buffer is used.
     kept = jax.tree.map(lambda leaf: leaf.sharding, (state, batch))
@@ -92,12 +92,12 @@ def make_model(config: StageConfig, rngs: nnx.Rngs) -> VocoLlama:
     return model
 
 
-def _check_lora_rules(config: StageConfig, model: VocoLlama) -> None:
+def _check_lora_rules(model: VocoLlama, multipliers: Mapping[str, float]) -> None:
     """Raises `ConfigError` unless factors train and the kernels they belong to don't."""
     names = variables_of(model)
     for kernel in (name for name in names if factor_names(name)[0] in names):
-        if matches(kernel, config.train) or not all(matches(factor, config.train) for factor in factor_names(kernel)):
-            raise ConfigError("train, freeze", f"must freeze {kernel!r} and train its factors {factor_names(kernel)}, "
+        if kernel in multipliers or not all(factor in multipliers for factor in factor_names(kernel)):
+            raise ConfigError("learning_rates", f"must freeze {kernel!r} and train its factors {factor_names(kernel)}, "
                               "as the rules of configs/voco_lora.py do")
 
 
@@ -109,6 +109,7 @@ def views(config: StageConfig) -> list[Visibility]:
 def _abstract_state(
     config: StageConfig,
     model: VocoLlama,
+    multipliers: Mapping[str, float],
     teacher: VocoLlama | None,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
@@ -120,7 +121,7 @@ def _abstract_state(
     def leaf(name: str, dtype: DTypeLike) -> Any:
         return jax.ShapeDtypeStruct(shapes[name], dtype, sharding=shardings[name])
 
-    trained: Parameters = {name: leaf(name, jnp.float32) for name in shapes if matches(name, config.train)}
+    trained: Parameters = {name: leaf(name, jnp.float32) for name in shapes if name in multipliers}
     frozen: Parameters = {name: leaf(name, config.frozen_dtype) for name in shapes if name not in trained}
     known = () if teacher is None else variables_of(teacher)  # its factors are merged
     guiding: Parameters = {name: leaf(name, config.frozen_dtype) for name in known}
