@@ -2,14 +2,14 @@
 
     bash launch/quickstart.sh                 # all of them, then the table
 
-A single one, behind the quickstart's first stages:
+A single one, after the quickstart's first stages:
 
     python launch/train.py --config=configs/quickstart.py:voco_4 --config.model.voco.num_vocos=4 \
         --config.init_from=runs/quickstart/seed_0/alignment --config.data.tokenizer=runs/quickstart/tokenizer \
         --workdir=runs/voco_4
 
-Stages: `alignment`; then from it `upper_bound` (its weights, read with the VoCo mask, are the lower bound as well),
-`voco_N`, `avg_pool` and `qformer`.
+The stage is the config's argument: `alignment`; then, which start from it, `upper_bound` (its weights, read with the
+VoCo mask, are the lower bound as well), `voco_N`, `avg_pool` and `qformer`.
 """
 
 import dataclasses
@@ -23,6 +23,11 @@ VOCABULARY = 34  # words of the training questions, special tokens and <voco>
 
 
 def get_config(stage: str = "voco_1") -> ConfigDict:
+    """Returns the config of one of the quickstart's stages.
+
+    Raises:
+      ConfigError: there is no such stage.
+    """
     tiny = preset("tiny")
     model = config_to_dict(dataclasses.replace(
         tiny, decoder=dataclasses.replace(tiny.decoder, vocab_size=VOCABULARY),

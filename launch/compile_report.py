@@ -1,12 +1,14 @@
 """Compiles a stage's real step for a machine that is not there and says what it costs on it, before it is booked.
 
     . launch/xla_flags.sh v5p
-    python launch/compile_report.py --config=configs/voco_7b.py --topology=v5p:4x4x4 --json report.json
-    python launch/compile_report.py --config=configs/voco_7b.py --topology=v5e:16x16 --config.batch_size=256 --fast \
+    python launch/compile_report.py --config=configs/voco.py --topology=v5p:4x4x4 --config.batch_size=128 \
+        --json report.json
+    python launch/compile_report.py --config=configs/voco.py --topology=v5e:16x16 --config.batch_size=256 --fast \
         --compare-remat --json policies.json
-    python launch/compile_report.py --config=configs/voco_7b.py --topology=v5e:4x4 --search --policies=full,minimal \
+    python launch/compile_report.py --config=configs/voco.py --topology=v5e:4x4 --search --policies=full,minimal \
         --rows=1,2 --meshes=1x16x1 --json search.json
-    python launch/compile_report.py --config=configs/voco_7b.py --topology=h100:8 --config.accumulate=8
+    python launch/compile_report.py --config=configs/voco.py --topology=h100:8 --config.batch_size=128 \
+        --config.accumulate=8
 
 Needs the extra `tpu` (libtpu) or `cuda` (the CUDA plugin), no device. Paths of data and weights are not read. A search
 or comparison that was ended goes on when it is given the same --json file again.

@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.helpers.stages import load
-from vocojax.config import ConfigError
+from tests.helpers.stages import load_for_a_pod
+from vocojax.config import ConfigError, preset
 from vocojax.costs import hlo
 from vocojax.costs.kernels.tpu import CHIPS
 from vocojax.costs.steps import attention
@@ -231,7 +231,7 @@ def test_a_topology_that_is_none_is_refused(name):
 
 
 def test_typical_rows_hold_what_a_stage_packs():
-    config = load("voco_7b")
+    config = load_for_a_pod("voco")
     layout = attention.typical_rows(config)
     causal = attention.typical_rows(dataclasses.replace(config, visibility="causal"))
     assert layout.start.shape == (8, 2048)
@@ -245,9 +245,10 @@ def test_typical_rows_hold_what_a_stage_packs():
     assert attention.typical_targets(dataclasses.replace(config, data=data)) == 100
 
 
-@pytest.mark.parametrize("size", ["7b", "13b"])
-def test_pod_configs_have_the_released_hyper_parameters(size):
-    voco, alignment = load(f"voco_{size}"), load(f"alignment_{size}")
+@pytest.mark.parametrize("model", ["clip_l_336_vicuna_7b", "clip_l_336_vicuna_13b"])
+def test_stages_on_a_pod_have_the_released_hyper_parameters(model):
+    voco, alignment = load_for_a_pod("voco", model), load_for_a_pod("alignment", model)
+    assert voco.model == alignment.model == preset(model)
     assert (voco.optimizer.learning_rate, voco.optimizer.warmup_share, voco.optimizer.weight_decay) == (2e-5, 0.03, 0.0)
     assert (voco.batch_size, voco.data.row_length, voco.visibility) == (128, 2048, "voco")
     assert alignment.optimizer.learning_rate == 1e-3
@@ -321,7 +322,7 @@ def test_a_tiny_step_is_compiled_for_two_slices(tiny_stage):
 @needs_libtpu
 def test_every_kernel_of_a_step_has_a_price():
     """Rotary positions are XLA's where their kernel does not take the heads; on keys a call costs their share."""
-    stage = load("voco_7b")
+    stage = load_for_a_pod("voco")
     narrow = dataclasses.replace(stage.model.decoder, head_width=72, num_kv_heads=8)
     grouped = dataclasses.replace(stage.model.decoder, num_kv_heads=8)
     with_decoder = lambda decoder: dataclasses.replace(stage, model=dataclasses.replace(stage.model, decoder=decoder))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.stages import load
+from tests.helpers.stages import load_for_a_pod
 from vocojax.config import ConfigError
 from vocojax.costs.steps.compiling import Topology, Unfinished
 from vocojax.costs.steps.search import compare_remat, search
@@ -42,7 +42,7 @@ def compiler(monkeypatch) -> Compiler:
 def test_a_search_leaves_out_what_cannot_fit(compiler, capsys):
     """On one mesh of 4 devices, 32 rows: 8 per device in one go take no sum of gradients, so they are tried although 4
     don't fit; a policy that keeps more than one that did not fit is not."""
-    found = search(load("voco_7b", batch_size=32), Topology("v5e:2x2"), meshes=["1x4x1"])
+    found = search(load_for_a_pod("voco", batch_size=32), Topology("v5e:2x2"), meshes=["1x4x1"])
     tried = {policy: [rows for *_, name, rows in compiler.asked if name == policy] for policy in compiler.per_row}
     assert tried == {"full": [1, 2, 4, 8], "attention_out": [1, 2, 4, 8], "minimal": [1, 2, 8], "none": [1],
                      "offload": [1, 2, 4, 8]}
@@ -59,7 +59,7 @@ def test_a_search_leaves_out_what_cannot_fit(compiler, capsys):
 def test_a_search_goes_on_where_it_was_ended(compiler, monkeypatch, tmp_path):
     """Errors of a setting are kept and listed; another question's file is refused; narrower searches add to a file."""
     path = str(tmp_path / "search.json")
-    stage, topology = load("voco_7b", batch_size=32), Topology("v5e:2x2")
+    stage, topology = load_for_a_pod("voco", batch_size=32), Topology("v5e:2x2")
     run = lambda stage=stage, **space: search(stage, topology, path=path, **space)
     with monkeypatch.context() as patch:
         broken = lambda *_, **__: compiler(*_, **__) if len(compiler.asked) < 3 else (_ for _ in ()).throw(OSError)
@@ -86,7 +86,7 @@ def test_a_search_goes_on_where_it_was_ended(compiler, monkeypatch, tmp_path):
 
 def test_a_comparison_compiles_what_a_search_left_out(compiler, tmp_path):
     path, topology = str(tmp_path / "search.json"), Topology("v5e:2x2")
-    stage = dataclasses.replace(load("voco_7b", batch_size=32), accumulate=4, mesh=MeshConfig(data=1, fsdp=-1))
+    stage = dataclasses.replace(load_for_a_pod("voco", batch_size=32), accumulate=4, mesh=MeshConfig(data=1, fsdp=-1))
     found = search(stage, topology, ["minimal", "none"], ["1", "2"], ["1x4x1"], path=path)
     assert [trial["remat"] for trial in found.skipped] == ["none"]
     found = compare_remat(stage, topology, ["none"], fast=True, path=path)
@@ -96,7 +96,7 @@ def test_a_comparison_compiles_what_a_search_left_out(compiler, tmp_path):
 def test_a_compiler_that_was_killed_says_nothing_of_a_setting(compiler, monkeypatch, tmp_path):
     """Its report is shown; it rules nothing out and is not kept: the same command asks again."""
     path = tmp_path / "search.json"
-    run = lambda: search(load("voco_7b", batch_size=32), Topology("v5e:2x2"), ["full", "minimal"], ["1", "2"],
+    run = lambda: search(load_for_a_pod("voco", batch_size=32), Topology("v5e:2x2"), ["full", "minimal"], ["1", "2"],
                          ["1x4x1"], path=str(path))
 
     def killed(config, topology, fast=False):
@@ -115,7 +115,7 @@ def test_a_compiler_that_was_killed_says_nothing_of_a_setting(compiler, monkeypa
 
 
 def test_all_policies_are_compared(compiler):
-    stage = load("voco_7b", batch_size=32, accumulate=4)
+    stage = load_for_a_pod("voco", batch_size=32, accumulate=4)
     stage = dataclasses.replace(stage, mesh=MeshConfig(data=1, fsdp=-1))
     found = compare_remat(stage, Topology("v5e:2x2"))
     assert {report["mesh"]["fsdp"] for report in found.reports} == {4}, "as a search names it"
@@ -131,5 +131,5 @@ def test_all_policies_are_compared(compiler):
 ])
 def test_what_cannot_be_searched_is_refused(compiler, space, message):
     with pytest.raises(ConfigError, match=message):
-        search(load("voco_7b", batch_size=32), Topology("v5e:2x2"), **space)
+        search(load_for_a_pod("voco", batch_size=32), Topology("v5e:2x2"), **space)
     assert not compiler.asked

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.helpers.stages import ROOT, load
+from tests.helpers.stages import ROOT, load_for_a_pod
 from vocojax.costs.steps.compiling import Topology
 from vocojax.costs.steps.report import compile_report
 
@@ -38,7 +38,7 @@ def with_flags(monkeypatch):
 ])
 def test_7b_fits(topology, changes, with_flags):
     with_flags(topology)
-    report = compile_report(load("voco_7b", **changes), Topology(topology), fast=True)
+    report = compile_report(load_for_a_pod("voco", **changes), Topology(topology), fast=True)
     assert report["fits"], report["error"]
 
 
@@ -48,7 +48,7 @@ def test_7b_fits_eight_gpus(with_flags):
     """Of 16 x 2,048 tokens per GPU and step every one costs 6 FLOPs per weight and, as all is computed twice, another 2
     per weight but those of `down`, whose product nobody reads again."""
     with_flags("h100")
-    report = compile_report(load("voco_7b", accumulate=8), Topology("h100:8"))
+    report = compile_report(load_for_a_pod("voco", accumulate=8), Topology("h100:8"))
     assert report["fits"], report["error"]
     assert 0.3 < report["mfu_bound"] < 0.75
     decoder = 32768 * (8 * 6_476_005_376 - 2 * 32 * 4096 * 11008)
@@ -63,7 +63,7 @@ def test_7b_fits_eight_gpus(with_flags):
 @pytest.mark.slow
 def test_the_compiler_needs_little_for_7b(with_flags):
     with_flags("v5p")
-    report = compile_report(load("voco_7b"), Topology("v5p:4x4x4"))
+    report = compile_report(load_for_a_pod("voco"), Topology("v5p:4x4x4"))
     assert report["fits"] and report["estimated_from"] == "estimated_cycles"
     assert report["compiler"]["cpu_seconds"] <= 200 and report["compiler"]["memory_gib"] <= 3
     gathered, scattered = (report["collective_bytes"][kind] for kind in ("all-gather", "reduce-scatter"))
@@ -103,7 +103,7 @@ needs_the_same_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize(("topology", "remat", "rows"), CASES)
 def test_7b_is_as_fast_as_maxtext_and_takes_little_more_memory(topology, remat, rows, with_flags):
     with_flags(topology)
-    stage = load("voco_7b", batch_size=rows * Topology(topology).count, remat=remat)
+    stage = load_for_a_pod("voco", batch_size=rows * Topology(topology).count, remat=remat)
     report = compile_report(stage, Topology(topology))
     assert not report["error"], report["error"]
     assert report["estimated_from"] == "estimated_cycles"

@@ -18,14 +18,19 @@ T = TypeVar("T")
 
 
 class ConfigError(VocojaxError, ValueError):
-    """A configuration value that cannot be used; `key` is its dotted path below the config being built."""
+    """A configuration value that cannot be used.
 
-    def __init__(self, key: str, problem: str):
+    Attributes:
+      key: dotted path of the value below the config being built.
+      problem: what is wrong with it; empty where `key` is a whole message (absl makes such errors again).
+    """
+
+    def __init__(self, key: str, problem: str = ""):
         self.key, self.problem = key, problem
         super().__init__(key, problem)  # what pickling builds it from again
 
     def __str__(self) -> str:
-        return f"{self.key} {self.problem}"
+        return f"{self.key} {self.problem}".rstrip()
 
 
 def require(condition: bool, key: str, problem: str, value: Any) -> None:
