@@ -23,7 +23,7 @@ from vocojax.inference.caches.store import Store
 from vocojax.inference.collection import compress_files, find_files, int8_loss
 from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.inference.many import Question, answer_all, read_questions
-from vocojax.parallel.mesh import local_mesh, parse_mesh
+from vocojax.parallel.mesh import MeshConfig, local_mesh, parse_mesh
 from vocojax.pretrained.loading import save_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -133,15 +133,19 @@ def test_the_loss_of_int8_is_measured(assistant, cache):
 
 
 def test_a_mesh_is_of_the_devices_that_there_are():
-    assert local_mesh().shape == {"data": 1, "fsdp": 1, "tensor": 1}
-    for sizes in ((2, 1, 1), (-1, 2, 1), (-1, -1, 1), (0, 1, 1)):
-        with pytest.raises(ConfigError, match="mesh data x fsdp x tensor must be the 1 devices of this process"):
-            local_mesh(*sizes)
+    assert local_mesh(MeshConfig()).shape == {"slice": 1, "data": 1, "fsdp": 1, "tensor": 1}
+    for sizes in ("2,1,1", "-1,2,1"):
+        with pytest.raises(ConfigError, match="mesh slice x data x fsdp x tensor must multiply to the 1 devices"):
+            parse_mesh(sizes)
+    with pytest.raises(ConfigError, match=r"slice, data, fsdp, tensor must hold -1 at most once, got \(1, -1, -1, 1\)"):
+        parse_mesh("-1,-1,1")
+    with pytest.raises(ConfigError, match=r"slice, data, fsdp, tensor must each be >= 1, or -1, got \(1, 0, 1, 1\)"):
+        parse_mesh("0,1,1")
 
 
 def test_a_mesh_flag_is_read_strictly():
     assert parse_mesh(None) is None
-    assert parse_mesh("1") == parse_mesh("-1,1,1") == local_mesh()
+    assert parse_mesh("1") == parse_mesh("-1,1,1") == local_mesh(MeshConfig())
     for text in ("", "1,1,1,1", "a", "1,,1", "1.5"):
         with pytest.raises(ConfigError, match=re.escape(f"--mesh must be whole numbers data,fsdp,tensor such as 4,1,2 "
                                                         f"(-1 for the rest), got {text!r}")):

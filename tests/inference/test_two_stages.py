@@ -92,7 +92,7 @@ def test_batches_of_compression_are_the_whole(assistant, images):
 def test_a_batch_of_compression_is_shared_evenly_by_the_devices():
     assert [rows_at_once(count, 64) for count in (1, 5, 64, 1000)] == [1, 8, 64, 64]
     assert (rows_at_once(1000, 100), rows_at_once(200, 256)) == (100, 256)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((3, 2, 1), AXES)):
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 3, 2, 1), AXES)):
         assert [rows_at_once(count, 64) for count in (1, 7, 50, 1000)] == [6, 12, 60, 60]
         assert rows_at_once(1000, 4) == 6
 

@@ -290,7 +290,7 @@ def test_why_nothing_was_compiled(child, error, message, tiny_stage, tmp_path, m
 
 @needs_libtpu
 def test_a_stage_that_a_topology_refuses(tiny_stage, monkeypatch):
-    with pytest.raises(ConfigError, match=r"^mesh slice x data x fsdp x tensor must be the 4 devices there are"):
+    with pytest.raises(ConfigError, match=r"^mesh slice x data x fsdp x tensor must multiply to the 4 devices"):
         compile_step(dataclasses.replace(tiny_stage, mesh=MeshConfig(data=3)), Topology("v5e:2x2"))
     monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_flag=1")
     with pytest.raises(CompilerError, match=r"Unknown flag.* --xla_no_such_flag"):

@@ -57,7 +57,7 @@ def test_a_large_parameter_that_nothing_divides_is_refused():
 
 
 def test_a_mesh_must_have_as_many_devices_as_there_are():
-    with pytest.raises(ConfigError, match="mesh slice x data x fsdp x tensor must be the 1 devices there are, got 2"):
+    with pytest.raises(ConfigError, match="fsdp x tensor must multiply to the 1 devices there are, got 2"):
         make_mesh(MeshConfig(slice=2, data=1), jax.devices()[:1])
 
 

@@ -1,8 +1,8 @@
-"""Parameters that lie in parts on several devices, put together where they are used.
+"""Parameters that are cut into parts over several devices, and gathered where they are used (ZeRO-3, arXiv 1910.02054).
 
-Inside a `jax.shard_map` a model's variables may hold parts. Which ones do, and how, stands in the variable's metadata
-(`cut`). A stack's variables are gathered layer by layer in its scan, so that one layer is whole at a time; all others
-by whoever runs the model (`gathered(model, stacked=False)`). Where nothing is cut, nothing happens.
+Inside a `jax.shard_map` a variable may hold one part of its parameter. Its metadata says so (`cut`, a `Parts`). A
+stack's variables are gathered layer by layer inside its scan, so that one layer is whole at a time. All others are
+gathered by whoever runs the model (`gathered(model, stacked=False)`). Without cut variables nothing happens.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,12 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 @dataclass(frozen=True)
 class Parts:
-    """A parameter cut along one axis.
+    """How a parameter is cut along one axis, and how it is gathered.
 
-    mesh_axis: whose devices hold the parts. axis: which one is cut, counted from the last (-1).
-    stages: the gather goes in this many steps, along groups of these many devices each, most significant first.
+    Attributes:
+      mesh_axis: the mesh axis whose devices hold the parts, device d the part d.
+      axis: which axis of the parameter is cut, counted from the last (-1).
+      stages: the gather runs in one stage over all devices, `(size,)`, or in two, `(outer, inner)`.
     """
 
     mesh_axis: str
@@ -31,8 +33,8 @@ class Parts:
     stages: tuple[int, ...]
 
     def gather(self, part: jax.Array) -> jax.Array:
-        """The whole array. Its transpose sums over the devices and leaves each its part."""
-        # Parts are moved as leading rows: cut columns narrower than a register would be laid out anew.
+        """Returns the whole array. The transpose of this sums over the devices and leaves each its part."""
+        # Parts are moved as leading rows: XLA would copy cut columns narrower than a register into another layout.
         x = jnp.moveaxis(part, self.axis, 0)
         for groups in self._groups():
             x = jax.lax.all_gather(x, self.mesh_axis, axis=0, tiled=True, axis_index_groups=groups)
@@ -40,18 +42,27 @@ class Parts:
         return checkpoint_name(jnp.moveaxis(x, 0, self.axis), "gathered")
 
     def _groups(self) -> list[list[list[int]] | None]:
-        """The groups of devices of each stage, the innermost stage first."""
+        """Returns the groups of devices that gather together, for each stage in the order in which they run.
+
+        One stage is one group of all devices (None). Two stages see the devices as a table of `outer` rows and `inner`
+        columns. With outer = 3 and inner = 2, device 0 gathers its parts so:
+
+            devices   0 1      first within each row:       [0 1] [2 3] [4 5]     device 0 has parts 0 1
+                      2 3      then within each column:     [0 2 4] [1 3 5]       device 0 has parts 0 1 2 3 4 5
+                      4 5
+
+        After the first stage a device holds neighbouring parts. So the second stage leaves all parts in order.
+        """
         if len(self.stages) == 1:
             return [None]
         outer, inner = self.stages
-        return [
-            [[o * inner + i for i in range(inner)] for o in range(outer)],
-            [[o * inner + i for o in range(outer)] for i in range(inner)],
-        ]
+        rows = [[row * inner + column for column in range(inner)] for row in range(outer)]
+        columns = [[row * inner + column for row in range(outer)] for column in range(inner)]
+        return [rows, columns]
 
 
 def cut(model: Model, parts: Mapping[str, Parts], dtype: DTypeLike) -> Model:
-    """The (abstract) model with the named variables marked as parts that are gathered in `dtype`."""
+    """Returns the (abstract) model with the named variables marked as parts, which are gathered in `dtype`."""
     graphdef, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     for path, variable in flat:
@@ -61,45 +72,66 @@ def cut(model: Model, parts: Mapping[str, Parts], dtype: DTypeLike) -> Model:
 
 
 def in_parts(module: nnx.Module) -> bool:
-    """Whether any of a module's variables is cut."""
-    return any("cut" in variable.get_metadata() for _, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)))
+    """Returns whether any of a module's variables is cut."""
+    return any(_is_cut(variable) for _, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)))
 
 
 def gathered(module: Model, *, stacked: bool) -> Model:
-    """The module with its parts put together: of stacks' variables (one layer of them), or of all others."""
+    """Returns the module with some of its cut variables gathered.
 
-    def put_together(variable: nnx.Variable) -> nnx.Variable:
-        metadata = variable.get_metadata()
-        if "cut" not in metadata or ("layers" in metadata["out_sharding"]) != stacked:
-            return variable
-        whole = metadata["cut"].gather(variable[...].astype(metadata["gathered_dtype"]))
-        # A stack's layer is used once. Others are used often (the head by every chunk of the targets, the embedding by
-        # every token), so their gradient must be summed in fp32 before it is sent: in the dtype of what is used.
-        return variable.replace(whole if stacked else whole.astype(variable[...].dtype))
-
+    Args:
+      module: the model, or with `stacked` one layer of a stack inside its scan.
+      stacked: gathers the variables of stacks; if False, all others.
+    """
     if not in_parts(module):
         return module
+
+    def whole(variable: nnx.Variable) -> nnx.Variable:
+        if not _is_cut(variable) or _is_stacked(variable) != stacked:
+            return variable
+        metadata, part = variable.get_metadata(), variable[...]
+        array = metadata["cut"].gather(part.astype(metadata["gathered_dtype"]))
+        # A layer of a stack is used once. Others are used often (the head by every chunk of the targets, the embedding
+        # by every token): their gradient must be summed in fp32 before it is sent, so they are used in their own dtype.
+        return variable.replace(array if stacked else array.astype(part.dtype))
+
     graphdef, state = nnx.split(module)
-    flat = [(path, put_together(variable)) for path, variable in nnx.to_flat_state(state)]
+    flat = [(path, whole(variable)) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def held_back(module: Model, x: jax.Array) -> tuple[Model, jax.Array]:
-    """Both as they are, but on the way back `x`'s gradient waits until those of the parts that
-    `gathered(module, stacked=False)` gathers are in parts. Else XLA keeps them whole all along, if it sees fit."""
+def scatter_gradients_first(module: Model, x: jax.Array) -> tuple[Model, jax.Array]:
+    """Returns both unchanged, and orders the backward pass: the gradient of `x` waits for those of the module.
+
+    `x` is what the module will be applied to. Its gradient is passed on only when the gradients of the variables that
+    `gathered(module, stacked=False)` gathers have been scattered into parts. Otherwise XLA may keep these gradients
+    whole in memory until the end of the backward pass.
+    """
     graphdef, state = nnx.split(module)
-    flat = dict(nnx.to_flat_state(state))
-    metadata = {path: variable.get_metadata() for path, variable in flat.items()}
-    for path, known in metadata.items():
-        if "cut" in known and "layers" not in known["out_sharding"]:
-            part, x = _in_turn(flat[path][...], x)
-            flat[path] = flat[path].replace(part)
-    return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items()))), x
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        if _is_cut(variable) and not _is_stacked(variable):
+            part, x = _gradients_together(variable[...], x)
+            variable = variable.replace(part)
+        flat.append((path, variable))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat)), x
 
 
 @jax.custom_vjp
-def _in_turn(part: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gradients_together(part: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns both unchanged. On the way back neither gradient is used before both are there."""
     return part, x
 
 
-_in_turn.defvjp(lambda part, x: ((part, x), None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
+_gradients_together.defvjp(
+    lambda part, x: ((part, x), None), lambda _, gradients: jax.lax.optimization_barrier(gradients)
+)
+
+
+def _is_cut(variable: nnx.Variable) -> bool:
+    return "cut" in variable.get_metadata()
+
+
+def _is_stacked(variable: nnx.Variable) -> bool:
+    """Returns whether a variable belongs to a stack: it has an axis of layers, or had it before the scan took one."""
+    return "layers" in variable.get_metadata()["out_sharding"]

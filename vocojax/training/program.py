@@ -24,7 +24,7 @@ from vocojax.models.lora import add_lora, factor_names
 from vocojax.models.parameters import Parameters, abstract, variables_of
 from vocojax.models.voco import VocoLlama
 from vocojax.parallel.mesh import BATCH, BATCH_AXES, replicated
-from vocojax.parallel.shardings import on_every_device, parameter_shardings, parts_of
+from vocojax.parallel.shardings import over_devices, parameter_shardings, parts_of
 from vocojax.training.config import StageConfig
 from vocojax.training.optimizer import learning_rate_multipliers, make_optimizer, with_multipliers
 from vocojax.training.step import Evaluate, Step, TrainState, make_evaluation, make_step
@@ -77,7 +77,7 @@ def make_program(config: StageConfig, mesh: Mesh) -> Program:
     batch = _abstract_batch(config, mesh)
     # The new state keeps the old one's shardings, so that nothing is compiled twice and every donated buffer is used.
     kept = jax.tree.map(lambda leaf: leaf.sharding, (state, batch))
-    spread = functools.partial(on_every_device, mesh=mesh, shardings=shardings) if mesh.size > 1 else lambda g: g
+    spread = functools.partial(over_devices, mesh=mesh, shardings=shardings) if mesh.size > 1 else lambda g: g
     step = make_step(in_parts(model), teacher and in_parts(teacher), optimizer, config, spread)
     step = jax.jit(step, donate_argnums=0, in_shardings=kept, out_shardings=(kept[0], None))
     evaluate = make_evaluation(in_parts(model), teacher and in_parts(teacher), config, spread)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from vocojax.layout import IGNORE
-from vocojax.models.gathering import gathered, held_back
+from vocojax.models.gathering import gathered, scatter_gradients_first
 from vocojax.models.parameters import Parameters, with_parameters
 from vocojax.models.voco import VocoLlama, rows_from_batch
 from vocojax.training.config import StageConfig
@@ -49,7 +49,8 @@ def make_objective(model: VocoLlama, teacher: VocoLlama | None, config: StageCon
             guiding = gathered(with_parameters(teacher, state.teacher), stacked=False)
             hidden = jax.lax.stop_gradient(run(guiding, "teacher_"))
             guide = Teacher(guiding.decoder, hidden, config.distill.temperature, config.distill.weight)
-        decoder, hidden_BSE = held_back(student.decoder, run(gathered(student, stacked=False), ""))
+        hidden_BSE = run(gathered(student, stacked=False), "")
+        decoder, hidden_BSE = scatter_gradients_first(student.decoder, hidden_BSE)
         head = gathered(decoder, stacked=False)
         out = target_sums(head, hidden_BSE, batch["target_index"], batch["target_ids"], guide)
         return out.loss, out
