@@ -1,12 +1,16 @@
-"""Whole-or-absent writes of files and directories, local or remote (`gs://...`).
+"""Writes of whole files and directories, local or remote (`gs://...`).
 
-One guarantee for all of them: readers see what was there before or everything that is new, never a part, whoever else
-writes at the same time and whenever the process is killed. On a local disk that is a unique name beside the target,
-fsync and a rename; an object store shows an object only when all of it has arrived.
+One guarantee for all of them: a reader sees the old content or all of the new content, never a part of it. This holds
+with several writers at the same time, and when a writer is killed or the machine loses power. On a local disk the
+content goes to an unused name next to the target, then to the disk (fsync), and is renamed. An object store shows an
+object only after all of it has arrived.
+
+A killed writer leaves a file or directory named `.NAME.HEX.partial` (`is_partial`). Nobody reads it; delete it at will.
 """
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -17,21 +21,28 @@ from etils import epath
 
 from vocojax.errors import ConvertError
 
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.partial")
+
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Returns whether a path is in an object store: whole files only, no appending, no renaming."""
+    """Returns whether a path is in an object store: no appending and no renaming there."""
     return "://" in os.fspath(path)
 
 
+def is_partial(name: str) -> bool:
+    """Returns whether a file or directory of this name is being written, or was left by a killed writer."""
+    return _PARTIAL.fullmatch(name) is not None
+
+
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
-    """Replaces a file so that readers see the old content or the new one, never a part.
+    """Writes a file, replacing the one that is there.
 
     Args:
-      path: the file; its directory is made if it is missing.
+      path: the file, local or remote; missing directories are made.
       content: text is written as UTF-8.
 
     Raises:
-      OSError: the disk is full, or whatever else the system says; nothing is left behind.
+      OSError: for example, the disk is full; what was there stays, and nothing else is left.
     """
     content = content.encode() if isinstance(content, str) else content
     target = epath.Path(path)
@@ -39,51 +50,86 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     if is_remote(target):
         target.write_bytes(content)
         return
-    partial = Path(target.parent) / partial_name(target.name)
+    with new_file(target) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields the name of a file to write, which becomes `path` at the end of the `with` block.
+
+    For content too large for memory, or written by a library that wants a file's name; see `write_atomically` for all
+    else. If the block fails, what was at `path` stays and the new file is removed.
+
+    Args:
+      path: a local file; its directory exists.
+
+    Raises:
+      OSError: for example, the disk is full.
+    """
+    target = Path(path)
+    partial = _partial(target)
     try:
-        with open(partial, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        _sync(partial)
         os.replace(partial, target)
     finally:
-        partial.unlink(missing_ok=True)
-
-
-def partial_name(name: str) -> str:
-    """Returns an unused name for a file or directory while it is being written."""
-    return f".{name}.{uuid.uuid4().hex}.partial"
-
-
-def write_directory(path: epath.Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a directory that may be remote."""
-    if not is_remote(path):
-        write(Path(path))
-        return
-    with tempfile.TemporaryDirectory() as local:
-        write(Path(local))
-        for file in Path(local).rglob("*"):
-            if file.is_file():
-                target = path / file.relative_to(local).as_posix()
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(file.read_bytes())
+        with contextlib.suppress(OSError):  # gone, or a directory that can't be reached, which has its own error
+            partial.unlink()
 
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """Yields a directory to fill that becomes `target` at the end of the `with` block, and vanishes if the block fails.
+    """Yields a directory to fill, which becomes `target` at the end of the `with` block.
+
+    If the block fails, the directory is removed.
+
+    Args:
+      target: a local path; missing parent directories are made.
 
     Raises:
-      ConvertError: `target` exists already.
+      ConvertError: `target` exists already and is no empty directory.
+      OSError: for example, the disk is full.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConvertError(f"{target}: exists already; name a new directory or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / partial_name(target.name)
+    partial = _partial(target)
     partial.mkdir()
     try:
         yield partial
+        for path in partial.rglob("*"):
+            if not path.is_symlink():
+                _sync(path)
+        _sync(partial)
         partial.replace(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_files(directory: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Writes several files into a directory that may be remote and may hold others; each file appears whole.
+
+    Args:
+      directory: made if it is missing.
+      write: called with an empty local directory, which it fills.
+    """
+    with tempfile.TemporaryDirectory() as local:
+        write(Path(local))
+        for file in sorted(Path(local).rglob("*")):
+            if file.is_file():
+                write_atomically(epath.Path(directory) / file.relative_to(local).as_posix(), file.read_bytes())
+
+
+def _partial(target: Path) -> Path:
+    return target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or a directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -84,7 +84,7 @@ def test_a_full_disk_is_left_for_another(tmp_path, monkeypatch):
     write = columnar._write
 
     def full(path, target):
-        if ".vocojax" in target.name:
+        if ".vocojax" in str(target):
             raise OSError(28, "No space left on device")
         write(path, target)
 

@@ -148,8 +148,8 @@ def test_records_whose_images_were_repaired_are_taken_up(tmp_path, source):
 
 def test_partial_files_of_killed_processes_are_removed(tmp_path, source):
     (tmp_path / "shards").mkdir()
-    for left in (".x-train.array_record-00000-of-00002.1f.partial", "shards/.train-00000-of-00002.json.1f.partial"):
-        (tmp_path / left).write_bytes(b"left")
+    for left in (".x-train.array_record-00000-of-00002", "shards/.train-00000-of-00002.json"):
+        (tmp_path / f"{left}.{'1f' * 16}.partial").write_bytes(b"left")
     prepare(source, tmp_path)
     assert not [name for name in files(tmp_path) if name.startswith(".")]
 

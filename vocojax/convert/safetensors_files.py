@@ -1,7 +1,6 @@
 """Safetensors files: read slice by slice through the safetensors library, and written tensor by tensor in any order."""
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,9 +116,6 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
+        self._file.close()  # `files.new_directory` waits until it is on the disk
         if kind is None and self._offsets:
             raise ValueError(f"tensors were never written: {', '.join(self._offsets)}")

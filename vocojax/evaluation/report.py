@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from vocojax.evaluation.retention import percent
+from vocojax.files import write_atomically
 from vocojax.layout import Role, SampleLayout
 
 STYLE = """
@@ -111,7 +112,7 @@ def write_report(
     ]
     page = (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>vocojax quickstart</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n")
-    Path(path).write_text(page, encoding="utf-8")
+    write_atomically(path, page)
 
 
 def _retention_table(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from vocojax.config import ConfigError, ModelConfig, build, config_to_dict, differing_keys
 from vocojax.data.loader import BatchStream, merge_states
-from vocojax.files import write_directory
+from vocojax.files import write_files
 from vocojax.models.lora import is_factor
 from vocojax.models.parameters import Parameters, parameters_of
 from vocojax.parallel import processes
@@ -65,7 +65,7 @@ def _train(
     )
     with contextlib.closing(stream):
         if processes.is_first():
-            write_directory(run_path(workdir) / "tokenizer", stream.tokenizer.save)
+            write_files(run_path(workdir) / "tokenizer", stream.tokenizer.save)
         first_step, useful_seconds = 0, 0.0
         restored = checkpoints.restore(program.abstract_state)
         if restored is None:

@@ -27,6 +27,7 @@ from vocojax.config import ConfigError, config_to_dict
 from vocojax.costs.kernels.gpu_targets import TARGETS
 from vocojax.costs.kernels.tpu import DEVICELESS, topology_devices
 from vocojax.errors import VocojaxError
+from vocojax.files import write_atomically
 from vocojax.parallel.mesh import MeshConfig
 from vocojax.training.config import StageConfig, stage_config
 
@@ -219,7 +220,7 @@ def _compile_here(topology: Topology, folder: str) -> None:
         mesh = make_mesh(config.mesh, devices)
         program = make_program(config, mesh)
     except ConfigError as error:
-        Path(folder, "refused.json").write_text(json.dumps([error.key, error.problem]))
+        write_atomically(Path(folder, "refused.json"), json.dumps([error.key, error.problem]))
         raise
     state = program.abstract_state
     kinds = {"parameters": state.trained, "optimizer": state.optimizer, "frozen": state.frozen,
@@ -245,9 +246,7 @@ def _compile_here(topology: Topology, folder: str) -> None:
 
 
 def _write(answer: Compiled, folder: str) -> None:
-    partial = Path(folder, "answer.partial")
-    partial.write_text(json.dumps(asdict(answer)))
-    partial.replace(Path(folder, "answer.json"))
+    write_atomically(Path(folder, "answer.json"), json.dumps(asdict(answer)))
 
 
 def _bytes_held(leaf: Any) -> int:

@@ -5,17 +5,16 @@ directory. Its name holds the JSON's size, time stamp and digest, so that an edi
 when it is complete, and one that can't be opened is made again.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from vocojax.files import new_file
 from vocojax.layout import LayoutError
 
 VERSION = 2
@@ -183,20 +182,13 @@ def _columnar_file(path: Path) -> Path:
             return folder / name
     problems = []
     for folder in folders:
-        partial = folder / f".{path.name}.{uuid.uuid4().hex}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with partial.open("xb") as target:
-                _write(path, target)
-                target.flush()
-                os.fsync(target.fileno())
-            os.replace(partial, folder / name)
+            with new_file(folder / name) as partial:
+                _write(path, partial)
             return folder / name
         except OSError as error:
             problems.append(f"{folder}: {error.strerror or error}")
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
     raise OSError(f"{path}: no place for its columnar file: {'; '.join(problems)}")
 
 
@@ -219,8 +211,8 @@ def sample_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, target: Any) -> None:
-    with pa.ipc.new_file(target, _SCHEMA) as writer:
+def _write(path: Path, target: Path) -> None:
+    with target.open("wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
         texts: list[bytes] = []
         problems: list[str] = []
 

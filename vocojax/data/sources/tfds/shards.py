@@ -11,14 +11,12 @@ because of its file are made again, since the file may have been repaired. While
 `dataset_info.json`, so that a data set opens only when it is whole.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +27,10 @@ from vocojax.data.images import ImageError, decode, read
 from vocojax.data.sources import open_source
 from vocojax.data.sources.base import Source
 from vocojax.data.tally import SkippedTooMany
+from vocojax.files import is_partial, new_file, write_atomically
 from vocojax.layout import LayoutError
 
 VERSION = 2
-PARTIAL = ".partial"  # ends the names of files that are being written
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,10 @@ class Preparation:
             "rejected": rejected,
         }
         for folder in (Path(self.directory), Path(self.directory) / "shards"):
-            for left in folder.glob(f".*{PARTIAL}"):  # by a process that was killed
-                left.unlink(missing_ok=True)
-        _replace(Path(self.directory) / "manifest.json", json.dumps(manifest, indent=1).encode())
+            for file in folder.iterdir():
+                if is_partial(file.name):  # left by a process that was killed
+                    file.unlink(missing_ok=True)
+        write_atomically(Path(self.directory) / "manifest.json", json.dumps(manifest, indent=1))
         if len(rejected) > self.max_skipped_share * (records + len(rejected)):
             raise SkippedTooMany(f"{len(rejected)} of {records + len(rejected)} records were rejected ({reasons}), "
                                  f"more than --max_skipped_share {self.max_skipped_share:g} allows: manifest.json "
@@ -156,7 +155,7 @@ def write_shard(task: ShardTask) -> int:
     source = _source(task.source, json.dumps(inputs))
     task.part.parent.mkdir(parents=True, exist_ok=True)
     rejected, records, bad_files = [], 0, 0
-    with _partial(task.shard) as partial:
+    with new_file(task.shard) as partial:
         writer = ArrayRecordWriter(str(partial), "group_size:1")
         try:
             for index in range(task.index, len(source), task.count):
@@ -171,7 +170,7 @@ def write_shard(task: ShardTask) -> int:
         part = {"records": records, "bytes": partial.stat().st_size, "sha256": _sha256(partial), "inputs": inputs,
                 "bad_files": bad_files, "rejected": rejected}
         task.info.unlink(missing_ok=True)  # it has the lengths of the shards that are replaced now
-    _replace(task.part, json.dumps(part).encode())
+    write_atomically(task.part, json.dumps(part))
     return records
 
 
@@ -222,17 +221,3 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextlib.contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """A file to write, which becomes `path` when it is complete; nothing is left of it if that fails."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")  # process ids repeat among containers
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    with _partial(path) as partial:
-        partial.write_bytes(content)
