@@ -33,6 +33,7 @@ setup(
         "numba>=0.62",
         "av>=16",
         "pyarrow>=21",
+        "msgspec>=0.20",
         "tensorboardX>=2.6",
         "tqdm>=4.67",
     ],

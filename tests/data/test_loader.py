@@ -251,9 +251,9 @@ def test_bad_records_name_their_reason(llava_data, tmp_path, edit, reason):
 
 
 def test_a_file_that_is_no_list_is_named(tmp_path):
-    for content, message in ((b"{}", "must hold a list"), (b"[", "not a JSON list"), (b"\xff", "not a JSON list")):
+    for content, problem in ((b"{}", "Expected `array`, got `object`"), (b"[", "truncated"), (b"\xff", "byte 0")):
         (tmp_path / "x.json").write_bytes(content)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=rf"x\.json: not a JSON list in UTF-8: .*{problem}"):
             LlavaSource(tmp_path / "x.json", tmp_path)
 
 
