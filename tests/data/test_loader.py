@@ -96,14 +96,14 @@ def test_a_stream_goes_on_with_another_number_of_processes(tiny_config, data, ll
 def test_states_of_another_stream_are_refused(tiny_config, data):
     stream = BatchStream(tiny_config, data, 4, 7, "voco")
     state = stream.get_state()
-    with pytest.raises(StreamStateError, match=r"another stream, with lanes 4 \(here 2\): resume with the data"):
-        BatchStream(tiny_config, dataclasses.replace(data, lanes=2), 4, 7, "voco").set_state(state)
+    with pytest.raises(StreamStateError, match=r"another stream, with packers 4 \(here 2\): resume with the data"):
+        BatchStream(tiny_config, dataclasses.replace(data, packers=2), 4, 7, "voco").set_state(state)
     with pytest.raises(StreamStateError, match=r"with seed 7 \(here 8\)"):
         BatchStream(tiny_config, data, 4, 8, "voco").set_state(state)
     half = [BatchStream(tiny_config, data, 4, 7, "voco", process_index=i, process_count=2) for i in range(2)]
-    with pytest.raises(StreamStateError, match=r"lacks the lanes \[2, 3\] of 4: merge the states"):
+    with pytest.raises(StreamStateError, match=r"lacks the packers \[2, 3\] of 4: merge the states"):
         stream.set_state(half[0].get_state())
-    with pytest.raises(StreamStateError, match="states of 1 processes hold 2 of 4 lanes"):
+    with pytest.raises(StreamStateError, match="states of 1 processes hold 2 of 4 packers"):
         merge_states([half[0].get_state()])
     with pytest.raises(StreamStateError, match="are of different streams"):
         merge_states([half[0].get_state(), BatchStream(tiny_config, data, 4, 8, "voco").get_state()])
@@ -157,9 +157,9 @@ def test_a_file_that_went_since_the_state_was_saved_stops_the_run_by_name(tiny_c
         next(resumed)
 
 
-def test_lanes_must_share_rows_and_processes_evenly(tiny_config, data):
-    with pytest.raises(ConfigError, match=r"data\.lanes must divide the 4 rows of a batch, got 3"):
-        BatchStream(tiny_config, dataclasses.replace(data, lanes=3), 4, 0, "voco")
+def test_packers_must_share_rows_and_processes_evenly(tiny_config, data):
+    with pytest.raises(ConfigError, match=r"data\.packers must divide the 4 rows of a batch, got 3"):
+        BatchStream(tiny_config, dataclasses.replace(data, packers=3), 4, 0, "voco")
     with pytest.raises(ConfigError, match=r"must be a multiple of the 3 processes that share them, got 4"):
         BatchStream(tiny_config, data, 4, 0, "voco", process_count=3)
 

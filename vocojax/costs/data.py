@@ -15,7 +15,7 @@ from PIL import Image
 from vocojax.config import ModelConfig, VisionConfig, VocoConfig, preset
 from vocojax.data.config import DataConfig
 from vocojax.data.loader import BatchStream
-from vocojax.data.packers import Lane
+from vocojax.data.packers import Packer
 from vocojax.data.packing import RowShape, Size
 from vocojax.data.prepared import Prepared, PreparedSource
 from vocojax.data.tokenizer import word_tokenizer
@@ -107,8 +107,8 @@ def fill_ratio(rows: int, window: int = DataConfig.pack_window) -> float:
             return Prepared(record, layout, (), (), Size(tokens, images, 1))
 
     shape = RowShape(2048, 3, 2048, 336, 576, ())
-    lane = Lane(0, 1, 0, cast(PreparedSource, Lengths()), shape, window, False)
-    plans = [lane.next_row() for _ in range(rows)]
+    packer = Packer(0, 1, 0, cast(PreparedSource, Lengths()), shape, window, False)
+    plans = [packer.next_row() for _ in range(rows)]
     return sum(prepared.size.tokens for plan in plans for _, prepared in plan.members) / (rows * shape.length)
 
 

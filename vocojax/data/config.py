@@ -15,7 +15,16 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class PartConfig:
-    """A source in a mixture: its fields as in `DataConfig`; weight: how often each of its records is in an epoch."""
+    """One source of a mixture.
+
+    Attributes:
+      source: as in `DataConfig`.
+      split: as in `DataConfig`.
+      path: as in `DataConfig`.
+      image_root: as in `DataConfig`.
+      threads_per_sample: as in `DataConfig`.
+      weight: how often each record of the source is in an epoch; may be a fraction.
+    """
 
     source: SourceName = "llava"
     split: Split = "train"
@@ -32,27 +41,34 @@ class PartConfig:
 class DataConfig:
     """Where samples come from and how they become rows.
 
-    source: `easy_vqa` and `easy_vqa_captions` read `split` of the package's data, `tfds` that of the data set which
-      `launch/prepare_data.py` wrote to the directory `path`; all others `path` (a JSON of LLaVA's
-      or Video-ChatGPT's form, WebVid's CSV, Shikra's jsonl) and the images or videos below `image_root`.
-    mixture: several sources with weights, in place of `source` and its fields.
-    tokenizer: directory of a Hugging Face tokenizer.
-    threads_per_sample: `easy_vqa`: how many questions share an image in one sample at most; None for all of its.
-    template: how a conversation is written out, see `data/conversation.py`.
-    row_length, images_per_row, max_targets: static shape of a packed row; `max_targets` None allows every token.
-    lanes: packers that the records are dealt to; None for one per row of a batch. A batch's rows must be a multiple of
-      it, and it of the number of processes. What a batch holds depends on it, so a run keeps it.
-    pack_window: samples among which a lane seeks those that fill a row.
-    fit: how an image becomes square, see `images.prepare`; with `anyres` every tile is a unit.
-    frames: units of a video (at most so many, where `frame_sampling` is `fps`), each counted by `images_per_row`.
-    frame_sampling: which frames, see `videos.choose_frames`.
-    video_seconds: a video that takes longer to read is skipped: the last resort against a disk that hangs, and the one
-      thing by which a machine's load could change the stream; `videos.MAX_DECODED` limits the work before that.
-    num_threads: threads that read and decode, in every worker process if there are any.
-    num_workers: processes that make batches; 0 for threads of this one. They need absl's flags to be parsed.
-    keep_in_memory: keep every prepared sample, for small data sets.
-    max_skipped_share: a run stops when more than this share of the records can't be used (at first, of 1,000 records:
-      `Tally.TOLERANCE_FROM`).
+    Attributes:
+      source: the kind of source. All but `easy_vqa`, `easy_vqa_captions` and `tfds` read a file (`path`) and the images
+        or videos that it names (below `image_root`).
+      mixture: several sources with weights, in place of `source` and its fields.
+      split: split to read, for `easy_vqa`, `easy_vqa_captions` (from the package `easy-vqa`) and `tfds`.
+      path: a JSON of LLaVA's or Video-ChatGPT's form, WebVid's CSV or Shikra's jsonl; for `tfds` the directory that
+        `launch/prepare_data.py` wrote.
+      image_root: directory that the file names of images and videos are relative to.
+      tokenizer: directory of a Hugging Face tokenizer.
+      threads_per_sample: for `easy_vqa`, the most questions about an image in one sample; None for no limit.
+      template: how a conversation becomes text, see `data/conversation.py`.
+      row_length: tokens per row.
+      images_per_row: the most units (images, tiles, frames) per row.
+      max_targets: the most targets per row; None for `row_length`.
+      packers: number of packers that the records are dealt to; None for one per row of a batch. It must divide the rows
+        of a batch and be a multiple of the number of processes. Batches depend on it, so a run can't change it.
+      pack_window: number of samples from which a packer chooses those that fill a row.
+      fit: how an image becomes square, see `images.prepare`; with `anyres` every tile is a unit.
+      frames: units per video (with `frame_sampling="fps"`, the most of them); each counts for `images_per_row`.
+      frame_sampling: which frames, see `videos.choose_frames`.
+      video_seconds: a video that takes longer to read is skipped. This is the last resort against a disk that hangs,
+        and the only way in which a machine's load can change the stream: `videos.MAX_DECODED` stops too large a video
+        before.
+      num_threads: threads that read and decode, in each worker process if there are any.
+      num_workers: processes that make batches; 0 for threads of the training process. Workers need parsed absl flags.
+      keep_in_memory: keep every prepared sample in memory, for small data sets.
+      max_skipped_share: a run stops when more than this share of the records can't be used (at least 1,000 records are
+        assumed, see `Tally.TOLERANCE_FROM`).
     """
 
     source: SourceName = "llava"
@@ -66,7 +82,7 @@ class DataConfig:
     row_length: int = 2048
     images_per_row: int = 4
     max_targets: int | None = None
-    lanes: int | None = None
+    packers: int | None = None
     pack_window: int = 64
     fit: Fit = "pad"
     frames: int = 8
@@ -80,7 +96,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_positive(self, "row_length", "images_per_row", "pack_window", "num_threads", "frames")
         require(self.max_targets is None or self.max_targets >= 1, "max_targets", "must be >= 1", self.max_targets)
-        require(self.lanes is None or self.lanes >= 1, "lanes", "must be >= 1", self.lanes)
+        require(self.packers is None or self.packers >= 1, "packers", "must be >= 1", self.packers)
         require(self.num_workers >= 0, "num_workers", "must be >= 0", self.num_workers)
         require(self.threads_per_sample is None or self.threads_per_sample >= 1, "threads_per_sample", "must be >= 1",
                 self.threads_per_sample)
@@ -90,5 +106,5 @@ class DataConfig:
 
     @property
     def target_slots(self) -> int:
-        """Targets that a row has room for."""
+        """The number of targets that a row has room for."""
         return self.max_targets or self.row_length

@@ -1,7 +1,7 @@
 """From a stage's data config to a stream of batches: read, lay out, pack, decode, batch.
 
-The stream is a pure function of (seed, step, config): neither threads nor worker processes nor the number of hosts
-that share it change a batch. See `lanes.py` for how.
+The stream is a pure function of (seed, step, config): threads, worker processes and the number of hosts that share it
+change no batch. `packers.py` says why.
 """
 
 import collections
@@ -20,7 +20,7 @@ import numpy as np
 from vocojax.config import ConfigError, ModelConfig
 from vocojax.data.config import DataConfig, PartConfig
 from vocojax.data.images import ImageError
-from vocojax.data.packers import Lane, Plan, RowReport, StreamStateError
+from vocojax.data.packers import Packer, Plan, RowReport, StreamStateError
 from vocojax.data.packing import Row, RowShape, empty_rows, pack_row, row_of, row_shape
 from vocojax.data.prepared import PreparedSource
 from vocojax.data.sources import identity, open_source
@@ -29,14 +29,19 @@ from vocojax.data.tokenizer import Tokenizer
 from vocojax.layout import Visibility, unit_shape
 
 __all__ = ["BatchStream", "SkippedTooMany", "StreamStateError", "merge_states", "open_tokenizer", "unit_shape"]
-BATCHES_AHEAD = 2  # that wait for the step
-# Fields of a data config that change no batch, or where files lie but not what is in them.
+BATCHES_AHEAD = 2  # batches made before the step asks for them
+# Fields of a data config that change no batch: how it is made, and where files are (their content is compared).
 FREE = ("path", "image_root", "tokenizer", "num_threads", "num_workers", "keep_in_memory", "max_skipped_share",
         "video_seconds")
 
 
 def open_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
-    """The tokenizer that a data config names; `ConfigError` if the model has another `<voco>` id or too few rows."""
+    """Loads the tokenizer that a data config names.
+
+    Raises:
+      ConfigError: it can't be loaded, it has another id for `<voco>` than the model, or the model has too few
+        embeddings for it.
+    """
     try:
         tokenizer = Tokenizer.from_directory(data.tokenizer)
     except (OSError, ValueError) as error:
@@ -53,39 +58,46 @@ def open_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
 class BatchStream:
     """An endless stream of batches (dicts of numpy arrays with a leading row axis) that can be saved and resumed.
 
-    Batches are made ahead of time; the state is always that behind the batch that was taken last.
+    Batches are made ahead of time; the state is always the one after the batch that was taken last.
+
+    Attributes:
+      tokenizer: the tokenizer.
+      tally: counts of the records read and skipped.
+      shape: the static shape of a row.
 
     Args:
-      model, data: configs of the stage.
-      rows: rows per batch of all processes together.
-      seed: of the shuffling; every epoch has another order.
-      visibilities: the model's, and its teacher's if it has one.
-      process_index, process_count: this process makes rows / process_count of a batch, the index-th part of it.
+      model: model config of the stage.
+      data: data config of the stage.
+      rows: rows per batch, of all processes together.
+      seed: seed of the shuffling; every epoch has another order.
+      visibilities: the model's visibility, and its teacher's if it has one.
+      process_index: which part of each batch this process makes.
+      process_count: number of processes; each makes rows / process_count rows of a batch.
 
     Raises:
-      ConfigError: of what the configs name, or of lanes that the processes can't share evenly.
+      ConfigError: something that the configs name can't be used, or the processes can't share the packers evenly.
     """
 
     def __init__(self, model: ModelConfig, data: DataConfig, rows: int, seed: int, *visibilities: Visibility,
                  process_index: int = 0, process_count: int = 1):
-        self.lanes, self.seed = data.lanes or rows, seed
-        if rows % self.lanes:
-            raise ConfigError("data.lanes", f"must divide the {rows} rows of a batch, got {self.lanes}")
-        if self.lanes % process_count:
-            raise ConfigError("data.lanes", f"(by default the {rows} rows of a batch) must be a multiple of the "
-                              f"{process_count} processes that share them, got {self.lanes}")
-        share = self.lanes // process_count
+        self.packers, self.seed = data.packers or rows, seed
+        if rows % self.packers:
+            raise ConfigError("data.packers", f"must divide the {rows} rows of a batch, got {self.packers}")
+        if self.packers % process_count:
+            raise ConfigError("data.packers", f"(by default the {rows} rows of a batch) must be a multiple of the "
+                              f"{process_count} processes that share them, got {self.packers}")
+        share = self.packers // process_count
         self._own = range(process_index * share, (process_index + 1) * share)
         self.tokenizer = open_tokenizer(data, model)
         self.tally = Tally(data.max_skipped_share)
         self.shape: RowShape = row_shape(data, model.vision.image_size, model.unit_tokens, *visibilities)
         self._source = PreparedSource(open_source(data), model, data, self.tokenizer)
-        self._identity = {**_identity(data, model, self.tokenizer), "lanes": self.lanes, "seed": seed,
+        self._identity = {**_identity(data, model, self.tokenizer), "packers": self.packers, "seed": seed,
                           "records": len(self._source)}
-        self._data, self._rows_per_lane = data, rows // self.lanes
+        self._data, self._rows_per_packer = data, rows // self.packers
         if len(self._source) == 0:
             raise ConfigError("data", f"has no record in {data.path or data.source}")
-        self._states = {lane: {"position": lane, "window": []} for lane in self._own}
+        self._states = {packer: {"position": packer, "window": []} for packer in self._own}
         self._start()
 
     def __iter__(self) -> "BatchStream":
@@ -101,64 +113,65 @@ class BatchStream:
         return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
 
     def get_state(self) -> dict[str, Any]:
-        """Where this process's lanes stand, and what they counted, as JSON-able values."""
+        """Returns the states and counts of this process's packers, as values for JSON."""
         return {
             **self._identity,
-            "state": {str(lane): {**state, "counts": self.tally.get_state(lane)}
-                      for lane, state in self._states.items()},
+            "state": {str(packer): {**state, "counts": self.tally.get_state(packer)}
+                      for packer, state in self._states.items()},
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the batch at which `get_state` was called.
+        """Continues after the batch at which `get_state` was called.
 
         Args:
-          state: of all lanes that this process has; those of other lanes are passed over. It may come from any number
-            of processes, see `merge_states`.
+          state: holds the states of all packers of this process; those of other packers are ignored. It may come from
+            any number of processes, see `merge_states`.
 
         Raises:
-          StreamStateError: another seed, other data, or a config that makes other batches; or a lane is missing.
+          StreamStateError: the state has another seed, other data or a config that makes other batches, or lacks a
+            packer.
         """
         here, state = self._identity, _with_defaults(state)
         other = [f"{key} {state.get(key)} (here {value})" for key, value in here.items() if state.get(key) != value]
         if other:
             raise StreamStateError(f"the saved data state is of another stream, with {', '.join(other)}: resume with "
-                                   "the data and config (lanes: by default the batch_size) that it began with")
-        missing = [lane for lane in self._own if str(lane) not in state["state"]]
+                                   "the data and config (packers: by default the batch_size) of its first start")
+        missing = [packer for packer in self._own if str(packer) not in state["state"]]
         if missing:
-            raise StreamStateError(f"the saved data state lacks the lanes {missing} of {self.lanes}: merge the states "
-                                   "of all processes that made it")
+            raise StreamStateError(f"the saved data state lacks the packers {missing} of {self.packers}: merge the "
+                                   "states of all processes that made it")
         self.close()
-        for lane in self._own:
-            saved = state["state"][str(lane)]
-            self._states[lane] = {"position": saved["position"], "window": list(saved["window"])}
-            self.tally.set_state(lane, saved["counts"])
+        for packer in self._own:
+            saved = state["state"][str(packer)]
+            self._states[packer] = {"position": saved["position"], "window": list(saved["window"])}
+            self.tally.set_state(packer, saved["counts"])
         self._start()
 
     def close(self) -> None:
-        """Ends the threads and worker processes that make batches."""
+        """Stops the threads and worker processes that make batches."""
         self._close()
 
     def _start(self) -> None:
         workers = min(max(self._data.num_workers, 1), len(self._own))
-        groups = [_Group(self._source, self._data, self.shape, self.lanes, self.seed, self._rows_per_lane,
-                         {lane: self._states[lane] for lane in lanes})
-                  for lanes in (part.tolist() for part in np.array_split(self._own, workers))]
+        groups = [_Group(self._source, self._data, self.shape, self.packers, self.seed, self._rows_per_packer,
+                         {packer: self._states[packer] for packer in packers})
+                  for packers in (part.tolist() for part in np.array_split(self._own, workers))]
         self._iterators = [iter(_ahead(group, self._data)) for group in groups]
         self._close = weakref.finalize(self, _close_all, self._iterators)
 
     def _take(self, report: RowReport) -> None:
-        lane = report.lane
-        self._states[lane] = {"position": report.position, "window": list(report.window)}
-        self.tally.read(lane, report.records, report.dropped_tokens)
+        packer = report.packer
+        self._states[packer] = {"position": report.position, "window": list(report.window)}
+        self.tally.read(packer, report.records, report.dropped_tokens)
         for reason, message in report.skipped:
-            self.tally.skip(lane, reason, message)
+            self.tally.skip(packer, reason, message)
         if report.empty:
             raise SkippedTooMany(f"no record can be used ({self.tally.records} were read, skipped: "
                                  f"{dict(self.tally.skipped())})")
 
 
 def _identity(data: DataConfig, model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a state must agree in with the stream that takes it, beside lanes, records and seed; JSON-able."""
+    """Returns what a state and its stream must have in common, in addition to packers, records and seed."""
     parts = [{**_fixed(part), "content": identity(part)} for part in data.mixture]
     vocabulary = json.dumps(tokenizer.huggingface.get_vocab(), sort_keys=True).encode()
     return {**_fixed(data), "mixture": parts, "content": identity(data),
@@ -171,16 +184,17 @@ def _fixed(config: DataConfig | PartConfig) -> dict[str, Any]:
 
 
 def _with_defaults(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved state in which the configs' keys that are newer than it have their defaults."""
+    """Returns a saved state in today's keys: those that are newer than the state have their defaults."""
     parts = [{**_fixed(PartConfig()), **part} for part in state.get("mixture", [])]
-    return {**_fixed(DataConfig()), **state, "mixture": parts}
+    renamed = {"packers" if key == "lanes" else key: value for key, value in state.items()}  # version 0.1's name
+    return {**_fixed(DataConfig()), **renamed, "mixture": parts}
 
 
 def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The states of all processes of a stream as one, which `BatchStream.set_state` takes on any number of processes.
+    """Merges the states of all processes of a stream into one, for `BatchStream.set_state` on any number of processes.
 
     Raises:
-      StreamStateError: they are of different streams, or don't make up all of one.
+      StreamStateError: they are of different streams, or some are missing.
     """
     states = list(states)
     merged: dict[str, Any] = {**states[0], "state": {}}
@@ -188,32 +202,32 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         if any(state.get(key) != merged[key] for key in merged if key != "state"):
             raise StreamStateError("the data states of the processes are of different streams")
         merged["state"].update(state["state"])
-    if len(merged["state"]) != merged["lanes"]:
+    if len(merged["state"]) != merged["packers"]:
         raise StreamStateError(f"the data states of {len(states)} processes hold {len(merged['state'])} of "
-                               f"{merged['lanes']} lanes")
+                               f"{merged['packers']} packers")
     return merged
 
 
 def _ahead(group: "_Group", data: DataConfig) -> grain.IterDataset:
-    """The group's batches made ahead, in a process of its own where workers are asked for, else in threads."""
+    """Makes the group's batches ahead of time, in a worker process if the config asks for any, else in threads."""
     if data.num_workers:
         return group.mp_prefetch(grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=BATCHES_AHEAD))
     return grain.experimental.ThreadPrefetchIterDataset(group, prefetch_buffer_size=BATCHES_AHEAD)
 
 
 def _close_all(iterators: list[grain.DatasetIterator]) -> None:
-    while iterators:  # and forgets them, so that none is left for the interpreter's last moments
+    while iterators:  # removed as well: grain's iterators must not be left until the interpreter shuts down
         iterators.pop().close()
 
 
 class _Group(grain.IterDataset):
-    """The rows of some lanes: elements are (rows of a batch stacked, the rows' reports)."""
+    """The rows of some packers: its elements are (these packers' rows of a batch, stacked; the rows' reports)."""
 
-    def __init__(self, source: PreparedSource, data: DataConfig, shape: RowShape, lanes: int, seed: int,
-                 rows_per_lane: int, states: Mapping[int, Mapping[str, Any]]):
+    def __init__(self, source: PreparedSource, data: DataConfig, shape: RowShape, packers: int, seed: int,
+                 rows_per_packer: int, states: Mapping[int, Mapping[str, Any]]):
         super().__init__()
-        self.source, self.data, self.shape, self.lanes, self.seed = source, data, shape, lanes, seed
-        self.rows_per_lane, self.states = rows_per_lane, states
+        self.source, self.data, self.shape, self.packers, self.seed = source, data, shape, packers, seed
+        self.rows_per_packer, self.states = rows_per_packer, states
 
     def __iter__(self) -> "_GroupIterator":
         return _GroupIterator(self)
@@ -223,12 +237,12 @@ class _GroupIterator(grain.DatasetIterator):
     def __init__(self, group: _Group):
         super().__init__()
         self._group, data = group, group.data
-        self._lanes = {
-            number: Lane(number, group.lanes, group.seed, group.source, group.shape, data.pack_window,
-                              data.keep_in_memory)
+        self._packers = {
+            number: Packer(number, group.packers, group.seed, group.source, group.shape, data.pack_window,
+                           data.keep_in_memory)
             for number in group.states
         }
-        self._rows = len(self._lanes) * group.rows_per_lane
+        self._rows = len(self._packers) * group.rows_per_packer
         self._pool = ThreadPoolExecutor(data.num_threads, "decode")
         self._batches: collections.deque[tuple[Row, list[Future[RowReport]]]] = collections.deque()
         self._plans = self._plan_rows()
@@ -244,35 +258,35 @@ class _GroupIterator(grain.DatasetIterator):
         return rows, [future.result() for future in made]
 
     def get_state(self) -> dict[str, Any]:
-        return {}  # the reports carry the state to whoever takes the batch
+        return {}  # the reports carry the state to `BatchStream`
 
     def set_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("a group begins at the states it is made with")
+        raise NotImplementedError("a group starts from the states that it is made with")
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         super().close()
 
     def _plan_rows(self) -> Iterator[Plan]:
-        """The lanes' rows in turn, without end unless a lane finds nothing that it can use."""
+        """Yields the packers' rows in turn, without end unless a packer finds no usable record."""
         for number, state in self._group.states.items():
-            self._lanes[number].set_state(state)
+            self._packers[number].set_state(state)
         while True:
-            for lane in self._lanes.values():
-                for _ in range(self._group.rows_per_lane):
-                    plan = lane.next_row()
+            for packer in self._packers.values():
+                for _ in range(self._group.rows_per_packer):
+                    plan = packer.next_row()
                     yield plan
                     if plan.report.empty:
                         return
 
     def _make(self, plan: Plan, row: Row) -> RowReport:
-        """Decodes the images of a planned row; a record whose images can't be used leaves its place to padding."""
+        """Decodes the images of a planned row and packs it; a record with an unusable image becomes padding."""
         items = []
         for position, prepared in plan.members:
             try:
                 items.append(self._group.source.load(prepared))
             except ImageError as error:
-                if self._lanes[plan.report.lane].counts(position):
+                if self._packers[plan.report.packer].counts(position):
                     plan.report.skipped.append((error.reason, str(error)))
         pack_row(items, self._group.shape, row)
         return plan.report

@@ -1,9 +1,9 @@
-"""Lanes: the shuffled records dealt to a fixed number of packers.
+"""Packers: the shuffled records dealt to a fixed number of them, each of which fills rows by itself.
 
-Position i of the endless shuffled order belongs to lane i % lanes. A lane lays its records out, keeps a window of them
-and fills one row after another from it, by itself: what a row holds depends on the lane and on nothing else, so that
-any number of threads, worker processes and hosts may share the lanes. A lane's state is the positions in its window
-and the next one it will read: laying out is repeated when a run resumes, decoding is not.
+Position i of the endless shuffled order belongs to packer i % count. A packer lays its records out, keeps a window of
+them and fills one row after another from the window. What a row holds depends on its packer and on nothing else, so any
+number of threads, worker processes and hosts may share the packers. A packer's state is the positions in its window and
+the next one to read: when a run resumes, records are laid out again, but images of earlier rows are not decoded again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,25 +18,28 @@ from vocojax.data.prepared import Prepared, PreparedSource
 from vocojax.errors import VocojaxError
 from vocojax.layout import LayoutError
 
-PATIENCE = 1000  # records in a row that a lane may fail to use before it goes on with what it has
+PATIENCE = 1000  # unusable records in a row after which a packer makes do with the window that it has
 
 
 class StreamStateError(VocojaxError, ValueError):
-    """A saved state does not belong to this stream, or is not all of it."""
+    """A saved state that does not belong to this stream, or is only a part of one."""
 
 
 @dataclass
 class RowReport:
-    """What happened in a lane on the way to one row, and the lane's state behind it.
+    """What a packer did to make one row, and its state after that row.
 
     Attributes:
-      position, window: of the lane's state, see `Lane`.
-      records, dropped_tokens: read for the row, unusable records included.
+      packer: its number.
+      position: the next position of the shuffled order that it will read.
+      window: positions of the records that are laid out and wait for a row.
+      records: records read for the row, unusable ones included.
+      dropped_tokens: tokens that were cut off these records.
       skipped: (reason, message) of every record that can't be used.
-      empty: nothing usable was found.
+      empty: whether no usable record was found.
     """
 
-    lane: int
+    packer: int
     position: int = 0
     window: tuple[int, ...] = ()
     records: int = 0
@@ -47,41 +50,47 @@ class RowReport:
 
 @dataclass(frozen=True)
 class Plan:
-    """A row that is planned: its members with their positions in the order, images still on disk."""
+    """A planned row.
+
+    Attributes:
+      members: (position in the order, record) of what goes into the row; images are not read yet.
+      report: what the packer did to plan it.
+    """
 
     members: Sequence[tuple[int, Prepared]]
     report: RowReport
 
 
-class Lane:
-    """One packer.
+class Packer:
+    """One of the packers that share the shuffled records.
 
     Args:
-      number, lanes: which of how many.
-      seed: of the shuffling; every epoch has another order.
+      number: which one, from 0.
+      count: how many there are.
+      seed: seed of the shuffling; every epoch has another order.
       source: the records.
-      shape: of a row.
-      window: laid-out records among which those are sought that fill a row best.
-      count_once: report the records of the first epoch only, where they are kept in memory from then on.
+      shape: shape of a row.
+      window: number of laid-out records from which those are chosen that fill a row best.
+      count_once: report records of the first epoch only, because they are kept in memory from then on.
     """
 
-    def __init__(self, number: int, lanes: int, seed: int, source: PreparedSource, shape: RowShape, window: int,
+    def __init__(self, number: int, count: int, seed: int, source: PreparedSource, shape: RowShape, window: int,
                  count_once: bool):
-        self._number, self._lanes, self._source, self._shape, self._size = number, lanes, source, shape, window
+        self._number, self._count, self._source, self._shape, self._size = number, count, source, shape, window
         self._order = grain.MapDataset.range(len(source)).shuffle(seed).repeat()
         self._counted = len(source) if count_once else None
         self._position = number
         self._window: list[tuple[int, Prepared]] = []
 
     def counts(self, position: int) -> bool:
-        """Whether what happens to the record at a position is reported."""
+        """Returns whether the record at a position is reported."""
         return self._counted is None or position < self._counted
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the row whose report had this `position` and `window`.
+        """Continues after the row whose report had this `position` and `window`.
 
         Raises:
-          StreamStateError: a record of the window, which could be used when the state was saved, can't be any more.
+          StreamStateError: a record of the window could be used when the state was saved, and can't be any more.
         """
         self._position, self._window = state["position"], []
         for position in state["window"]:
@@ -90,10 +99,10 @@ class Lane:
                 self._window.append((position, self._source.lay_out(record)))
             except (LayoutError, ImageError) as error:
                 raise StreamStateError(f"record #{record} could be used when the data state was saved and now can't: "
-                                       f"{error}: restore its file, or the batches would be others") from error
+                                       f"{error}: restore its file, or the batches would be different ones") from error
 
     def next_row(self) -> Plan:
-        """Plans the lane's next row."""
+        """Plans the next row."""
         report = RowReport(self._number)
         self._fill(report)
         room = Size(self._shape.length, self._shape.images, self._shape.targets)
@@ -108,7 +117,7 @@ class Lane:
         failed = 0
         while len(self._window) < self._size and failed < PATIENCE:
             position = self._position
-            self._position += self._lanes
+            self._position += self._count
             counts = self.counts(position)
             report.records += counts
             try:

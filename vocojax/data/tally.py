@@ -1,4 +1,4 @@
-"""What was read and what was skipped, counted, and the limit to it."""
+"""Counts of what was read and skipped, and the limit on what may be skipped."""
 
 import collections
 import logging
@@ -11,14 +11,18 @@ LOG = logging.getLogger(__name__)
 
 
 class SkippedTooMany(VocojaxError, RuntimeError):
-    """More records were skipped than the data config allows."""
+    """More records were skipped than the data config allows (`data.max_skipped_share`)."""
 
 
 class Tally:
-    """Counts records, skipped ones by reason, and dropped text tokens, each under the lane that read them."""
+    """Counts of records, of skipped ones by reason, and of dropped text tokens, for each packer.
+
+    Args:
+      max_skipped_share: the share of records that may be skipped, from 0 to 1.
+    """
 
     SHOWN = 20  # skipped records that are logged one by one
-    TOLERANCE_FROM = 1000  # the share of skipped records is judged as if at least this many had been read
+    TOLERANCE_FROM = 1000  # the share is taken of at least this many records, so that a few early ones don't stop a run
 
     def __init__(self, max_skipped_share: float):
         self.max_skipped_share = max_skipped_share
@@ -26,18 +30,22 @@ class Tally:
         self._dropped_tokens: collections.Counter[int] = collections.Counter()
         self._skipped: dict[int, collections.Counter[str]] = collections.defaultdict(collections.Counter)
 
-    def read(self, lane: int, records: int, dropped_tokens: int) -> None:
-        """Counts records that were read, skipped ones included."""
-        self._records[lane] += records
-        self._dropped_tokens[lane] += dropped_tokens
+    def read(self, packer: int, records: int, dropped_tokens: int) -> None:
+        """Adds records that were read, skipped ones included, and the text tokens cut off them."""
+        self._records[packer] += records
+        self._dropped_tokens[packer] += dropped_tokens
 
-    def skip(self, lane: int, reason: str, message: str) -> None:
-        """Counts and logs a record that can't be used; `SkippedTooMany` once their share is over the limit."""
-        self._skipped[lane][reason] += 1
+    def skip(self, packer: int, reason: str, message: str) -> None:
+        """Counts and logs a record that can't be used.
+
+        Raises:
+          SkippedTooMany: the share of skipped records is above the limit.
+        """
+        self._skipped[packer][reason] += 1
         skipped, records = self.skipped(), self.records
         total = skipped.total()
         if total <= self.SHOWN:
-            LOG.warning("skipped: %s%s", message, " (further ones are only counted)" if total == self.SHOWN else "")
+            LOG.warning("skipped: %s%s", message, " (later ones are only counted)" if total == self.SHOWN else "")
         if total > self.max_skipped_share * max(records, self.TOLERANCE_FROM):
             counts = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
             raise SkippedTooMany(
@@ -51,23 +59,23 @@ class Tally:
         return self._records.total()
 
     def skipped(self) -> collections.Counter[str]:
-        """Skipped records by reason."""
+        """Returns the number of skipped records by reason."""
         total: collections.Counter[str] = collections.Counter()
         for counts in self._skipped.values():
             total.update(counts)
         return total
 
     def scalars(self) -> dict[str, int]:
-        """The counts, as metrics."""
+        """Returns the counts as metrics."""
         skipped = {f"data/skipped/{reason}": count for reason, count in self.skipped().items()}
         return {"data/records": self.records, "data/dropped_tokens": self._dropped_tokens.total(), **skipped}
 
-    def get_state(self, lane: int) -> dict[str, Any]:
-        """The counts of a lane, as JSON-able values."""
-        return {"records": self._records[lane], "dropped_tokens": self._dropped_tokens[lane],
-                "skipped": dict(self._skipped[lane])}
+    def get_state(self, packer: int) -> dict[str, Any]:
+        """Returns the counts of a packer as values for JSON."""
+        return {"records": self._records[packer], "dropped_tokens": self._dropped_tokens[packer],
+                "skipped": dict(self._skipped[packer])}
 
-    def set_state(self, lane: int, counts: Mapping[str, Any]) -> None:
-        """Sets a lane's counts to what `get_state` gave."""
-        self._records[lane], self._dropped_tokens[lane] = counts["records"], counts["dropped_tokens"]
-        self._skipped[lane] = collections.Counter(counts["skipped"])
+    def set_state(self, packer: int, counts: Mapping[str, Any]) -> None:
+        """Sets a packer's counts to what `get_state` returned."""
+        self._records[packer], self._dropped_tokens[packer] = counts["records"], counts["dropped_tokens"]
+        self._skipped[packer] = collections.Counter(counts["skipped"])

@@ -14,4 +14,6 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
     if "train" in values:  # version 0.1: two lists of regexes, of which exactly one matched each parameter
         trained, frozen = values.pop("train"), values.pop("freeze", [])
         values["learning_rates"] = [[regex, 1.0] for regex in trained] + [[regex, "freeze"] for regex in frozen]
+    if "lanes" in values.get("data", {}):
+        values["data"] = {"packers" if key == "lanes" else key: value for key, value in values["data"].items()}
     return values

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
+from vocojax.errors import InputError
 from vocojax.files import new_file
 from vocojax.layout import LayoutError
 
@@ -34,7 +35,7 @@ class ColumnarRecords:
       path: a JSON list of records, or (`.jsonl`) one record per line.
 
     Raises:
-      ValueError: the file is not such a JSON; the message says at which byte.
+      InputError: the file is not such a JSON; the message says at which byte.
       OSError: the file can't be read, or there is no place for the Arrow file.
     """
 
@@ -79,7 +80,7 @@ def parse(path: Path) -> Iterator[tuple[bytes, str]]:
     """Yields each record of a JSON file as (its text, what is wrong with it or '').
 
     Raises:
-      ValueError: the list itself is damaged.
+      InputError: the list itself is damaged.
     """
     seen: set[bytes] = set()
     for text, problem in _lines(path) if path.suffix == ".jsonl" else _elements(path):
@@ -103,7 +104,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, str]]:
 
 def _elements(path: Path) -> Iterator[tuple[bytes, str]]:
     if path.stat().st_size == 0:  # an empty file can't be mapped
-        raise ValueError(f"{path}: not a JSON list in UTF-8: the file is empty")
+        raise InputError(f"{path}: not a JSON list in UTF-8: the file is empty")
     with path.open("rb") as file:
         # Mapped, so that the system can drop its pages. The elements are views: it is closed after the last of them.
         text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -115,7 +116,7 @@ def _elements(path: Path) -> Iterator[tuple[bytes, str]]:
         try:
             elements = _LIST.decode(standard)
         except (msgspec.DecodeError, RecursionError) as error:
-            raise ValueError(f"{path}: not a JSON list in UTF-8: {error}") from None
+            raise InputError(f"{path}: not a JSON list in UTF-8: {error}") from None
     end = 0
     for element in elements:
         start = standard.find(element, end)
