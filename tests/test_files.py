@@ -24,8 +24,9 @@ target = Path(sys.argv[1])
 
 def python(code: str, *arguments: object) -> subprocess.Popen:
     """Starts `HEAD` and the code in a process of its own."""
-    return subprocess.Popen([sys.executable, "-c", HEAD + code, *map(str, arguments)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.Popen([sys.executable, "-c", HEAD + code, *map(str, arguments)], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -131,7 +131,7 @@ def test_damage_is_named_by_its_byte(tmp_path):
 
 def test_records_after_the_list_are_not_lost_in_silence(tmp_path):
     (tmp_path / "x.json").write_bytes(b'[{"a": 1}][{"a": 2}]')
-    with pytest.raises(ValueError, match=r"trailing characters \(byte 10\)"):
+    with pytest.raises(ValueError, match="trailing characters"):
         ColumnarRecords(tmp_path / "x.json")
 
 

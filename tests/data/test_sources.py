@@ -33,7 +33,7 @@ def test_webvid_rows_are_captioned_videos(tmp_path):
             source[index]
         assert error.value.reason == reason
     (tmp_path / "z.csv").write_text("videoid,page_dir,name\n1,a," + "x" * 200_000)
-    with pytest.raises(ConfigError, match=r"data\.path must be readable as 'webvid': .*z\.csv: no WebVid CSV: field"):
+    with pytest.raises(ConfigError, match=r"data\.path must be readable as 'webvid': .*z\.csv: not a WebVid CSV"):
         open_source(DataConfig(source="webvid", path=str(tmp_path / "z.csv")))
     (tmp_path / "y.csv").write_text("videoid,name\n")
     with pytest.raises(ValueError, match="lacks the columns page_dir"):

@@ -104,7 +104,7 @@ def test_files_that_lead_to_other_files_are_refused(tmp_path):
     concatenation = f"ffconcat version 1.0\nfile '{tmp_path}/secret.ts'\n"
     for name, text in (("x.m3u8", playlist), ("x.ffconcat", concatenation), ("x.mp4", concatenation)):
         (tmp_path / "root" / name).write_text(text)
-        with pytest.raises(VideoError, match="is no mp4, mov, mkv, webm, avi or ts") as error:
+        with pytest.raises(VideoError, match="is not mp4, mov, mkv, webm, avi or ts") as error:
             list(read_frames(tmp_path / "root" / name, "uniform", 4))
         assert error.value.reason == "undecodable video"
 

@@ -1,7 +1,7 @@
 """Images from files to the square uint8 pixels that the vision tower takes; normalisation happens on the device.
 
-Pixels are those of CLIP's processor in transformers on Pillow. JPEG's reduced decoding ("draft") would be faster for
-large files and is not used, since it gives other pixels.
+Pixels are those of transformers' CLIP processor on Pillow. JPEG's reduced decoding ("draft") would be faster for large
+files and is not used, since it gives other pixels.
 """
 
 import io
@@ -22,15 +22,19 @@ Fit = Literal["pad", "pad_white", "crop", "square", "anyres"]
 MEAN_COLOUR = tuple(int(mean * 255) for mean in CLIP_MEAN)
 WHITE = (255, 255, 255)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that runs another program
-MAX_PIXELS = 2**26  # of the square that holds an image: `pad` makes one of its longer side
-MAX_ASPECT = 200  # longer side to shorter: `crop` enlarges the shorter one to the tower's size
+MAX_PIXELS = 2**26  # in the square that holds an image: `pad` makes one from its longer side
+MAX_ASPECT = 200  # longer side to shorter one: `crop` enlarges the shorter one to the tower's size
 MAX_BYTES = 2**28
 # LLaVA-1.6's grids of tiles, (rows, columns), in the order in which ties are decided.
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
 class ImageError(VocojaxError, ValueError):
-    """An image that can't be used; `reason` is a short key to count it under."""
+    """An image that can't be used.
+
+    Attributes:
+      reason: a short key to count it under.
+    """
 
     def __init__(self, name: str, problem: str, reason: str):
         self.reason = reason
@@ -38,21 +42,33 @@ class ImageError(VocojaxError, ValueError):
 
 
 def load_image(image: str | Path | bytes, size: int, fit: Fit = "pad") -> np.ndarray:
-    """Reads an image file, or takes its content, and prepares it; see `prepare`.
+    """Reads an image and prepares it, see `prepare`.
+
+    Args:
+      image: a file, or its content.
+      size: side of the result, in pixels.
+      fit: how it becomes square.
+
+    Returns:
+      uint8 [size, size, 3].
 
     Raises:
-      ImageError: the file is missing, empty, truncated, too large or no image.
+      ImageError: the file is missing, empty, truncated, too large or not an image.
     """
     content, name = (image, "of a record") if isinstance(image, bytes) else (read(image), str(image))
     return prepare(decode(content, name), size, fit)
 
 
 def read(path: str | Path) -> bytes:
-    """The content of an image file; `ImageError` if it is no readable regular file or has over `MAX_BYTES`."""
+    """Reads the content of an image file.
+
+    Raises:
+      ImageError: it can't be read, is not a regular file, or is larger than `MAX_BYTES`.
+    """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(str(path), "is no file", "missing image")
+            raise ImageError(str(path), "is not a file", "missing image")
         if status.st_size > MAX_BYTES:
             raise ImageError(str(path), f"has {status.st_size} bytes, more than {MAX_BYTES}", "too many bytes")
         return Path(path).read_bytes()
@@ -64,15 +80,17 @@ def read(path: str | Path) -> bytes:
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """Encoded bytes -> an RGB image, pixels in the order of the file: EXIF's orientation is not applied, as in the code
-    that LLaVA and VoCo-LLaMA were trained with. 16-bit greyscale keeps its upper 8 bits; transparency is dropped.
+    """Decodes an image to RGB.
+
+    EXIF's orientation is not applied, as in the code that LLaVA and VoCo-LLaMA were trained with. 16-bit greyscale
+    keeps its upper 8 bits; transparency is dropped.
 
     Args:
-      name: used in errors.
+      content: the content of the file.
+      name: names the image in errors.
 
     Raises:
-      ImageError: empty, truncated, no image, or over `MAX_PIXELS` or `MAX_ASPECT`, which is found out before it is
-        decoded.
+      ImageError: it is empty, truncated, not an image, or (checked before decoding) above `MAX_PIXELS` or `MAX_ASPECT`.
     """
     try:
         with _open(content, name) as image:
@@ -81,12 +99,16 @@ def decode(content: bytes, name: str) -> Image.Image:
             return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
     except ImageError:
         raise
-    except Exception as error:  # the decoders raise whatever a damaged file leads them to
+    except Exception as error:  # a damaged file may make a decoder raise anything
         raise ImageError(name, f"cannot be decoded: {error}", "undecodable image") from error
 
 
 def pixel_size(content: bytes, name: str) -> tuple[int, int]:
-    """Width and height as the file's header says."""
+    """Returns width and height, read from the header alone.
+
+    Raises:
+      ImageError: as `decode`.
+    """
     with _open(content, name) as image:
         return image.size
 
@@ -99,7 +121,7 @@ def _open(content: bytes, name: str) -> ImageFile.ImageFile:
     except Image.DecompressionBombError as error:
         raise ImageError(name, f"has too many pixels: {error}", "too many pixels") from error
     except UnidentifiedImageError as error:
-        raise ImageError(name, "cannot be decoded: no image of a known format", "undecodable image") from error
+        raise ImageError(name, "cannot be decoded: not an image of a known format", "undecodable image") from error
     except Exception as error:
         raise ImageError(name, f"cannot be decoded: {error}", "undecodable image") from error
     if problem := too_large(*image.size):
@@ -108,7 +130,7 @@ def _open(content: bytes, name: str) -> ImageFile.ImageFile:
 
 
 def too_large(width: int, height: int) -> str:
-    """What is wrong with a picture of so many pixels, if they or those that a fit makes of it are too many; or ''."""
+    """Returns what is wrong with an image of this size if it, or what a fit makes of it, is too large; or ''."""
     if max(width, height) ** 2 > MAX_PIXELS:
         return f"has {width} x {height} pixels, more than {MAX_PIXELS} in a square that holds it"
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -117,11 +139,19 @@ def too_large(width: int, height: int) -> str:
 
 
 def prepare(image: Image.Image, size: int, fit: Fit = "pad") -> np.ndarray:
-    """An RGB image -> uint8 [size, size, 3], as CLIP's processor and LLaVA's padding do it.
+    """Makes an image square, as CLIP's processor and LLaVA's padding do, by bicubic interpolation.
 
-    `pad` centres the image on a square of CLIP's mean colour and keeps all of it (LLaVA-1.5), `pad_white` on a white
-    one (Shikra); `crop` keeps the centre square (CLIP); `square` squashes it. The shortest side is resized to `size`
-    by bicubic interpolation. `anyres` gives several: see `prepare_units`.
+    Args:
+      image: an RGB image.
+      size: side of the result, in pixels.
+      fit: `pad` puts all of the image in the middle of a square of CLIP's mean colour (LLaVA-1.5), `pad_white` of a
+        white one (Shikra); `crop` keeps the middle square (CLIP); `square` changes the aspect ratio.
+
+    Returns:
+      uint8 [size, size, 3].
+
+    Raises:
+      InputError: the fit is `anyres`, which makes several units: use `prepare_units`.
     """
     if fit == "anyres":
         raise InputError("'anyres' makes several units of an image: use prepare_units")
@@ -136,8 +166,19 @@ def prepare(image: Image.Image, size: int, fit: Fit = "pad") -> np.ndarray:
 
 
 def prepare_units(image: Image.Image, size: int, fit: Fit = "pad") -> tuple[np.ndarray, ...]:
-    """All units of an image, uint8 [size, size, 3] each: one, or with `anyres` (LLaVA-1.6) the squashed image and then
-    the tiles, row by row, of the image on a black ground of the grid that suits it best."""
+    """Makes all units of an image.
+
+    There is one, see `prepare`, except with `anyres` (LLaVA-1.6): first the whole image as with `square`, then the
+    tiles, row by row, of the image in the middle of a black ground as large as the grid that suits it best.
+
+    Args:
+      image: an RGB image.
+      size: side of a unit, in pixels.
+      fit: how the image becomes square units.
+
+    Returns:
+      uint8 [size, size, 3] for each unit.
+    """
     if fit != "anyres":
         return (prepare(image, size, fit),)
     rows, columns = choose_grid(image.width, image.height, size)
@@ -154,7 +195,7 @@ def prepare_units(image: Image.Image, size: int, fit: Fit = "pad") -> tuple[np.n
 
 
 def count_units(width: int, height: int, size: int, fit: Fit) -> int:
-    """How many units `prepare_units` makes of an image of so many pixels."""
+    """Returns how many units `prepare_units` makes from an image of this width and height."""
     if fit != "anyres":
         return 1
     rows, columns = choose_grid(width, height, size)
@@ -162,7 +203,7 @@ def count_units(width: int, height: int, size: int, fit: Fit) -> int:
 
 
 def choose_grid(width: int, height: int, size: int) -> tuple[int, int]:
-    """LLaVA-1.6's choice of a grid: most of the image's pixels kept, and then the fewest wasted."""
+    """Returns LLaVA-1.6's grid for an image, (rows, columns): it keeps most pixels, and then wastes fewest."""
 
     def merit(grid: tuple[int, int]) -> tuple[int, int]:
         rows, columns = grid
@@ -174,14 +215,14 @@ def choose_grid(width: int, height: int, size: int) -> tuple[int, int]:
 
 
 def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, ...]) -> np.ndarray:
-    """`image` in the middle of a square of one colour, resized to `size`."""
+    """Puts the image in the middle of a square of one colour and resizes that to `size`."""
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
     if side < size or not top:
         square = Image.new("RGB", (side, side), colour)
         square.paste(image, (left, top))
         return resize(square, size, size)
-    # The horizontal pass leaves rows of one colour as they are: only the image's own rows go through it.
+    # The horizontal pass does not change rows of one colour: only the image's own rows go through it.
     across = np.empty((side, size), np.uint32)
     across[:top] = across[top + image.height :] = np.array([*colour, 255], np.uint8).view(np.uint32)
     reduce_columns(image, across[top : top + image.height])

@@ -3,12 +3,12 @@
 A row is a dict of numpy arrays (S = row length, U = images per row, T = target slots):
 
     ids, positions, start, stop   int32 [S]   tokens and their interval mask, shifted to the sample's place in the row
-    vision                        int32 [S]   at a vision token its index among the row's U * tokens, else -1
+    vision                        int32 [S]   for a vision token its index among the row's U * tokens, else -1
     images                        uint8 [U, size, size, 3]
-    target_index, target_ids      int32 [T]   where the hidden state stands that predicts a target, and the target;
-                                              `IGNORE` in slots without one
-    num_tokens                    int32 []    tokens that are no padding
-    teacher_positions, teacher_start, teacher_stop      the causal view as well, where a teacher wants it
+    target_index, target_ids      int32 [T]   the position whose hidden state predicts a target, and the target's id,
+                                              which is `IGNORE` in unused slots
+    num_tokens                    int32 []    tokens that are not padding
+    teacher_positions, teacher_start, teacher_stop      the same for the teacher's view, if there is a teacher
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,25 @@ Row = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Item:
-    """A sample ready for packing: its layout and one uint8 [size, size, 3] array per unit."""
+    """A sample ready for packing.
+
+    Attributes:
+      layout: its tokens and who sees whom.
+      images: uint8 [size, size, 3] for each unit.
+    """
 
     layout: SampleLayout
     images: tuple[np.ndarray, ...]
 
 
 class Size(NamedTuple):
-    """What an item takes of a row, or what a row has room for."""
+    """The room that an item needs in a row, or that a row has.
+
+    Attributes:
+      tokens: number of tokens.
+      images: number of units.
+      targets: number of targets.
+    """
 
     tokens: int
     images: int
@@ -41,17 +52,26 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class RowShape:
-    """The static shape of a row, and the views of the mask that it carries."""
+    """The static shape of a row, and the views of the mask in it.
+
+    Attributes:
+      length: tokens (S).
+      images: the most units (U).
+      targets: the most targets (T).
+      image_size: side of an image, in pixels.
+      tokens_per_image: vision tokens per unit.
+      views: (prefix of the array names, visibility) of each view.
+    """
 
     length: int
     images: int
     targets: int
     image_size: int
     tokens_per_image: int
-    views: tuple[tuple[str, Visibility], ...]  # (prefix of the array names, visibility)
+    views: tuple[tuple[str, Visibility], ...]
 
     def fits(self, items: Sequence[Item]) -> bool:
-        """Whether one row has room for all of the items."""
+        """Returns whether one row has room for all of the items."""
         return (
             sum(len(item.layout) for item in items) <= self.length
             and sum(len(item.images) for item in items) <= self.images
@@ -60,13 +80,20 @@ class RowShape:
 
 
 def row_shape(data: DataConfig, image_size: int, tokens_per_image: int, *visibilities: Visibility) -> RowShape:
-    """The shape of a stage's rows; the first visibility is the model's own, a second one its teacher's."""
+    """Returns the shape of a stage's rows.
+
+    Args:
+      data: data config of the stage.
+      image_size: side of an image, in pixels.
+      tokens_per_image: vision tokens per unit.
+      visibilities: the model's visibility, and its teacher's if it has one.
+    """
     views = tuple(zip(("", "teacher_"), visibilities, strict=False))
     return RowShape(data.row_length, data.images_per_row, data.target_slots, image_size, tokens_per_image, views)
 
 
 def empty_rows(count: int, shape: RowShape) -> Row:
-    """Arrays for `count` rows, not filled in; `pack_row` fills one after the other."""
+    """Returns arrays for `count` rows with arbitrary values; `pack_row` fills one row after another."""
     arrays: Row = {
         "ids": np.empty((count, shape.length), np.int32),
         "vision": np.empty((count, shape.length), np.int32),
@@ -82,18 +109,20 @@ def empty_rows(count: int, shape: RowShape) -> Row:
 
 
 def row_of(rows: Row, index: int) -> Row:
-    """One of several rows, as views."""
+    """Returns one of several rows, as views."""
     return {name: array[index, ...] for name, array in rows.items()}
 
 
 def pack_row(items: Sequence[Item], shape: RowShape, row: Row | None = None) -> Row:
-    """Puts the items into one row, in order. Padding sees nobody and is seen by nobody.
+    """Packs items into one row, in order. Padding sees nobody and is seen by nobody.
 
     Args:
-      row: arrays to write it to, whatever they hold; by default new ones.
+      items: samples that fit into one row.
+      shape: of the row.
+      row: arrays to write to, with any values in them; new ones if None.
 
     Raises:
-      LayoutError: they don't fit.
+      LayoutError: the items don't fit.
     """
     if not shape.fits(items):
         record = items[-1].layout.record
@@ -130,10 +159,17 @@ def pack_row(items: Sequence[Item], shape: RowShape, row: Row | None = None) -> 
 
 
 def best_fit(sizes: Sequence[Size], room: Size) -> list[int]:
-    """Which items make the next row: the first one, and then again and again the longest one that still fits.
+    """Chooses the items of the next row: the first one, and then the longest one that still fits, until none fits.
 
-    Taking the first one bounds how long any item waits, whatever its size. All rows of a 2,048-token stage with one
-    image of 579 tokens and 20 to 900 of text in most samples are 97 % full with 64 items to choose from.
+    Taking the first one limits how long an item waits. A stage of 2,048 tokens with one image of 579 tokens and 20 to
+    900 tokens of text in most samples has rows that are 97 % full with 64 items to choose from.
+
+    Args:
+      sizes: of the items.
+      room: of the row.
+
+    Returns:
+      Indices of the chosen items.
     """
     chosen: list[int] = []
     tokens, images, targets = room

@@ -1,4 +1,4 @@
-"""From a source's records to packable items: first laid out, and only when they have a row their images are read."""
+"""From a source's records to items for packing. Records are laid out first; images are read when a row is planned."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,15 @@ from vocojax.layout import LayoutError, SampleLayout, lay_out_sample, require_ta
 
 @dataclass(frozen=True)
 class Prepared:
-    """A record laid out; its images and frames are not decoded."""
+    """A record that is laid out, but whose images and frames are not decoded.
+
+    Attributes:
+      record: its number in the source.
+      layout: its tokens and who sees whom.
+      images: files or their content, as in `Sample`.
+      videos: files, as in `Sample`.
+      size: the room that it needs in a row.
+    """
 
     record: int
     layout: SampleLayout
@@ -28,9 +36,15 @@ class Prepared:
 
 
 class PreparedSource:
-    """A source's records as packable items.
+    """A source's records as items for packing.
 
-    `lay_out` is cheap in memory and `load` is what takes time; with `keep_in_memory` the results of both stay.
+    `lay_out` needs little memory, `load` most of the time. With `data.keep_in_memory` the results of both are kept.
+
+    Args:
+      source: the records.
+      model: model config, for the size and tokens of a unit.
+      data: data config of the stage.
+      tokenizer: the model's tokenizer.
     """
 
     def __init__(self, source: Source, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer):
@@ -47,8 +61,11 @@ class PreparedSource:
     def lay_out(self, record: int) -> Prepared:
         """Reads a record and lays its text out.
 
+        Args:
+          record: its number in the source.
+
         Raises:
-          LayoutError: it can't be used.
+          LayoutError: the record can't be used.
           ImageError: the units of its images or videos can't be counted.
         """
         if record in self._laid_out:
@@ -95,7 +112,7 @@ class PreparedSource:
         return item
 
     def _count_units(self, sample: Sample) -> int:
-        """Units of a sample; of files as little is read as tells."""
+        """Counts the units of a sample, reading no more of its files than that takes."""
         data, count = self._data, 0
         if data.fit == "anyres":
             for image in sample.images:
@@ -111,5 +128,5 @@ class PreparedSource:
 
 
 def _content(image: Path | bytes, record: str) -> tuple[bytes, str]:
-    """An image's encoded content and its name for errors."""
+    """Returns an image's encoded content and its name for errors."""
     return (image, record) if isinstance(image, bytes) else (read(image), str(image))

@@ -13,13 +13,13 @@ import pyarrow as pa
 from PIL import Image
 
 PRECISION_BITS = 22
-_A = -0.5  # of the cubic convolution
+_A = -0.5  # parameter of the cubic convolution
 
 
 def resize(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """An RGB image -> uint8 [height, width, 3], as `image.resize((width, height), BICUBIC)` gives it."""
+    """Resizes an RGB image to uint8 [height, width, 3]; the pixels are those of Pillow's `BICUBIC`."""
     reduced_x, reduced_y = image.width - width, image.height - height
-    # Pillow goes horizontally first, as we do, but where rows are reduced most; and enlargements are cheap anyway.
+    # Pillow's horizontal pass comes first, as ours, except where rows are reduced most. Enlargements are cheap anyway.
     if min(reduced_x, reduced_y) < 0 or reduced_y >= 2 * reduced_x:
         return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.uint8)
     across = np.empty((image.height, width), np.uint32)
@@ -28,14 +28,27 @@ def resize(image: Image.Image, width: int, height: int) -> np.ndarray:
 
 
 def reduce_columns(image: Image.Image, out: np.ndarray) -> None:
-    """The horizontal pass alone, into uint32 [image.height, width] pixels of four bytes (Pillow's RGBX)."""
+    """Does the horizontal pass alone.
+
+    Args:
+      image: an RGB image.
+      out: uint32 [image.height, width]; takes the pixels, of four bytes each (Pillow's RGBX).
+    """
     reduced = np.empty((out.shape[1], image.height), np.uint32)
     _reduce(_pixels(image.transpose(Image.Transpose.TRANSPOSE)), reduced)
     np.copyto(out, reduced.T)
 
 
 def reduce_rows(pixels: np.ndarray, height: int) -> np.ndarray:
-    """The vertical pass alone: uint32 [h, w] pixels of four bytes -> uint8 [height, w, 3]."""
+    """Does the vertical pass alone.
+
+    Args:
+      pixels: uint32 [h, w], pixels of four bytes.
+      height: rows of the result.
+
+    Returns:
+      uint8 [height, w, 3].
+    """
     out = np.empty((height, pixels.shape[1]), np.uint32)
     _reduce(pixels, out)
     rgb = np.empty((*out.shape, 3), np.uint8)
@@ -44,7 +57,7 @@ def reduce_rows(pixels: np.ndarray, height: int) -> np.ndarray:
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """Pillow's own memory as uint32 [h, w]; a copy where it is not in one piece, as of large images."""
+    """Returns Pillow's own memory as uint32 [h, w], or a copy if it is not contiguous, as for large images."""
     try:
         flat = pa.array(image).flatten().to_numpy(zero_copy_only=True)
     except ValueError:
@@ -58,7 +71,7 @@ def _reduce(pixels: np.ndarray, out: np.ndarray) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _weights(size: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every target row: the first row it depends on, how many, and their fixed-point weights."""
+    """Returns for every target row the first row that it depends on, how many, and their fixed-point weights."""
     scale = size / target
     stretch = max(scale, 1.0)
     centre, support = (np.arange(target) + 0.5) * scale, 2 * stretch

@@ -1,4 +1,4 @@
-"""Tokenizers: any Hugging Face fast tokenizer with `<voco>` added, and a word tokenizer for closed vocabularies."""
+"""Tokenizers: any fast Hugging Face tokenizer with `<voco>` added, and a word tokenizer for closed vocabularies."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,11 +14,21 @@ VOCO_TOKEN = "<voco>"
 
 
 class Tokenizer:
-    """What the package needs of a tokenizer; see `layout.TextTokenizer`.
+    """A Hugging Face tokenizer with `<voco>`; it is a `layout.TextTokenizer`.
+
+    Attributes:
+      huggingface: the Hugging Face tokenizer.
+      bos_id: id of BOS.
+      eos_id: id of EOS.
+      eos_token: text of EOS.
+      voco_id: id of `<voco>`.
 
     Args:
-      tokenizer: a Hugging Face tokenizer backed by the `tokenizers` library, with BOS and EOS. `<voco>` is added to it
-        if it lacks it (id 32000 with Vicuna's).
+      tokenizer: a tokenizer backed by the `tokenizers` library, with BOS and EOS. `<voco>` is added if it is missing
+        (with Vicuna's tokenizer its id is 32000).
+
+    Raises:
+      InputError: the tokenizer has no BOS or EOS, or is a slow one.
     """
 
     voco_token = VOCO_TOKEN
@@ -59,17 +69,17 @@ class Tokenizer:
         return len(self.huggingface)
 
     def encode(self, text: str) -> Encoded:
-        """Ids without BOS or EOS; special tokens written in the text become their ids."""
+        """Returns the ids of a text, without BOS or EOS; special tokens in the text become their ids."""
         encoding = self.huggingface.backend_tokenizer.encode(text, add_special_tokens=False)
         return Encoded(encoding.ids, [end for _, end in encoding.offsets])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids, special tokens left out."""
+        """Returns the text of some ids, without special tokens."""
         return str(self.huggingface.decode(list(ids), skip_special_tokens=True))
 
 
 def word_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A tokenizer whose tokens are the words, punctuation marks and newlines of the texts, in sorted order."""
+    """Makes a tokenizer whose tokens are the words, punctuation marks and newlines of the texts, in sorted order."""
     pieces = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), behavior="removed", invert=True)
     words = sorted({piece for text in texts for piece, _ in pieces.pre_tokenize_str(text)} | {"\n"})
     specials = ["<pad>", "<s>", "</s>", "<unk>"]

@@ -1,4 +1,4 @@
-"""Videos to frames, by PyAV. A file gets limited work and time, and whatever is wrong with it is one kind of error."""
+"""Videos to frames, by PyAV. Work and time per file are limited, and every problem is a `VideoError`."""
 
 import os
 import stat
@@ -14,14 +14,18 @@ from PIL import Image
 from vocojax.data.images import ImageError, too_large
 
 Sampling = Literal["uniform", "segments", "fps"]
-SEEK_FROM = 2.0  # seconds between two frames from which on a seek is tried
-MAX_DECODED = 2**34  # pixels of a video that are decoded: 8,000 frames of 1920 x 1080, about half a minute of one core
+SEEK_FROM = 2.0  # seconds between two chosen frames above which a seek is tried
+MAX_DECODED = 2**34  # decoded pixels per video: 8,000 frames of 1920 x 1080, about half a minute of one core
 # Playlists, concatenations and image sequences would open other files, some of them elsewhere.
 OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts", "protocol_whitelist": "file"}
 
 
 class VideoError(ImageError):
-    """A video that can't be used; `reason` is a short key to count it under."""
+    """A video that can't be used.
+
+    Attributes:
+      reason: a short key to count it under.
+    """
 
     def __init__(self, name: str, problem: str, reason: str):
         super().__init__(name, problem, reason)
@@ -29,14 +33,23 @@ class VideoError(ImageError):
 
 
 class VideoInfo(NamedTuple):
-    """frames: how many the file says it has (or its last time stamp implies); rate: of them per second."""
+    """What a file says about its video.
+
+    Attributes:
+      frames: number of frames, from the header or from the last time stamp.
+      rate: frames per second.
+    """
 
     frames: int
     rate: float
 
 
 def probe(path: str | Path, seconds: float = 120.0) -> VideoInfo:
-    """Reads the header of a video file, or all of its packets where that does not say how many frames there are.
+    """Reads the header of a video file, or all of its packets if the header does not say how many frames there are.
+
+    Args:
+      path: the file.
+      seconds: time limit.
 
     Raises:
       VideoError: as `read_frames`.
@@ -46,11 +59,14 @@ def probe(path: str | Path, seconds: float = 120.0) -> VideoInfo:
 
 
 def choose_frames(info: VideoInfo, sampling: Sampling, count: int) -> list[int]:
-    """Indices of the frames to read, increasing.
+    """Returns the indices of the frames to read, in increasing order.
 
-    `uniform`: `count` from the first to the last one at equal distances. `segments`: the middle of each of `count`
-    equal segments (Video-ChatGPT). `fps`: one per second (LLaMA-VID: every round(rate)-th), `count` of them at equal
-    distances if there are more.
+    Args:
+      info: of the video.
+      sampling: `uniform`: from the first to the last frame at equal distances. `segments`: the middle of each of
+        `count` equal segments (Video-ChatGPT). `fps`: one per second (LLaMA-VID: every round(rate)-th), or `count` of
+        these at equal distances.
+      count: number of frames; with `fps` the most of them.
     """
     if sampling == "fps":
         every_second = np.arange(0, info.frames, max(round(info.rate), 1))
@@ -64,16 +80,19 @@ def choose_frames(info: VideoInfo, sampling: Sampling, count: int) -> list[int]:
 def read_frames(
     path: str | Path, sampling: Sampling, count: int, seconds: float = 120.0, seek: bool = True
 ) -> Iterator[Image.Image]:
-    """The frames of a video that `choose_frames` chooses, as RGB images, one after another.
+    """Yields the frames of a video that `choose_frames` chooses, as RGB images.
 
     Args:
-      seconds: that the file may take, checked between packets, which are of limited size; the last resort against a
-        disk that hangs. What is too much for any machine is told by `MAX_DECODED`.
-      seek: jump to the keyframe before a frame where that saves decoding; without it everything is decoded.
+      path: the file.
+      sampling: see `choose_frames`.
+      count: see `choose_frames`.
+      seconds: time limit, checked between packets (which are of limited size): the last resort against a disk that
+        hangs. `MAX_DECODED` stops what is too much work on any machine.
+      seek: jump to the keyframe before a frame where that saves decoding; otherwise every frame is decoded.
 
     Raises:
-      VideoError: missing, no video, damaged, shorter than `count` frames (with `fps`: without one), too much to decode,
-        or too slow.
+      VideoError: the file is missing, damaged or not a video, has fewer than `count` frames (with `fps`: none), or is
+        too much to decode or too slow.
     """
     with _Opened(path, seconds) as video:
         needed = 1 if sampling == "fps" else count
@@ -83,18 +102,18 @@ def read_frames(
 
 
 def _spread(length: int, count: int) -> np.ndarray:
-    """`count` indices from 0 to length - 1 at equal distances."""
+    """Returns `count` indices from 0 to length - 1 at equal distances."""
     return np.round(np.linspace(0, max(length - 1, 0), count)).astype(int)
 
 
 def _stamp(frame: av.VideoFrame) -> int:
-    """A frame's time stamp, in ticks; frames without one are never kept."""
+    """Returns a frame's time stamp, in ticks; frames without one are never kept."""
     assert frame.pts is not None
     return frame.pts
 
 
 class _Opened:
-    """An open video file with a deadline; whatever goes wrong inside becomes a `VideoError`."""
+    """An open video file with a deadline; inside the `with` block every exception becomes a `VideoError`."""
 
     def __init__(self, path: str | Path, seconds: float):
         self._name, self._seconds, self._deadline = str(path), seconds, time.monotonic() + seconds
@@ -103,7 +122,7 @@ class _Opened:
     def __enter__(self) -> "_Opened":
         try:
             if not stat.S_ISREG(os.stat(self._name).st_mode):
-                raise VideoError(self._name, "is no file", "missing video")
+                raise VideoError(self._name, "is not a file", "missing video")
             self._container = self._open()
         except Exception as error:
             raise self._named(error) from error
@@ -124,7 +143,7 @@ class _Opened:
         return av.open(self._name, timeout=self._seconds, metadata_errors="replace", options=OPTIONS)
 
     def frames(self, indices: Sequence[int], seek: bool) -> Iterator[Image.Image]:
-        """The frames at increasing indices (an index may repeat)."""
+        """Yields the frames at increasing indices (an index may repeat)."""
         start, step = self._stream.start_time or 0, 1 / self.info.rate / self._tick
         decoded, frame = self._decode(), None
         for number, index in enumerate(indices):
@@ -140,9 +159,9 @@ class _Opened:
             while frame is not None and _stamp(frame) < stamp:
                 frame = next(decoded, None)
             if frame is None:
-                raise VideoError(self._name, f"ends or breaks off after {number} of {len(indices)} frames",
+                raise VideoError(self._name, f"ends or is damaged after {number} of {len(indices)} frames",
                                  "undecodable video")
-            self._check_size(frame.width, frame.height)  # a stream's may change on the way
+            self._check_size(frame.width, frame.height)  # the size may change within a stream
             yield frame.to_image()
 
     def _decode(self) -> Iterator[av.VideoFrame]:
@@ -153,7 +172,7 @@ class _Opened:
             yield from (frame for frame in packet.decode() if frame.pts is not None)
 
     def _packets(self, container: av.container.InputContainer) -> Iterator[av.Packet]:
-        """The first video stream's packets, while there is time."""
+        """Yields the packets of the first video stream until the deadline."""
         for packet in container.demux(container.streams.video[0]):
             if time.monotonic() > self._deadline:
                 raise VideoError(self._name, f"takes more than {self._seconds:g} s", "slow video")
@@ -174,7 +193,7 @@ class _Opened:
             raise VideoError(self._name, "has no frame rate", "undecodable video")
         if stream.frames:
             return VideoInfo(stream.frames, rate)
-        # Durations in headers are of the longest stream, or estimates: the last packet tells.
+        # The header's duration is that of the longest stream, or an estimate: read the last time stamp.
         with self._open() as whole:
             stamps = [packet.pts for packet in self._packets(whole) if packet.pts is not None]
         if not stamps:
@@ -190,6 +209,6 @@ class _Opened:
             return VideoError(self._name, f"takes more than {self._seconds:g} s", "slow video")
         if isinstance(error, IndexError):
             return VideoError(self._name, "has no video stream", "undecodable video")
-        if isinstance(error, av.error.ArgumentError):  # what a format that is not on the list comes to
-            return VideoError(self._name, "is no mp4, mov, mkv, webm, avi or ts, or damaged", "undecodable video")
+        if isinstance(error, av.error.ArgumentError):  # the error for a format that is not on the list
+            return VideoError(self._name, "is not mp4, mov, mkv, webm, avi or ts, or is damaged", "undecodable video")
         return VideoError(self._name, f"cannot be decoded: {error}", "undecodable video")

@@ -1,4 +1,4 @@
-"""Sources of samples. One interface: random access and length; `open_source` opens those that a data config names."""
+"""Sources of samples, all with one interface (`base.Source`); `open_source` opens those that a data config names."""
 
 from pathlib import Path
 
@@ -18,7 +18,11 @@ __all__ = ["EasyVqaSource", "LlavaSource", "Sample", "Source", "identity", "open
 
 
 def open_source(data: DataConfig) -> Source:
-    """The source of a data config, or the mixture of its parts; `ConfigError` names what can't be opened."""
+    """Opens the source of a data config, or the mixture of its parts.
+
+    Raises:
+      ConfigError: a source can't be opened; the message names it.
+    """
     if not data.mixture:
         return _open(data, data.fit, "data")
     parts = [(_open(part, data.fit, f"data.mixture[{i}]"), part.weight) for i, part in enumerate(data.mixture)]
@@ -26,7 +30,7 @@ def open_source(data: DataConfig) -> Source:
 
 
 def identity(part: DataConfig | PartConfig) -> str:
-    """Of what a source reads: changes when its file does, wherever that lies; '' for the data of a package."""
+    """Returns a digest of the file that a source reads, wherever it is; '' for the data of a package."""
     path = Path(part.path) / "manifest.json" if part.source == "tfds" else Path(part.path)
     return sample_digest(path) if part.path and path.is_file() else ""
 

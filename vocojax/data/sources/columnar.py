@@ -108,35 +108,35 @@ def _elements(path: Path) -> Iterator[tuple[bytes, str]]:
     with path.open("rb") as file:
         # Mapped, so that the system can drop its pages. The elements are views: it is closed after the last of them.
         text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    standard: mmap.mmap | bytes = text
     try:
-        elements = _LIST.decode(standard)
+        records: Iterator[bytes] = map(bytes, _LIST.decode(text))
     except (msgspec.DecodeError, RecursionError):
-        standard = _in_standard_json(text)
-        try:
-            elements = _LIST.decode(standard)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise InputError(f"{path}: not a JSON list in UTF-8: {error}") from None
-    end = 0
-    for element in elements:
-        start = standard.find(element, end)
-        end = start + len(memoryview(element))
-        record = text[start:end]
+        records = _elements_of_lenient_json(text, path)
+    for record in records:
         yield record, _problem(record)
 
 
-def _in_standard_json(text: mmap.mmap) -> bytes:
-    """Returns strict JSON of the same length, with every element in the same place.
+def _elements_of_lenient_json(text: mmap.mmap, path: Path) -> Iterator[bytes]:
+    """Yields the elements of a list that is not strict JSON.
 
     Some writers put NaN, half a surrogate pair (a cut emoji) or a byte order mark into a file. The first two are a
-    problem of one record, which must not cost the others; the last one is none.
+    problem of one record, which must not cost the others; the last one is none. So the elements are found in a strict
+    text of the same length, with every element in the same place.
     """
-    standard = bytes(text)
-    if standard.startswith(codecs.BOM_UTF8):
-        standard = b"   " + standard[3:]
-    for odd, strict in ((rb"\ud", rb"\u0"), (rb"\uD", rb"\u0"), (b"NaN", b"0.0"), (b"Infinity", b"0.000000")):
-        standard = standard.replace(odd, strict)
-    return standard
+    strict = bytes(text)
+    if strict.startswith(codecs.BOM_UTF8):
+        strict = b"   " + strict[3:]
+    for odd, plain in ((rb"\ud", rb"\u0"), (rb"\uD", rb"\u0"), (b"NaN", b"0.0"), (b"Infinity", b"0.000000")):
+        strict = strict.replace(odd, plain)
+    try:
+        elements = _LIST.decode(strict)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON list in UTF-8: {error}") from None
+    end = 0
+    for element in elements:
+        start = strict.find(element, end)
+        end = start + len(memoryview(element))
+        yield text[start:end]
 
 
 def _problem(text: bytes) -> str:

@@ -1,7 +1,6 @@
-"""easy-VQA: 5,000 images of one coloured shape and 48,248 questions, which the PyPI package `easy-vqa` ships.
+"""easy-VQA: 5,000 images of one coloured shape each and 48,248 questions, from the PyPI package `easy-vqa`.
 
-Its `test` images are left for one final evaluation; `validation` is every tenth of the training images, `train` the
-rest.
+The `test` images are kept for one final evaluation. `validation` is every tenth training image, `train` the rest.
 """
 
 import re
@@ -21,7 +20,13 @@ SHAPES = ("circle", "rectangle", "triangle")
 
 
 class Question(NamedTuple):
-    """A question about one image. `kind` is 'colour', 'shape' or 'yes/no'."""
+    """A question about one image.
+
+    Attributes:
+      text: the question.
+      answer: one word.
+      kind: 'colour', 'shape' or 'yes/no'.
+    """
 
     text: str
     answer: str
@@ -29,13 +34,19 @@ class Question(NamedTuple):
 
 
 class EasyVqaSource:
-    """One thread per question; an image's questions share one sample, or several of equal size.
+    """The questions of a split, one thread each. An image's questions share one sample, or several of equal size.
+
+    Attributes:
+      split: the split.
+      images: the image files.
+      questions: the questions about each image.
 
     Args:
+      split: `train`, `validation` or `test`.
       threads_per_sample: the most questions in one sample; None for no limit.
 
     Raises:
-      MissingPackage: the package is not installed.
+      MissingPackage: the package `easy-vqa` is not installed.
       InputError: an unknown split.
     """
 
@@ -72,8 +83,11 @@ class EasyVqaSource:
         return Sample(f"easy_vqa/{self.split}/{self.images[image].name}", (self.images[image],), threads)
 
     def caption(self, index: int) -> str:
-        """An image's "colour shape" ("red circle"), put together from its questions and answers; shorter if they do
-        not say both. `index` counts images."""
+        """Returns an image's colour and shape ("red circle"), as far as its questions and answers say them.
+
+        Args:
+          index: of the image, in `images`.
+        """
         seen: set[str] = set()
         for question in self.questions[index]:
             words = set(re.findall(r"\w+", question.text))
@@ -84,7 +98,7 @@ class EasyVqaSource:
 
 
 class EasyVqaCaptions:
-    """The images of a split with their captions, for alignment: one sample per image whose caption is complete."""
+    """The images of a split with captions, for alignment: one sample per image whose colour and shape are known."""
 
     def __init__(self, split: Split):
         source = EasyVqaSource(split)
@@ -102,7 +116,7 @@ class EasyVqaCaptions:
 
 
 def _groups(questions: Sequence[Question], most: int) -> list[Sequence[Question]]:
-    """The questions in as few groups as possible, sizes as equal as possible."""
+    """Splits the questions into as few groups as possible, of sizes as equal as possible."""
     count = -(-len(questions) // most)
     return [questions[i::count] for i in range(count)]
 

@@ -11,14 +11,14 @@ from vocojax.layout import LayoutError
 
 
 class LlavaSource:
-    """The records of a LLaVA JSON file; also those of Video-ChatGPT in that form, which have `video` for `image`.
+    """The records of a LLaVA JSON file, or of a Video-ChatGPT file in LLaVA's form (`video` in place of `image`).
 
     Args:
       path: the JSON file.
       image_root: directory that the records' `image` and `video` paths are relative to.
 
     Raises:
-      ValueError: the file is no JSON list.
+      InputError: the file is not a JSON list.
     """
 
     def __init__(self, path: str | Path, image_root: str | Path):
@@ -32,7 +32,16 @@ class LlavaSource:
 
 
 def sample_from_llava(record: Mapping[str, Any], index: int, root: Root) -> Sample:
-    """A record of LLaVA's form as a sample; `LayoutError` if it can't be used."""
+    """Returns a record of LLaVA's form as a sample.
+
+    Args:
+      record: the record.
+      index: its number, which names it in errors if it has no `id`.
+      root: directory of its images and videos.
+
+    Raises:
+      LayoutError: the record can't be used.
+    """
     name = str(record.get("id", f"#{index}"))
     conversation = conversation_from_llava(name, record.get("conversations", ()))
     files = {kind: _names(name, record, kind) for kind in ("image", "video")}

@@ -9,20 +9,20 @@ import grain
 from vocojax.data.sources.base import Sample, Source
 from vocojax.errors import InputError
 
-CHOICE = 0  # seed of the choice of records for the part of a weight that is no whole number
+CHOICE = 0  # seed that chooses which records a weight's fraction takes once more
 
 
 class MixtureSource:
-    """An epoch of several sources: each record of a source is in it `weight` times.
+    """One epoch of several sources, in which each record of a source is `weight` times.
 
-    A weight of 2 has every record twice; one of 0.25 has a quarter of the records, always the same. The stream
-    shuffles the epoch as a whole, so the share of a source among the rows is that of its weighted length.
+    A weight of 2 takes every record twice; one of 0.25 takes a quarter of the records, always the same ones. The stream
+    shuffles the epoch as a whole, so a source's share of the rows is that of its length times its weight.
 
     Args:
-      sources: with their weights, > 0.
+      sources: sources and their weights.
 
     Raises:
-      ValueError: a weight that is not positive.
+      InputError: a weight is not above 0.
     """
 
     def __init__(self, sources: Sequence[tuple[Source, float]]):

@@ -1,7 +1,7 @@
 """Shikra's jsonl files: referring expressions with boxes (REC, REG) and questions about points (PointQA).
 
-Boxes and points are written relative to the image, `[0.123,0.456,0.789,0.999]`. Where the image is padded to a square
-its coordinates move with it, so the box's text depends on how images are fitted.
+Boxes and points are written relative to the image, `[0.123,0.456,0.789,0.999]`. If the image is padded to a square,
+coordinates are relative to the square: the text of a box depends on how images are fitted.
 """
 
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ class ShikraSource:
     """The records of a Shikra jsonl file.
 
     Args:
-      path: the file; `img_path, expression, bbox` for `rec` and `reg`, `file_path, question, answer, bbox, point` for
-        `pointqa` (boxes are pixels, xyxy).
+      path: the file, with the keys `img_path`, `expression`, `bbox` for `rec` and `reg`; `file_path`, `question`,
+        `answer`, `bbox`, `point` for `pointqa`. Boxes are x, y, x, y in pixels.
       image_root: directory of the images.
-      task: `rec` answers with the expression's box, `reg` with the box's expression, `pointqa` with the answer.
-      fit: how images become square: with `pad` and `pad_white` boxes are relative to the padded image, with `square`
-        to the image itself. `crop` and `anyres` cut images, and no box can be given.
+      task: `rec` asks for the box of an expression, `reg` for the expression of a box, `pointqa` about a point or box.
+      fit: how images become square. With `pad` and `pad_white` boxes are relative to the padded image, with `square`
+        to the image itself.
 
     Raises:
-      ValueError: such a fit, or a file that can't be read.
+      InputError: the fit is `crop` or `anyres`, which may cut a box off; or the file can't be read.
     """
 
     def __init__(self, path: str | Path, image_root: str | Path, task: Task, fit: Fit):
@@ -62,7 +62,7 @@ class ShikraSource:
         return Sample(name, (path,), ((Turn("user", "<image>\n" + question), Turn("assistant", answer)),))
 
     def _place(self, record: str, path: Path, numbers: Any) -> str:
-        """A box or a point in pixels as Shikra writes it."""
+        """Returns a box or a point as Shikra writes it, from pixels."""
         if (not isinstance(numbers, list) or len(numbers) not in (2, 4)
                 or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers)):
             raise LayoutError(record, f"has no box or point of numbers, got {numbers!r}", "malformed record")
@@ -73,8 +73,14 @@ class ShikraSource:
 
 
 def write_place(pixels: Sequence[float], width: int, height: int, padded: bool) -> str:
-    """Coordinates x, y (, x, y) in pixels -> `[0.123,0.456]`: relative to the image, or to the square that holds it in
-    its middle; cut to 0 ... 1 and rounded to three decimals."""
+    """Writes a point or a box as Shikra does: `[0.123,0.456]`, from 0 to 1, three decimals.
+
+    Args:
+      pixels: x, y or x, y, x, y.
+      width: of the image, in pixels.
+      height: of the image, in pixels.
+      padded: coordinates are relative to the square that has the image in its middle, not to the image.
+    """
     side = max(width, height)
     offsets = ((side - width) // 2, (side - height) // 2) if padded else (0, 0)
     sizes = (side, side) if padded else (width, height)

@@ -15,12 +15,12 @@ class VideoChatGptSource:
     """The records of a Video-ChatGPT JSON file.
 
     Args:
-      path: the JSON file, raw or converted. A raw record's video is `{video_id}` with any of `SUFFIXES`; as in the
-        converted file `<video>` stands behind the question in even records and before it in odd ones.
+      path: the JSON file, raw or converted. A raw record's video is `{video_id}` with any of `SUFFIXES`. As in the
+        converted file, `<video>` follows the question in even records and precedes it in odd ones.
       video_root: directory of the videos.
 
     Raises:
-      ValueError: the file is no JSON list.
+      InputError: the file is not a JSON list.
     """
 
     def __init__(self, path: str | Path, video_root: str | Path):

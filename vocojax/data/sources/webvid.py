@@ -19,7 +19,7 @@ class WebVidSource:
       video_root: directory of the `page_dir`s.
 
     Raises:
-      ValueError: the file is no CSV, or has no such columns.
+      InputError: the file is not a CSV, or lacks a column of `COLUMNS`.
     """
 
     def __init__(self, path: str | Path, video_root: str | Path):
@@ -28,10 +28,10 @@ class WebVidSource:
             try:
                 missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
                 if missing:
-                    raise InputError(f"{path}: no WebVid CSV: it lacks the columns {', '.join(missing)}")
+                    raise InputError(f"{path}: not a WebVid CSV: it lacks the columns {', '.join(missing)}")
                 self._rows = [tuple(row[column] for column in COLUMNS) for row in reader]
             except csv.Error as error:
-                raise InputError(f"{path}: no WebVid CSV: {error} at line {reader.line_num}") from error
+                raise InputError(f"{path}: not a WebVid CSV: {error} at line {reader.line_num}") from error
         self._root = Root(video_root)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Data sets as TFDS directories of array_record shards: written here, read without TensorFlow."""
+"""Data sets as TFDS directories of array_record shards: written here, and read without TensorFlow."""
 
 from vocojax.data.sources.tfds.reader import TfdsSource
 from vocojax.data.sources.tfds.shards import Preparation, ShardTask, write_shard

@@ -1,4 +1,4 @@
-"""Reads a data set that `shards.py` wrote, with `as_data_source`: random access without TensorFlow."""
+"""Reads a data set that `shards.py` wrote: random access without TensorFlow, by TFDS's `as_data_source`."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ class TfdsSource:
     """A split of a prepared data set.
 
     Args:
-      directory: holds `dataset_info.json`; a data set gets one when all its shards are complete.
-      split: its name.
+      directory: holds `dataset_info.json`, which is written when all shards are complete.
+      split: name of the split.
 
     Raises:
-      ValueError: no complete data set there, or no such split.
+      InputError: the directory holds no complete data set, or the data set has no such split.
       MissingPackage: the extra `tfds` is not installed.
     """
 

@@ -1,14 +1,14 @@
 """Writes any source as a TFDS directory of array_record shards.
 
-    DIRECTORY/NAME-SPLIT.array_record-00000-of-00016   one for each shard, images as they were encoded
+    DIRECTORY/NAME-SPLIT.array_record-00000-of-00016   a shard; images stay encoded as they were
     DIRECTORY/shards/SPLIT-00000-of-00016.json         its counts, checksum and rejected records
-    DIRECTORY/manifest.json                            all of them together
-    DIRECTORY/dataset_info.json, features.json         TFDS's, written last
+    DIRECTORY/manifest.json                            those of all shards
+    DIRECTORY/dataset_info.json, features.json         TFDS's metadata, written last
 
-A shard is a function of its records alone and appears only when it is complete, so whatever runs the tasks may be
-killed and run again: shards that are there are left, and the result is the same to the byte. Shards that lack a record
-because of its file are made again, since the file may have been repaired. While any shard is replaced there is no
-`dataset_info.json`, so that a data set opens only when it is whole.
+A shard depends on its records alone and appears only when it is complete. So the writing may be killed and started
+again: complete shards are kept, and the result is the same to the byte. A shard that lacks a record because of a bad
+image is written again, since the image may have been repaired. While a shard is replaced there is no
+`dataset_info.json`: a data set opens only when it is complete.
 """
 
 import dataclasses
@@ -35,7 +35,15 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard: every `count`-th record of a source from `index` on."""
+    """One shard: every `count`-th record of a source from `index` on.
+
+    Attributes:
+      source: the source.
+      directory: directory of the data set.
+      name: name of the data set.
+      index: number of the shard, from 0.
+      count: number of shards of the split.
+    """
 
     source: PartConfig
     directory: str
@@ -45,28 +53,35 @@ class ShardTask:
 
     @property
     def shard(self) -> Path:
-        """The file of the records."""
+        """The file with the records."""
         suffix = f"{self.index:05d}-of-{self.count:05d}"
         return Path(self.directory) / f"{self.name}-{self.source.split}.array_record-{suffix}"
 
     @property
     def part(self) -> Path:
-        """The file of its counts."""
+        """The file with the counts."""
         return Path(self.directory) / "shards" / f"{self.source.split}-{self.index:05d}-of-{self.count:05d}.json"
 
     @property
     def info(self) -> Path:
-        """The file that says that the data set is complete."""
+        """The file that exists when the data set is complete."""
         return Path(self.directory) / "dataset_info.json"
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """A data set to be written: its splits' sources, where to, under which name and in how many shards per split.
+    """A data set to be written.
+
+    Attributes:
+      sources: one source per split.
+      directory: where to write it; all workers share it.
+      name: name of the data set.
+      shards: number of shards per split.
+      max_skipped_share: the share of records that may be rejected, from 0 to 1.
 
     Raises:
-      ConfigError: two sources of one split, no shard, a directory that is a URL, or a source of boxes, whose text
-        depends on the `data.fit` of the stage that reads it.
+      ConfigError: two sources have the same split, there is no source or no shard, the directory is a URL, or a source
+        has boxes, whose text depends on the `data.fit` of the stage that reads it.
     """
 
     sources: tuple[PartConfig, ...]
@@ -90,15 +105,15 @@ class Preparation:
                                   "jsonl itself")
 
     def tasks(self) -> list[ShardTask]:
-        """What is to be done, in any order and anywhere: `write_shard` for each."""
+        """Returns the shards to write, in any order and on any machine, with `write_shard`."""
         return [ShardTask(source, self.directory, self.name, index, self.shards)
                 for source in self.sources for index in range(self.shards)]
 
     def finish(self) -> dict[str, Any]:
-        """Writes the manifest and TFDS's files once all shards are there, and returns the manifest.
+        """Writes the manifest and TFDS's metadata after all shards are written, and returns the manifest.
 
         Raises:
-          SkippedTooMany: more than `max_skipped_share` of the records are rejected; the manifest says which.
+          SkippedTooMany: more than `max_skipped_share` of the records were rejected; the manifest names them.
         """
         parts = [(task, json.loads(task.part.read_text())) for task in self.tasks()]
         rejected = [{"split": task.source.split, **record} for task, part in parts for record in part["rejected"]]
@@ -140,9 +155,9 @@ class Preparation:
 
 
 def write_shard(task: ShardTask) -> int:
-    """Writes a shard unless it is there already, made of the same input; the number of its records.
+    """Writes a shard, unless it was already written from the same input, and returns the number of its records.
 
-    Records that can't be used are left out and named in the shard's part of the manifest.
+    Records that can't be used are left out; the shard's JSON names them.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -169,7 +184,7 @@ def write_shard(task: ShardTask) -> int:
             writer.close()
         part = {"records": records, "bytes": partial.stat().st_size, "sha256": _sha256(partial), "inputs": inputs,
                 "bad_files": bad_files, "rejected": rejected}
-        task.info.unlink(missing_ok=True)  # it has the lengths of the shards that are replaced now
+        task.info.unlink(missing_ok=True)  # it holds the length of the shard that is replaced now
     write_atomically(task.part, json.dumps(part))
     return records
 
@@ -185,7 +200,7 @@ def _example(source: Source, index: int) -> bytes:
         images.append(content)
     record = {"id": sample.id, "images": images, "threads": json.dumps(sample.threads)}
     example = _serializer().get_tf_example(_features().encode_example(record))
-    return example.SerializeToString(deterministic=True)  # else the fields' order changes from process to process
+    return example.SerializeToString(deterministic=True)  # otherwise the order of fields depends on the process
 
 
 @functools.cache
@@ -205,13 +220,13 @@ def _serializer() -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _source(part: PartConfig, inputs: str) -> Source:
-    """Opened once for the shards of a process, and anew when what it is made of (`_inputs`) changes."""
+    """Opens a source once for all shards of a process, and again when its `inputs` (of `_inputs`) change."""
     return open_source(DataConfig(source=part.source, split=part.split, path=part.path, image_root=part.image_root,
                                   threads_per_sample=part.threads_per_sample))
 
 
 def _inputs(part: PartConfig) -> dict[str, Any]:
-    """What a shard is made of: another size or time stamp of the source's file makes it anew."""
+    """Returns what a shard is made from: if any of it changes, the shard is written again."""
     status = os.stat(part.path) if part.path else None
     return {**dataclasses.asdict(part), "version": VERSION, "file": status and [status.st_size, status.st_mtime_ns]}
 
