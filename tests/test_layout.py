@@ -156,6 +156,53 @@ def test_views_are_the_method_by_brute_force(units, threads, tokens, vocos, cut)
         assert own.tolist() == list(range(first, first + len(own)))
 
 
+def pairs_after_prefix(view, prefix):
+    """Visible (query, key) pairs of a view after a prefix, by the rule alone; queries are counted from 0."""
+    return {(r, j) for r, j in itertools.product(range(len(view.start)), range(len(view.stop)))
+            if view.start[r] <= j <= prefix + r and prefix + r < view.stop[j]}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    units=st.integers(0, 3), threads=st.lists(SPANS, min_size=1, max_size=3), tokens=st.integers(1, 3),
+    vocos=st.integers(1, 3), padding=st.integers(0, 4), visibility=st.sampled_from(["voco", "causal"]),
+)
+def test_text_after_a_prefix_sees_what_it_sees_in_the_whole_sample(units, threads, tokens, vocos, padding, visibility):
+    """The prefix's keys are the unit tokens that text sees, in their order; its padding is seen by nobody."""
+    threads = threads if units else threads[:1]
+    sample = lay_out_sample("x", units, threads, Letters(), UnitShape(tokens, vocos), 1000)
+    whole, text_start = brute_force(sample, visibility), sample.text_start
+    seen = [j for j in range(text_start) if sample.roles[j] == Role.VOCO or visibility == "causal"]
+    assert np.flatnonzero(sample.seen_by_text(visibility)).tolist() == seen
+    prefix = len(seen) + padding
+    place = dict(zip(seen, range(len(seen)), strict=True)) | {
+        j: prefix + j - text_start for j in range(text_start, len(sample))}
+    view = sample.view_after_prefix(visibility, prefix)
+    assert pairs_after_prefix(view, prefix) == {(i - text_start, place[j]) for i, j in whole if i >= text_start}
+    assert np.array_equal(view.positions, sample.view(visibility).positions[text_start:])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    units=st.integers(0, 3), question=st.text("abc ", min_size=1, max_size=5), answer=st.integers(1, 3),
+    vocos=st.integers(1, 3), padding=st.integers(0, 3), visibility=st.sampled_from(["voco", "causal"]),
+)
+def test_an_answer_sees_what_its_tokens_see_in_the_longer_sample(units, question, answer, vocos, padding, visibility):
+    """The answer written after the question is a longer sample: its tokens see of the prompt what `answer` says."""
+    lay_out = lambda *texts: lay_out_sample("x", units, [[Span(t) for t in texts]], Letters(), UnitShape(2, vocos), 99)
+    prompt, longer = lay_out(question), lay_out(question, "A" * answer)
+    whole, position = prompt.view(visibility).answer().sees, prompt.view(visibility).answer().position
+    seen_in_longer, end = brute_force(longer, visibility), len(prompt)
+    for index in range(end, len(longer)):
+        assert {j for i, j in seen_in_longer if i == index} == {*np.flatnonzero(whole), *range(end, index + 1)}
+        assert longer.view(visibility).positions[index] == position + index - end
+    cached = int(prompt.seen_by_text(visibility).sum())
+    after = prompt.view_after_prefix(visibility, cached + padding).answer()
+    text = len(prompt) - prompt.text_start
+    assert after.position == position
+    assert after.sees.tolist() == [True] * cached + [False] * padding + [True] * text
+
+
 def test_a_unit_alone_is_the_unit_of_a_sample():
     unit = lay_out_unit("x", Letters(), UnitShape(3, 2))
     sample = lay_out_sample("x", 1, [[Span("q")]], Letters(), UnitShape(3, 2), 100)

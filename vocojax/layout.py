@@ -86,12 +86,39 @@ class LayoutError(VocojaxError, ValueError):
         super().__init__(f"record {record!r}: {problem}")
 
 
+class AnswerView(NamedTuple):
+    """The position of an answer's first token, and what its tokens see of the prompt.
+
+    Attributes:
+      position: rotary position; the answer's further tokens are numbered on from it.
+      sees: bool [P + S], the keys of the prefix and the prompt that every answer token sees. An answer token also sees
+        the answer up to itself.
+    """
+
+    position: int
+    sees: np.ndarray
+
+
 class View(NamedTuple):
-    """Positions and visibility of a sample's tokens, each int32 [S]; indices count from the sample's first token."""
+    """Positions and visibility of S tokens that stand after a prefix of P others (P = 0 for a whole sample).
+
+    Query r has index P + r, keys are counted from the prefix's first one.
+
+    Attributes:
+      positions: int32 [S], rotary positions.
+      start: int32 [S], the first key of each query's window.
+      stop: int32 [P + S], the first query that no longer sees each key.
+    """
 
     positions: np.ndarray
     start: np.ndarray
     stop: np.ndarray
+
+    def answer(self) -> AnswerView:
+        """Returns how an answer to the prompt reads it: it sees what the prompt's last token sees."""
+        last = len(self.stop) - 1
+        sees = (self.start[-1] <= np.arange(last + 1)) & (last < self.stop)
+        return AnswerView(int(self.positions[-1]) + 1, sees)
 
 
 @dataclass(frozen=True)
@@ -129,8 +156,12 @@ class SampleLayout:
         """Index of the first text token."""
         return self.num_units * self.unit_length
 
+    def seen_by_text(self, visibility: Visibility) -> np.ndarray:
+        """Returns bool [num_units * unit_length]: which tokens of the units text sees, and a cache must hold."""
+        return (self.roles[: self.text_start] == Role.VOCO) | (visibility == "causal")
+
     def view(self, visibility: Visibility) -> View:
-        """Positions and visibility.
+        """Returns positions and visibility of the whole sample.
 
         `voco`: text sees, of the units, only VoCo tokens, and a unit sees only itself. Positions are compact: unit t
         is numbered as if it stood alone, shifted by t*N, so that the VoCo tokens of all units are consecutive.
@@ -143,20 +174,45 @@ class SampleLayout:
         if visibility == "voco":
             stride = self.unit.vocos
             text_position = self.unit_length + (self.num_units - 1) * stride if self.num_units else 0
-            hidden = in_unit & (self.roles != Role.VOCO)
             start = np.where(in_unit, unit_index * self.unit_length, 0)
-            stop = np.where(hidden, (unit_index + 1) * self.unit_length, length)
         else:
             stride = self.unit_length
             text_position = units_end
             start = np.zeros(length, np.int64)
-            stop = np.full(length, length)
+        stop = np.full(length, length)
+        hidden = np.flatnonzero(~self.seen_by_text(visibility))
+        stop[hidden] = (unit_index[hidden] + 1) * self.unit_length
         positions = np.arange(length) - unit_index * (self.unit_length - stride)
         thread_starts, thread_ends = self.thread_bounds()
         for first, end in zip(thread_starts, thread_ends, strict=True):
             positions[first:end] = text_position + np.arange(end - first)
             stop[first:end] = end
         return View(positions.astype(np.int32), start.astype(np.int32), stop.astype(np.int32))
+
+    def view_after_prefix(self, visibility: Visibility, prefix_length: int) -> View:
+        """Returns positions and visibility of the text alone, after cached tokens in place of the units.
+
+        The prefix holds the tokens of the sample's units that text sees, in their order, then padding that nobody
+        sees. Each query sees of the text what it sees in the whole sample, and has the same position. For one unit
+        (N = 2), a prefix of four tokens and two threads:
+
+            query \\ key  C C . . | t t | u u
+              t           x x . .   x . | . .
+              t           x x . .   x x | . .
+              u           x x . .   . . | x .
+              u           x x . .   . . | x x
+
+        Args:
+          visibility: under `causal` the cached tokens are whole units.
+          prefix_length: cached tokens and padding.
+        """
+        whole, text_start = self.view(visibility), self.text_start
+        cached = int(self.seen_by_text(visibility).sum())
+        size = len(self) - text_start
+        stop = np.arange(prefix_length + size, dtype=np.int32)
+        stop[:cached] = prefix_length + size
+        stop[prefix_length:] = whole.stop[text_start:] - text_start + prefix_length
+        return View(whole.positions[text_start:], np.zeros(size, np.int32), stop)
 
     def thread_bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """First index of every thread, and the index after its last token."""
@@ -230,6 +286,11 @@ def require_targets(sample: SampleLayout) -> SampleLayout:
                  if sample.dropped else "no answer in its conversation has a target token")
         raise LayoutError(sample.record, cause, "truncated away" if sample.dropped else "no target")
     return sample
+
+
+def units_stand_alone(visibility: Visibility) -> bool:
+    """Returns whether a unit sees nothing outside itself, so that it can be computed alone and placed anywhere."""
+    return visibility == "voco"
 
 
 def lay_out_unit(record: str, tokenizer: TextTokenizer, unit: UnitShape) -> SampleLayout:

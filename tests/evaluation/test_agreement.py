@@ -5,7 +5,7 @@ import numpy as np
 from vocojax.data.conversation import template
 from vocojax.evaluation.agreement import Agreement, agreement
 from vocojax.inference.assistant import Assistant
-from vocojax.inference.decoding.decode import Generation
+from vocojax.inference.requests import Answer
 
 
 def test_random_questions_about_random_images(tiny_model, words):
@@ -18,18 +18,21 @@ def test_random_questions_about_random_images(tiny_model, words):
         assert way.max_abs_logit_diff < 1e-4
 
 
+def answered(ids, logit):
+    return Answer("", "length", token_ids=tuple(ids), first_logits_V=np.array([logit, -np.inf]))
+
+
 def test_a_difference_is_counted():
-    a = Generation(np.array([[1, 2], [3, 4], [5, 6]]), np.array([[0.0, -np.inf], [1, -np.inf], [2, -np.inf]]))
-    b = Generation(np.array([[1, 2], [3, 9], [9, 9]]), np.array([[0.5, -np.inf], [1, -np.inf], [9, -np.inf]]))
     found = Agreement()
-    found.add(a, b, 2)
+    found.add(answered([1, 2], 0.0), answered([1, 2], 0.5))
+    found.add(answered([3, 4], 1), answered([3, 9], 1))
     assert (found.pairs, found.identical, found.max_abs_logit_diff) == (2, 1, 0.5)
 
 
 def test_a_nan_is_no_agreement():
-    good, bad = (Generation(np.array([[1]]), np.array([[x, -np.inf]])) for x in (0.0, np.nan))
+    good, bad = (answered([1], logit) for logit in (0.0, np.nan))
     for a, b in ((good, bad), (bad, good)):
         found = Agreement()
-        found.add(a, b, 1)
-        found.add(good, good, 1)
+        found.add(a, b)
+        found.add(good, good)
         assert np.isnan(found.max_abs_logit_diff)

@@ -1,6 +1,6 @@
 """One of several processes that write, read and evict the same few entries.
 
-    python -m tests.inference.hammer DIR SEED SECONDS MAX_BYTES
+    python -m tests.helpers.hammer DIR SEED SECONDS MAX_BYTES
 """
 
 import sys

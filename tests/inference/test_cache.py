@@ -45,17 +45,18 @@ def logits(assistant, cache, units=((0,), (3, 1))):
 def test_saved_and_loaded_it_is_the_same_to_the_bit(cache, tmp_path, dtype):
     cache = dataclasses.replace(cache, k_LUNGD=cache.k_LUNGD.astype(dtype), v_LUNGD=cache.v_LUNGD.astype(dtype))
     save(cache, tmp_path / "a.safetensors")
-    again = load(tmp_path / "a.safetensors", cache.model)
+    again = load(tmp_path / "a.safetensors", cache.fingerprint)
     assert again.k_LUNGD.dtype == dtype
     assert np.array_equal(again.k_LUNGD, cache.k_LUNGD) and np.array_equal(again.v_LUNGD, cache.v_LUNGD)
-    assert (again.position, again.images, again.model) == (cache.position, cache.images, cache.model)
+    kept = lambda c: (c.first_position, c.image_digests, c.fingerprint)
+    assert kept(again) == kept(cache)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_joined_in_any_order_it_gives_the_same_answers(assistant, images, cache):
     """Units compressed one by one and joined back to front, asked about by their new places."""
     joined = VocoCache.concat([assistant.compress([images[i]]) for i in (4, 3, 2, 1, 0)])
-    assert joined.images == cache.images[::-1] and joined.num_units == 5
+    assert joined.image_digests == cache.image_digests[::-1] and joined.num_units == 5
     np.testing.assert_allclose(logits(assistant, joined, [[4], [1, 3]]), logits(assistant, cache), atol=1e-4)
 
 
@@ -63,11 +64,9 @@ def test_truncated_it_is_the_cache_of_a_model_with_fewer_tokens(assistant, image
     """The same weights with one VoCo token instead of two: same cache, same logits as its single pass."""
     model = assistant.model
     one = dataclasses.replace(model.config, voco=dataclasses.replace(model.config.voco, num_vocos=1))
-    fewer = dataclasses.replace(
-        assistant, model=with_parameters(VocoLlama(one, nnx.Rngs(1), jnp.float32), parameters_of(model))
-    )
+    fewer = assistant.with_model(with_parameters(VocoLlama(one, nnx.Rngs(1), jnp.float32), parameters_of(model)))
     short = cache.truncate(1)
-    assert short.k_LUNGD.shape[2] == 1 and fewer.fingerprint == assistant.fingerprint == short.model
+    assert short.k_LUNGD.shape[2] == 1 and fewer.fingerprint == assistant.fingerprint == short.fingerprint
     np.testing.assert_allclose(short.k_LUNGD, fewer.compress(images).k_LUNGD, atol=1e-5)
     single = np.asarray(fewer.generate_whole([[images[0]], [images[3], images[1]]], ASKED, GREEDY).logits_BV)
     single = single[:, np.isfinite(single[0])]
@@ -80,7 +79,7 @@ def test_int8_rounds_to_a_254th_of_each_vectors_largest_entry(assistant, cache, 
     assert values.tolist() == [[[50, -127, 1, 0]], [[0, 0, 0, 0]]] and scale.shape == (2, 1)
     np.testing.assert_allclose(dequantise(values, scale, np.dtype(np.float32))[0, 0], [1.0, -2.54, 0.02, 0], atol=1e-6)
     save(cache, tmp_path / "small.safetensors", "int8")
-    small = load(tmp_path / "small.safetensors", cache.model)
+    small = load(tmp_path / "small.safetensors", cache.fingerprint)
     for exact, rounded in ((cache.k_LUNGD, small.k_LUNGD), (cache.v_LUNGD, small.v_LUNGD)):
         largest = np.abs(exact).max(-1, keepdims=True)
         assert (np.abs(exact - rounded) <= largest / 253).all() and not np.array_equal(exact, rounded)
@@ -94,9 +93,9 @@ def test_int8_rounds_to_a_254th_of_each_vectors_largest_entry(assistant, cache, 
 def test_every_bit_counts(cache, tmp_path):
     """Whatever byte is altered, whatever is cut off: refused by name, never read, and out of a store's way."""
     content = to_bytes(cache.take(slice(0, 1)))
-    assert from_bytes(content, "whole").images == cache.images[:1]
+    assert from_bytes(content, "whole").image_digests == cache.image_digests[:1]
     random = np.random.default_rng(0)
-    store, model, image = Store(tmp_path), cache.model, cache.images[0]
+    store, model, image = Store(tmp_path), cache.fingerprint, cache.image_digests[0]
     path = store.path(image, model, 2)
     path.parent.mkdir(parents=True)
     of_format = content.index(FORMAT.encode())
@@ -116,7 +115,7 @@ def test_every_bit_counts(cache, tmp_path):
 
 def test_another_models_cache_is_refused_by_name(assistant, cache, tiny_config, words, tmp_path):
     other = Assistant(VocoLlama(tiny_config, nnx.Rngs(1), jnp.float32), words, template("short"))
-    with pytest.raises(CacheError, match="the config is the same, but its parameters are others"):
+    with pytest.raises(CacheError, match="the config is the same, but its parameters differ"):
         other.read(cache, ["what?"])
     deeper = dataclasses.replace(tiny_config, decoder=dataclasses.replace(tiny_config.decoder, depth=3))
     save(cache, tmp_path / "a.safetensors")
@@ -124,12 +123,12 @@ def test_another_models_cache_is_refused_by_name(assistant, cache, tiny_config, 
         load(tmp_path / "a.safetensors", fingerprint(VocoLlama(deeper, nnx.Rngs(0), jnp.float32), words))
     with pytest.raises(CacheError, match="cache 1 is of another model"):
         VocoCache.concat([cache, other.compress([np.zeros((32, 32, 3), np.uint8)])])
-    unnamed = dataclasses.replace(cache, model=None)
+    unnamed = dataclasses.replace(cache, fingerprint=None)
     with pytest.raises(CacheError, match="cache 2 is of another model"):
         VocoCache.concat([unnamed, cache, other.compress([np.zeros((32, 32, 3), np.uint8)])])
-    assert VocoCache.concat([unnamed, cache]).model is None
+    assert VocoCache.concat([unnamed, cache]).fingerprint is None
     narrow = VocoLlama(tiny_config, nnx.Rngs(0), jnp.bfloat16)
-    assert "dtype is 'float32' there, 'bfloat16' here" in fingerprint(narrow, words).differences(cache.model)
+    assert "dtype is 'float32' there, 'bfloat16' here" in fingerprint(narrow, words).differences(cache.fingerprint)
 
 
 def test_a_fingerprint_sees_every_parameter_and_every_place(tiny_model, words):
@@ -170,7 +169,7 @@ def test_what_cannot_be_done_is_said(assistant, images, cache, tmp_path):
         whole.truncate(1)
     with pytest.raises(CacheError, match="keeps tokens from position 0 of a unit, text sees those from 6 on"):
         assistant.read(whole, ["what?"])
-    with pytest.raises(CacheError, match="doesn't say whose it is"):
+    with pytest.raises(CacheError, match="without its model's fingerprint"):
         save(whole, tmp_path / "a.safetensors")
     with pytest.raises(CacheError, match=r"missing\.safetensors: can't be read: No such file"):
         load(tmp_path / "missing.safetensors")

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from PIL import Image
 
 from vocojax.cli.terminal import refuse_empty, require_writable
 from vocojax.config import ConfigError
-from vocojax.inference import assistant as assistant_module
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.cache import VocoCache
 from vocojax.inference.caches.store import Store
@@ -72,12 +70,12 @@ def test_a_run_goes_on_where_it_stopped_and_reports_bad_files(assistant, photos,
 def test_what_a_store_lacks_or_has_damaged_is_compressed_and_put_in(assistant, photos, tmp_path):
     store, paths = Store(tmp_path), [photos / "2.png", photos / "0.png", photos / "2.png"]
     cache = assistant.recall(store, paths)
-    assert cache.num_units == 3 and cache.images[0] == cache.images[2]
-    path = store.path(cache.images[1], assistant.fingerprint, 2)
+    assert cache.num_units == 3 and cache.image_digests[0] == cache.image_digests[2]
+    path = store.path(cache.image_digests[1], assistant.fingerprint, 2)
     path.write_bytes(path.read_bytes()[:-3])
     again = assistant.recall(store, paths)
     np.testing.assert_allclose(again.v_LUNGD, cache.v_LUNGD, atol=1e-5)
-    assert store.has(cache.images[1], assistant.fingerprint, 2)
+    assert store.has(cache.image_digests[1], assistant.fingerprint, 2)
     assert assistant.recall(store, paths, num_vocos=1).k_LUNGD.shape[2] == 1
 
 
@@ -152,17 +150,6 @@ def test_a_mesh_flag_is_read_strictly():
             parse_mesh(text)
 
 
-def test_a_model_of_several_units_per_image_is_refused_by_name(assistant, tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps({"data": {"fit": "anyres", "template": "short"}}))
-    message = rf"{tmp_path}: data\.fit must make one unit of an image.* train with 'pad'.* got 'anyres'"
-    with pytest.raises(ConfigError, match=message):
-        Assistant.from_run(tmp_path)
-    processor = SimpleNamespace(fit="anyres")
-    monkeypatch.setattr(assistant_module.Processor, "from_pretrained", lambda _: processor)
-    with pytest.raises(ConfigError, match=message):
-        Assistant.from_pretrained(tmp_path)
-
-
 def test_flags_are_checked_where_they_are_given(tmp_path):
     for name, define in (("of_a_test", flags.DEFINE_string), ("several_of_a_test", flags.DEFINE_multi_string)):
         define(name, None, "")
@@ -233,7 +220,7 @@ def test_the_launch_scripts_on_one_device_on_a_mesh_and_on_two_processes(assista
     images = loaded.load_images([photos / f"{i}.png" for i in range(7)])
     expected = loaded.compress(images)
     for root in (one, mesh, two):
-        found = VocoCache.concat([Store(root).get(image, loaded.fingerprint, 2) for image in expected.images])
+        found = VocoCache.concat([Store(root).get(image, loaded.fingerprint, 2) for image in expected.image_digests])
         np.testing.assert_allclose(found.k_LUNGD, expected.k_LUNGD, atol=1e-5)
 
     ask = "what color is the shape?"

@@ -20,7 +20,14 @@ from vocojax.config import ConfigError
 from vocojax.data.conversation import Turn
 from vocojax.inference.caches.cache import VocoCache
 from vocojax.inference.decoding.decode import COMPILATIONS
-from vocojax.inference.decoding.sampling import SamplingConfig, choose, penalise, truncate
+from vocojax.inference.decoding.sampling import (
+    SamplingConfig,
+    SamplingInputs,
+    SamplingStatics,
+    choose,
+    penalise,
+    truncate,
+)
 from vocojax.inference.decoding.text import AnswerText
 from vocojax.inference.prompts import bucket
 
@@ -35,7 +42,8 @@ def test_what_may_be_drawn_is_what_transformers_leaves(temperature, top_k, top_p
     if top_k:
         expected = TopKLogitsWarper(top_k)(None, expected)
     expected = TopPLogitsWarper(top_p)(None, expected).numpy()
-    found = truncate(jnp.asarray(logits), SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p).knobs)
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    found = truncate(jnp.asarray(logits), SamplingInputs.of([sampling] * 4))
     assert (np.isfinite(found) == np.isfinite(expected)).all()
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
@@ -44,10 +52,10 @@ def test_the_penalty_is_transformers():
     logits = np.random.default_rng(1).normal(size=(3, 20)).astype(np.float32)
     logits[2] = -np.abs(logits[2])
     held = np.random.default_rng(2).random((3, 20)) < 0.5
-    sampling = SamplingConfig(repetition_penalty=1.8)
-    found = penalise(jnp.asarray(logits), jnp.asarray(held), sampling.knobs)
-    chosen = choose(jnp.asarray(logits), jnp.asarray(held), jnp.zeros(3, jnp.uint32), jnp.int32(0), sampling.plan,
-                    sampling.knobs)
+    samplings = [SamplingConfig(repetition_penalty=1.8)] * 3
+    inputs, statics = SamplingInputs.of(samplings), SamplingStatics.of(samplings)
+    found = penalise(jnp.asarray(logits), jnp.asarray(held), inputs)
+    chosen = choose(jnp.asarray(logits), jnp.asarray(held), jnp.int32(0), inputs, statics)
     for row in range(3):
         ids = torch.tensor(np.flatnonzero(held[row])[None])
         expected = RepetitionPenaltyLogitsProcessor(1.8)(ids, torch.tensor(logits[row : row + 1]))
@@ -57,9 +65,9 @@ def test_the_penalty_is_transformers():
 
 def test_draws_follow_the_probabilities():
     logits = jnp.log(jnp.array([[0.6, 0.3, 0.1]]).repeat(4000, 0))
-    sampling = SamplingConfig(temperature=1.0, top_k=2)
-    drawn = choose(logits, jnp.zeros((4000, 0), bool), jnp.arange(4000, dtype=jnp.uint32), jnp.int32(0), sampling.plan,
-                   sampling.knobs)
+    samplings = [SamplingConfig(temperature=1.0, top_k=2, seed=seed) for seed in range(4000)]
+    drawn = choose(logits, jnp.zeros((4000, 0), bool), jnp.int32(0), SamplingInputs.of(samplings),
+                   SamplingStatics.of(samplings))
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 4000, [2 / 3, 1 / 3, 0], atol=0.03)
 
 
@@ -115,7 +123,7 @@ def test_text_that_may_change_is_not_shown(llama_tokenizer):
     shown = [text.sure(ids[:n]) for n in range(len(ids) + 1)]
     for earlier, later in itertools.pairwise(shown):
         assert later.startswith(earlier)
-    assert shown[-1] == text.whole(ids) == "The bus is é"
+    assert shown[-1] == text.finish(ids).text == "The bus is é"
     assert not any("\N{REPLACEMENT CHARACTER}" in part or "S" in part[1:] for part in shown)
 
 
@@ -123,15 +131,15 @@ def test_where_an_answer_ends_does_not_depend_on_how_often_one_looks(words):
     """Of stops that overlap, that counts which is complete first: it is all that a frequent look has seen."""
     text = AnswerText(words, ("color is the", "is", "the shape"))
     ids = words.encode("what color is the shape").ids
-    looks = [text.whole(ids[:n]) for n in range(1, len(ids) + 1) if text.is_over(ids[:n])]
+    looks = [text.finish(ids[:n]).text for n in range(1, len(ids) + 1) if text.is_over(ids[:n])]
     assert looks == ["what color"] * 3
     both = AnswerText(words, ("shape", "the shape"))
-    assert both.whole(ids) == "what color is"
+    assert both.finish(ids).text == "what color is"
 
 
 def test_seeds_out_of_range_are_named(assistant, cache):
     for seed in (-1, 2**32):
-        with pytest.raises(ValueError, match=rf"seeds must be in \[0, 2\*\*32\), got \[0, {seed}\]"):
+        with pytest.raises(ConfigError, match=rf"seed must be in \[0, 2\*\*32\), got {seed}"):
             assistant.read(cache, QUESTIONS[:2], seeds=[0, seed])
 
 

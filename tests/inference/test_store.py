@@ -57,7 +57,7 @@ def test_what_is_put_is_got(root):
     for image in IMAGES[:2]:
         assert store.has(image, MODEL, 2) and not store.has(image, MODEL, 1)
         found = store.get(image, MODEL, 2)
-        assert np.array_equal(found.k_LUNGD, entry(image).k_LUNGD) and found.images == (image,)
+        assert np.array_equal(found.k_LUNGD, entry(image).k_LUNGD) and found.image_digests == (image,)
     assert np.array_equal(store.get(IMAGES[0], MODEL, 1).k_LUNGD, entry(IMAGES[0]).k_LUNGD[:, :, :1])
     assert 2 * 65536 <= store.size() < 2 * 65536 + 4096
     assert Store(root, "int8").has(IMAGES[0], MODEL, 2) is False
@@ -196,7 +196,7 @@ def test_eight_processes_of_which_some_are_killed(tmp_path, max_entries):
     """No reader ever sees a wrong entry, and every entry that is left is whole."""
     size = len(store_module.to_bytes(entry(IMAGES[0]))) * max_entries
     start = lambda seed: subprocess.Popen(
-        [sys.executable, "-m", "tests.inference.hammer", str(tmp_path), str(seed), "12", str(size)], cwd=ROOT,
+        [sys.executable, "-m", "tests.helpers.hammer", str(tmp_path), str(seed), "12", str(size)], cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
     workers = [start(seed) for seed in range(8)]
@@ -245,7 +245,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path, monkeypatch):
 def test_whole_units_and_nameless_caches_do_not_go_into_a_store(tmp_path):
     cache = entry(image_digest(np.zeros((4, 4, 3), np.uint8)))
     with pytest.raises(CacheError, match="a store holds VoCo tokens"):
-        Store(tmp_path).put(VocoCache(cache.k_LUNGD, cache.v_LUNGD, 0, cache.images, MODEL))
-    with pytest.raises(CacheError, match="doesn't say whose it is"):
-        Store(tmp_path).put(VocoCache(cache.k_LUNGD, cache.v_LUNGD, 6, cache.images))
+        Store(tmp_path).put(VocoCache(cache.k_LUNGD, cache.v_LUNGD, 0, cache.image_digests, MODEL))
+    with pytest.raises(CacheError, match="without its model's fingerprint"):
+        Store(tmp_path).put(VocoCache(cache.k_LUNGD, cache.v_LUNGD, 6, cache.image_digests))
     assert not list(tmp_path.iterdir())

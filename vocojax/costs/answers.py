@@ -29,8 +29,8 @@ from vocojax.config import ModelConfig
 from vocojax.costs.flops import matmul_flops
 from vocojax.inference.compress import run_units
 from vocojax.inference.decoding.decode import Prompts, first_token, more_tokens
-from vocojax.inference.decoding.sampling import SamplingConfig
-from vocojax.inference.prompts import text_rows, whole_rows
+from vocojax.inference.decoding.sampling import SamplingConfig, SamplingInputs, SamplingStatics
+from vocojax.inference.prompts import text_prompts, whole_prompts, whole_rows
 from vocojax.layout import Encoded, Span, UnitShape, lay_out_sample, lay_out_unit
 from vocojax.models.llama import KeyValues
 from vocojax.models.parameters import abstract
@@ -144,8 +144,8 @@ def count_flops(config: ModelConfig, case: Case) -> int:
     sampling = SamplingConfig(max_new_tokens=1)
     model = _model(config, case.vocos, jnp.bfloat16, _state(config, jnp.bfloat16, jax.eval_shape))
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        lowered = first_token.lower(model, prompts, prefix, sampling.knobs, end_id=NO_END, plan=sampling.plan,
-                                    attention="reference")
+        lowered = first_token.lower(model, prompts, prefix, SamplingInputs.of([sampling]), end_id=NO_END,
+                                    statics=SamplingStatics.of([sampling]), attention="reference")
         return matmul_flops(lowered.compile())
 
 
@@ -177,7 +177,7 @@ def _measure(config: ModelConfig, cases: Sequence[Case]) -> dict[Case, tuple[flo
     machine's pace meets all of them."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     sampling = SamplingConfig(max_new_tokens=ANSWER_TOKENS)
-    plan, knobs = sampling.plan, sampling.knobs
+    statics, inputs = SamplingStatics.of([sampling]), SamplingInputs.of([sampling])
     make: Create = lambda function: jax.jit(function)()
     state = _state(config, dtype, make)
     ready = {case: (_model(config, case.vocos, dtype, state), *_inputs(config, case, dtype, make)) for case in cases}
@@ -185,11 +185,11 @@ def _measure(config: ModelConfig, cases: Sequence[Case]) -> dict[Case, tuple[flo
     for repeat in tqdm(range(-1, REPEATS), desc="times", unit="round", leave=False):
         for case, (model, prompts, prefix) in ready.items():
             before = time.perf_counter()
-            logits_BV, progress = first_token(model, prompts, prefix, knobs, end_id=NO_END, plan=plan)
+            logits_BV, progress = first_token(model, prompts, prefix, inputs, end_id=NO_END, statics=statics)
             logits_BV.block_until_ready()
             first = time.perf_counter()
             jax.block_until_ready(
-                more_tokens(model, progress, knobs, np.int32(plan.max_new_tokens), end_id=NO_END, plan=plan)
+                more_tokens(model, progress, inputs, np.int32(ANSWER_TOKENS), end_id=NO_END, statics=statics)
             )
             if repeat >= 0:  # the first round compiles
                 taken[case].append((first - before, time.perf_counter() - before))
@@ -211,14 +211,12 @@ def _inputs(config: ModelConfig, case: Case, dtype: DTypeLike, create: Create) -
     sample = lay_out_sample("a case", num_units, text, _Letters(config.voco.token_id), unit, 10**6)
     if case.method in ("full cache", "VoCo cache"):
         kept, length, decoder = case.vocos or sample.text_start, len(sample) - sample.text_start, config.decoder
-        rows = text_rows([sample], "voco" if case.vocos else "causal", [kept], kept, length)
+        prompts = text_prompts([sample], "voco" if case.vocos else "causal", kept, length)
         shape = (decoder.depth, 1, kept, decoder.num_kv_heads, decoder.head_width)
         prefix = create(lambda: KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
     else:
-        length, prefix = len(sample), None
-        rows = whole_rows([sample], [[_image(config)] * num_units], config, "causal", length)
-    vector = lambda value: np.array([value], np.int32)
-    prompts = Prompts(rows, vector(length), vector(0), vector(0))  # type: ignore[arg-type]
+        prefix = None
+        prompts = whole_prompts([sample], [[_image(config)] * num_units], config, "causal", len(sample))
     return create(lambda: _on_device(prompts)), prefix
 
 

@@ -16,9 +16,13 @@ _ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names
 
 
 class Turn(NamedTuple):
-    """One message. In a prompt the last turn is the user's; in training every assistant turn is a target."""
+    """One message.
 
-    role: Literal["user", "assistant"]
+    In a prompt the last turn is the user's; in training every assistant turn is a target. A system turn, if any, comes
+    first and replaces the template's system prompt.
+    """
+
+    role: Literal["system", "user", "assistant"]
     text: str
 
 
@@ -72,8 +76,9 @@ def _dialogue(system: str, clean: Callable[[str], str]) -> Callable[[Conversatio
     """Vicuna v1: system prompt, then `USER: ... ASSISTANT: ...</s>`; targets are answers with their `</s>`."""
 
     def spans(conversation: Conversation, end: str) -> list[Span]:
-        out = [Span(system)]
-        for turn in conversation:
+        own_system, turns = _split_system(conversation)
+        out = [Span(system if own_system is None else own_system)]
+        for turn in turns:
             text = clean(turn.text)
             if turn.role == "user":
                 opening = " " if out[-1].text and out[-1].text != end else ""
@@ -85,6 +90,13 @@ def _dialogue(system: str, clean: Callable[[str], str]) -> Callable[[Conversatio
     return spans
 
 
+def _split_system(conversation: Conversation) -> tuple[str | None, Conversation]:
+    """Returns the text of the system turn, or None without one, and the other turns."""
+    if conversation and conversation[0].role == "system":
+        return conversation[0].text, conversation[1:]
+    return None, conversation
+
+
 def _plain(conversation: Conversation, end: str) -> list[Span]:
     """LLaVA's alignment text: the caption and a newline, without prompt or roles."""
     del end
@@ -94,8 +106,9 @@ def _plain(conversation: Conversation, end: str) -> list[Span]:
 
 def _bare(conversation: Conversation, end: str) -> list[Span]:
     """Questions and answers one after the other, without roles."""
-    out = []
-    for turn in conversation:
+    system, turns = _split_system(conversation)
+    out = [] if system is None else [Span(system + " ")]
+    for turn in turns:
         text = _without_markers(turn.text)
         out += [Span(text)] if turn.role == "user" else [Span(" " + text, is_target=True), Span(end, is_target=True)]
     return out

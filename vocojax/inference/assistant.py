@@ -1,9 +1,9 @@
 """Images and questions in, answers out: a trained model with its tokenizer and template."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -12,52 +12,61 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from vocojax.config import require
 from vocojax.data.conversation import Conversation, Template, Turn, template
-from vocojax.data.images import Fit, load_image
+from vocojax.data.images import Fit
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.errors import InputError
 from vocojax.inference.caches.cache import CacheError, VocoCache, place, require_model
 from vocojax.inference.caches.files import DamagedCache
-from vocojax.inference.caches.fingerprint import Fingerprint, fingerprint, image_digest
+from vocojax.inference.caches.fingerprint import Fingerprint, fingerprint
 from vocojax.inference.caches.store import MissingCache, Store
 from vocojax.inference.compress import BATCH, compress
 from vocojax.inference.decoding.decode import LOOK_EVERY, Generation, Prompts, stream
 from vocojax.inference.decoding.sampling import GREEDY, SEEDS, SamplingConfig
-from vocojax.inference.decoding.text import AnswerText
-from vocojax.inference.prompts import batch_bucket, bucket, lay_out_prompt, text_rows, whole_rows
-from vocojax.layout import SampleLayout, UnitShape, Visibility, lay_out_unit, unit_shape
+from vocojax.inference.decoding.text import AnswerText, FinishedText
+from vocojax.inference.prompts import batch_bucket, bucket, lay_out_prompt, text_prompts, whole_prompts
+from vocojax.inference.visuals import Visual, VisualSource, listed, prepare_visual
+from vocojax.layout import SampleLayout, UnitShape, Visibility, lay_out_unit, unit_shape, units_stand_alone
 from vocojax.models.llama import KeyValues
-from vocojax.models.voco import Rows, VocoLlama
-from vocojax.parallel.mesh import place_rows, row_multiple
+from vocojax.models.voco import VocoLlama
 from vocojax.pretrained.loading import load_model
 from vocojax.pretrained.processor import Processor
 from vocojax.runs.directory import run_config
 from vocojax.runs.parameters import load_model as load_run_model
 
 
-@dataclass(frozen=True)
 class Assistant:
     """A model that answers questions about images.
 
         assistant = Assistant.from_run("runs/quickstart/seed_0/voco_1")
-        cache = assistant.compress(["photo.png"])            # once
-        assistant.read(cache, ["what color is the shape?"])  # as often as you like
+        cache = assistant.compress("photo.png")            # once
+        assistant.read(cache, "what color is the shape?")  # as often as you like
+
+    `inference.many.answer_many` answers many requests, each with its own images and settings.
 
     Attributes:
+      model: answers.
+      processor: prepares its images and holds its tokenizer, template and unit shape.
       visibility: `voco`, or `causal` to evaluate a bound or a baseline.
-      fit: how images become square.
-      max_length: the longest prompt, in tokens; behind a cache, an image counts the tokens that are cached of it.
+      max_length: the longest prompt, in tokens; after a cache, an image counts the tokens that are cached of it.
       mesh: the devices that the model's parameters lie on; None for one device.
     """
 
-    model: VocoLlama
-    tokenizer: Tokenizer
-    template: Template
-    visibility: Visibility = "voco"
-    fit: Fit = "pad"
-    max_length: int = 2048
-    mesh: Mesh | None = None
+    def __init__(
+        self,
+        model: VocoLlama,
+        tokenizer: Tokenizer,
+        template: Template,
+        visibility: Visibility = "voco",
+        fit: Fit = "pad",
+        max_length: int = 2048,
+        mesh: Mesh | None = None,
+    ):
+        self.model = model
+        self.processor = Processor(tokenizer, model.config.vision.image_size, unit_shape(model.config), template, fit)
+        self.visibility: Visibility = visibility
+        self.max_length = max_length
+        self.mesh = mesh
 
     @classmethod
     def from_run(
@@ -70,7 +79,6 @@ class Assistant:
         """
         config = run_config(workdir)
         data = config["data"]
-        _require_one_unit(data["fit"], workdir)
         return cls(
             model=load_run_model(workdir, dtype),
             tokenizer=Tokenizer.from_directory(Path(workdir) / "tokenizer"),
@@ -91,56 +99,102 @@ class Assistant:
 
         Raises:
           ConvertError: names the file and the remedy.
-          ConfigError: the model was trained with several units per image.
         """
         processor = Processor.from_pretrained(directory)
-        _require_one_unit(processor.fit, directory)
         model = load_model(directory, mesh=mesh, dtype=dtype)
         return cls(model, processor.tokenizer, processor.template, fit=processor.fit, mesh=mesh)
 
+    def with_model(self, model: VocoLlama) -> "Assistant":
+        """Returns an assistant that answers with another model, and is the same otherwise."""
+        return Assistant(model, self.tokenizer, self.template, self.visibility, self.processor.fit, self.max_length,
+                         self.mesh)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def template(self) -> Template:
+        """The processor's template."""
+        return self.processor.template
+
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
-        """What this model's caches are recognised by; computed once."""
+        """Fingerprint of the model, by which its caches are recognised; computed once."""
         with self._devices():
             return fingerprint(self.model, self.tokenizer)
 
+    @property
+    def reads_caches(self) -> bool:
+        """Whether the model answers from VoCo caches; bounds and baselines read whole images."""
+        return units_stand_alone(self.visibility) and self.processor.unit.vocos > 0
+
     def load_images(self, paths: Sequence[str | Path]) -> list[np.ndarray]:
-        """Prepared images; `ImageError` names the first that can't be used."""
-        return [load_image(path, self.model.config.vision.image_size, self.fit) for path in paths]
+        """Prepares image files as one unit each; `ImageError` names the first that can't be used."""
+        return self.processor.load_images(paths)
 
-    def compress(self, images: Sequence[str | Path | np.ndarray], batch_size: int = BATCH) -> VocoCache:
-        """Compresses images, files or prepared ones, a unit each, at most `batch_size` at once."""
-        prepared = [x if isinstance(x, np.ndarray) else self.load_images([x])[0] for x in images]
-        with self._devices():
-            return compress(self.model, self.tokenizer, prepared, self.fingerprint, batch_size)
+    def visual(self, source: VisualSource) -> Visual:
+        """Prepares one visual; `ImageError` says what is wrong with it."""
+        return prepare_visual(source, self.processor.image_size, self.processor.fit)
 
-    def recall(
-        self, store: Store, images: Sequence[str | Path | np.ndarray], num_vocos: int | None = None
-    ) -> VocoCache:
-        """The images' caches from a store, a unit each; those that are missing or damaged are compressed and put in.
+    def compress(self, images: VisualSource | Sequence[VisualSource], batch_size: int = BATCH) -> VocoCache:
+        """Compresses visuals.
 
         Args:
-          num_vocos: how many VoCo tokens of each are read; None for all that the model makes.
+          images: one or several files, images, videos or prepared units.
+          batch_size: units that run at once, at most.
+
+        Returns:
+          The cache of all their units, in their order.
+
+        Raises:
+          ImageError: one of them can't be used.
+          InputError: there are none, or the model has no VoCo tokens.
         """
-        prepared = [x if isinstance(x, np.ndarray) else self.load_images([x])[0] for x in images]
-        made, caches = self.model.config.unit_vocos, {}
-        missing: dict[str, np.ndarray] = {}
-        for digest, image in zip(map(image_digest, prepared), prepared, strict=True):
-            try:
-                caches[digest] = store.get(digest, self.fingerprint, made)
-            except (MissingCache, DamagedCache):
-                missing[digest] = image
-        if missing:
-            new = self.compress(list(missing.values()))
-            store.put(new)
-            caches |= {digest: new.take(slice(unit, unit + 1)) for unit, digest in enumerate(new.images)}
-        joined = VocoCache.concat([caches[image_digest(image)] for image in prepared])
+        units = [unit for source in listed(images) for unit in self.visual(source).units]
+        with self._devices():
+            return compress(self.model, self.tokenizer, units, self.fingerprint, batch_size)
+
+    def recall(
+        self, store: Store, images: VisualSource | Sequence[VisualSource], num_vocos: int | None = None
+    ) -> VocoCache:
+        """Reads the caches of visuals from a store; those that are missing or damaged are compressed and put in.
+
+        Args:
+          store: where they are sought.
+          images: one or several files, images, videos or prepared units.
+          num_vocos: how many VoCo tokens of each unit are read; None for all that the model makes.
+
+        Returns:
+          The cache of all their units, in their order.
+        """
+        joined = VocoCache.concat(self.caches_of([self.visual(source) for source in listed(images)], store))
         return joined if num_vocos is None else joined.truncate(num_vocos)
+
+    def caches_of(self, visuals: Sequence[Visual], store: Store | None = None) -> list[VocoCache]:
+        """Returns the cache of each visual, from the store where it is there, else compressed and put in."""
+        caches: dict[str, VocoCache] = {}
+        missing: dict[str, Visual] = {}
+        for visual in visuals:
+            try:
+                if store is None:
+                    missing[visual.digest] = visual
+                else:
+                    caches[visual.digest] = store.get(visual.digest, self.fingerprint, self.processor.unit.vocos)
+            except (MissingCache, DamagedCache):
+                missing[visual.digest] = visual
+        if missing:
+            new = self.compress(list(missing.values())).split([len(visual.units) for visual in missing.values()])
+            for cache in new if store is not None else ():
+                store.put_visual(cache)  # type: ignore[union-attr]
+            caches |= dict(zip(missing, new, strict=True))
+        return [caches[visual.digest] for visual in visuals]
 
     def read(
         self,
         cache: VocoCache,
-        questions: Sequence[str],
+        questions: str | Sequence[str],
         units: Sequence[Sequence[int]] | None = None,
         sampling: SamplingConfig = GREEDY,
         seeds: Sequence[int] | None = None,
@@ -148,29 +202,46 @@ class Assistant:
         """Answers questions about cached images.
 
         Args:
+          cache: of the images.
+          questions: one or several.
           units: for each question the units it is about, in order; by default all of them.
-          seeds: for each question the seed of its draws; by default its index.
+          sampling: how the answers' tokens are chosen.
+          seeds: for each question the seed of its draws; by default `sampling.seed` plus its index.
+
+        Returns:
+          One answer per question.
 
         Raises:
           CacheError: the cache is another model's, or not of the tokens that this model's text sees.
+          InputError: a question is about no unit, or about one that is not in the cache.
+          LayoutError: a question is too long.
         """
-        units, asked = self._about(cache, questions, units), [self._ask(q) for q in questions]
+        units, asked = self._about(cache, questions, units)
         return self.texts(self.generate_behind(cache, asked, units, sampling, seeds), sampling)
 
     def stream(
         self,
         cache: VocoCache,
-        questions: Sequence[str],
+        questions: str | Sequence[str],
         units: Sequence[Sequence[int]] | None = None,
         sampling: SamplingConfig = GREEDY,
         seeds: Sequence[int] | None = None,
         every: int = 1,
     ) -> Iterator[list[str]]:
-        """Like `read`, yielding after every few tokens what is new of each answer's text, '' for nothing; the pieces
-        of an answer put together are `read`'s."""
-        units, asked = self._about(cache, questions, units), [self._ask(q) for q in questions]
-        text, shown = self._answer_text(sampling), [""] * len(questions)
-        for generation in self._behind(cache, asked, units, sampling, seeds, every):
+        """Answers like `read`, showing the answers while they are written.
+
+        Args:
+          cache, questions, units, sampling, seeds: see `read`.
+          every: tokens between two looks at the answers.
+
+        Yields:
+          The new text of each answer, '' for nothing; the pieces of an answer put together are `read`'s.
+        """
+        units, asked = self._about(cache, questions, units)
+        samplings = _one_each(sampling, seeds, len(asked))
+        text, shown = self._answer_text(sampling), [""] * len(asked)
+        samples = [self.lay_out(conversation, len(own), cache) for conversation, own in zip(asked, units, strict=True)]
+        for generation in self.run_behind(cache, samples, units, samplings, every):
             now = [text.sure(ids) for ids in generation.ids_BT.tolist()]
             yield [new[len(old) :] for new, old in zip(now, shown, strict=True)]
             shown = [max(new, old, key=len) for new, old in zip(now, shown, strict=True)]
@@ -184,8 +255,11 @@ class Assistant:
         sampling: SamplingConfig = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> Generation:
-        """Reads conversations behind cached units (two stages)."""
-        *_, last = self._behind(cache, conversations, units, sampling, seeds)
+        """Answers conversations after cached units (two stages); arguments as those of `read`."""
+        if not conversations or not all(units):
+            raise _not_about(cache, units)
+        samples = [self.lay_out(c, len(own), cache) for c, own in zip(conversations, units, strict=True)]
+        *_, last = self.run_behind(cache, samples, units, _one_each(sampling, seeds, len(samples)))
         return last
 
     def generate_whole(
@@ -195,113 +269,163 @@ class Assistant:
         sampling: SamplingConfig = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> Generation:
-        """Reads conversations together with their prepared images (single pass)."""
-        count = len(conversations)
-        with self._devices():
-            fill = -count % row_multiple()
-        images, conversations = [*images, *[images[-1]] * fill], [*conversations, *[conversations[-1]] * fill]
-        samples = self._lay_out(conversations, [len(i) for i in images], unit_shape(self.model.config), self.max_length)
-        lengths = [len(s) for s in samples]
-        seeds = [*(range(count) if seeds is None else seeds), *[0] * fill]
-        rows = whole_rows(samples, images, self.model.config, self.visibility, bucket(max(lengths)))
-        *_, last = self._answers(rows, lengths, [s.text_start for s in samples], None, sampling, seeds)
-        return Generation(last.ids_BT[:count], last.logits_BV[:count])
+        """Answers conversations together with their prepared images (single pass).
+
+        Args:
+          images: of each conversation, one uint8 [size, size, 3] array per unit.
+          conversations: whose last turn is the user's.
+          sampling, seeds: see `read`.
+        """
+        samples = [self.lay_out(c, len(own)) for c, own in zip(conversations, images, strict=True)]
+        *_, last = self.run_whole(samples, images, _one_each(sampling, seeds, len(samples)))
+        return last
 
     def texts(self, generation: Generation, sampling: SamplingConfig = GREEDY) -> list[str]:
-        """The answers as text."""
-        text = self._answer_text(sampling)
-        return [text.whole(ids) for ids in np.asarray(generation.ids_BT).tolist()]
+        """Returns the answers as text."""
+        return [self.finish(ids, sampling).text for ids in np.asarray(generation.ids_BT).tolist()]
 
-    def _behind(
-        self, cache: VocoCache, conversations: Sequence[Conversation], units: Sequence[Sequence[int]],
-        sampling: SamplingConfig, seeds: Sequence[int] | None, every: int | None = None,
+    def finish(self, ids: Sequence[int], sampling: SamplingConfig) -> FinishedText:
+        """Reads a complete answer: one row of a generation with these settings."""
+        return self._answer_text(sampling).finish(ids[: sampling.max_new_tokens])
+
+    def lay_out(self, conversation: Conversation, num_units: int, cache: VocoCache | None = None) -> SampleLayout:
+        """Lays out a prompt about units that are read whole, or that a cache holds.
+
+        Raises:
+          LayoutError: the prompt is no question or too long.
+          CacheError: the cache is another model's, or not of the tokens that this model's text sees.
+        """
+        unit, hidden = self.processor.unit, 0
+        if cache is not None:
+            unit, hidden = self._unit_behind(cache, num_units)
+        record = conversation[-1].text if conversation else ""
+        return lay_out_prompt(record, num_units, conversation, self.template, self.tokenizer, unit,
+                              self.max_length + hidden * num_units)
+
+    def prompt_tokens(self, sample: SampleLayout, cache: VocoCache | None = None) -> int:
+        """Returns how many tokens of a prompt are read: all, or its text and what the cache holds of its units."""
+        read = sample.text_start if cache is None else sample.num_units * cache.tokens_per_unit
+        return len(sample) - sample.text_start + read
+
+    def run_behind(
+        self,
+        cache: VocoCache,
+        samples: Sequence[SampleLayout],
+        units: Sequence[Sequence[int]],
+        samplings: Sequence[SamplingConfig],
+        every: int | None = None,
     ) -> Iterator[Generation]:
-        about = sorted({unit for row in units for unit in row})
-        if not conversations or any(not row for row in units) or about[0] < 0 or about[-1] >= cache.num_units:
-            raise InputError(f"questions must be about units 0 to {cache.num_units - 1}, at least one each, "
-                             f"got {units}")
-        unit = self._unit_behind(cache, max(map(len, units)))
-        kept = cache.tokens_per_unit
-        hidden = max(0, sum(unit) - kept)
-        samples = self._lay_out(
-            conversations, [len(u) for u in units], unit, self.max_length + hidden * max(map(len, units))
-        )
-        # Rows and slots are filled up to sizes that few programs serve; the rows added repeat the last one.
-        count = len(samples)
+        """Answers laid-out prompts after cached units, each with its own settings.
+
+        Args:
+          cache: holds the units.
+          samples: from `lay_out` with this cache.
+          units: for each prompt the units before it, in order; may be none.
+          samplings: one per prompt.
+          every: tokens between looks at the answers; None for as few as the settings allow.
+
+        Yields:
+          The answers so far; the last one is complete.
+        """
+        about = [unit for row in units for unit in row]
+        if about and not 0 <= min(about) <= max(about) < cache.num_units:
+            raise _not_about(cache, units)
         with self._devices():
-            fill = batch_bucket(count) - count
-        samples, units = [*samples, *[samples[-1]] * fill], [*units, *[units[-1]] * fill]
-        slots = 1 << (max(map(len, units)) - 1).bit_length()
-        lengths = [len(s) - s.text_start for s in samples]
-        rows = text_rows(samples, self.visibility, [len(u) * kept for u in units], slots * kept, bucket(max(lengths)))
+            rows = batch_bucket(len(samples))
+            samples, units = _filled(samples, rows), _filled(units, rows)
+            # Slots and lengths are rounded up too: few programs serve all sizes.
+            slots = 1 << (max(1, *map(len, units)) - 1).bit_length()
+            length = bucket(max(len(sample) - sample.text_start for sample in samples))
+            prompts = text_prompts(samples, self.visibility, slots * cache.tokens_per_unit, length)
+            units_BT = np.array([[*own, *[-1] * (slots - len(own))] for own in units])
+            prefix = place(cache, units_BT, self.model.config.decoder)
+        return self._answers(prompts, prefix, samplings, every)
+
+    def run_whole(
+        self,
+        samples: Sequence[SampleLayout],
+        images: Sequence[Sequence[np.ndarray]],
+        samplings: Sequence[SamplingConfig],
+    ) -> Iterator[Generation]:
+        """Answers laid-out prompts together with their prepared images; see `run_behind`."""
         with self._devices():
-            prefix = place(cache, np.array([[*u, *[-1] * (slots - len(u))] for u in units]), self.model.config.decoder)
-        seeds = range(count) if seeds is None else seeds
-        for generation in self._answers(rows, lengths, [0] * len(samples), prefix, sampling, [*seeds, *[0] * fill],
-                                        every):
-            yield Generation(generation.ids_BT[:count], generation.logits_BV[:count])
+            rows = batch_bucket(len(samples))
+            samples, images = _filled(samples, rows), _filled(images, rows)
+            length = bucket(max(map(len, samples)))
+            prompts = whole_prompts(samples, images, self.model.config, self.visibility, length)
+        return self._answers(prompts, None, samplings)
 
     def _answers(
-        self, rows: Rows, lengths: Sequence[int], text_starts: Sequence[int], prefix: KeyValues | None,
-        sampling: SamplingConfig, seeds: Sequence[int], every: int | None = None,
+        self,
+        prompts: Prompts,
+        prefix: KeyValues | None,
+        samplings: Sequence[SamplingConfig],
+        every: int | None = None,
     ) -> Iterator[Generation]:
-        if not all(0 <= seed < SEEDS for seed in seeds):
-            raise InputError(f"seeds must be in [0, 2**32), got {list(seeds)}")
-        vectors = (np.array(lengths, np.int32), np.array(text_starts, np.int32), np.array(seeds, np.uint32))
-        prompts = Prompts(rows, *vectors)  # type: ignore[arg-type]
-        text = self._answer_text(sampling)
-        every = every or (LOOK_EVERY if text.stops else sampling.max_new_tokens)
-        with self._devices():
-            prompts = place_rows(prompts)
-        answers = stream(self.model, prompts, prefix, self.tokenizer.eos_id, sampling, every, text.is_over)
+        count = len(samplings)
+        samplings = _filled(samplings, len(prompts.lengths_B))
+        texts = [self._answer_text(sampling) for sampling in samplings]
+        longest = max(sampling.max_new_tokens for sampling in samplings)
+        every = every or (LOOK_EVERY if any(text.has_stops for text in texts) else longest)
+        answers = stream(self.model, prompts, prefix, self.tokenizer.eos_id, samplings, every,
+                         lambda row, ids: texts[row].is_over(ids))
         while True:
-            with self._devices():  # and not around the yield: the caller's mesh is his own
+            with self._devices():  # not around the yield: the caller may have a mesh of its own in force
                 generation = next(answers, None)
             if generation is None:
                 return
-            yield generation
+            yield Generation(generation.ids_BT[:count], generation.logits_BV[:count])
 
     def _about(
-        self, cache: VocoCache, questions: Sequence[str], units: Sequence[Sequence[int]] | None
-    ) -> list[list[int]]:
-        return [list(range(cache.num_units))] * len(questions) if units is None else [list(u) for u in units]
-
-    def _ask(self, question: str) -> Conversation:
-        return (Turn("user", question),)
+        self, cache: VocoCache, questions: str | Sequence[str], units: Sequence[Sequence[int]] | None
+    ) -> tuple[list[Sequence[int]], list[Conversation]]:
+        """Returns each question's units, and the questions as conversations."""
+        questions = [questions] if isinstance(questions, str) else questions
+        asked: list[Conversation] = [(Turn("user", question),) for question in questions]
+        about: list[Sequence[int]] = [range(cache.num_units)] * len(asked) if units is None else list(units)
+        if not asked or not all(about):
+            raise _not_about(cache, about)
+        return about, asked
 
     def _answer_text(self, sampling: SamplingConfig) -> AnswerText:
-        return AnswerText(self.tokenizer, (*sampling.stop, *([self.template.stop] if self.template.stop else [])))
+        return AnswerText(self.tokenizer, sampling.stop, self.template.stop)
 
-    def _unit_behind(self, cache: VocoCache, most_units: int) -> UnitShape:
-        """The shape of the units that a cache is of; `CacheError` if this model's text does not see what it keeps."""
-        if cache.model is not None:
+    def _unit_behind(self, cache: VocoCache, num_units: int) -> tuple[UnitShape, int]:
+        """Returns the shape of a cache's units and how many of a unit's tokens text does not see.
+
+        Raises:
+          CacheError: this model's text does not see what the cache keeps.
+        """
+        if cache.fingerprint is not None:
             require_model(cache, self.fingerprint, "the cache")
-        unit, kept = unit_shape(self.model.config), cache.tokens_per_unit
-        length = len(lay_out_unit("unit", self.tokenizer, unit))
-        if self.visibility == "causal":
-            if cache.position != 0 or kept != length or most_units > 1:
+        unit = lay_out_unit("unit", self.tokenizer, self.processor.unit)
+        first, kept = int(unit.seen_by_text(self.visibility).argmax()), cache.tokens_per_unit
+        if not units_stand_alone(self.visibility):
+            if (cache.first_position, kept) != (first, len(unit)) or num_units > 1:
                 raise CacheError("a causal model reads whole units, one to a prompt: keep all of a unit's tokens "
                                  "(compress_keeping), or read with visibility='voco'")
-            return unit
-        if cache.position != length - unit.vocos:
-            raise CacheError(f"the cache keeps tokens from position {cache.position} of a unit, text sees those from "
-                             f"{length - unit.vocos} on: compress without keeping more than VoCo tokens")
-        return UnitShape(unit.tokens, kept)
-
-    def _lay_out(
-        self, conversations: Sequence[Conversation], num_units: Sequence[int], unit: UnitShape, max_length: int
-    ) -> list[SampleLayout]:
-        return [
-            lay_out_prompt(c[-1].text if c else "", n, c, self.template, self.tokenizer, unit, max_length)
-            for c, n in zip(conversations, num_units, strict=True)
-        ]
+            return self.processor.unit, 0
+        if cache.first_position != first:
+            raise CacheError(f"the cache keeps tokens from position {cache.first_position} of a unit, text sees those "
+                             f"from {first} on: compress without keeping more than VoCo tokens")
+        return UnitShape(self.processor.unit.tokens, kept), first
 
     def _devices(self) -> contextlib.AbstractContextManager[object]:
-        """The mesh in force while something runs."""
+        """Returns a context in which the mesh is in force."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
-def _require_one_unit(fit: Fit, where: str | Path) -> None:
-    require(fit != "anyres", f"{where}: data.fit",
-            "must make one unit of an image, as an assistant does: train with 'pad', 'pad_white', 'crop' or 'square'",
-            fit)
+def _filled(rows: Sequence, count: int) -> list:
+    """Repeats the last row, so that few programs serve all batch sizes."""
+    return [*rows, *[rows[-1]] * (count - len(rows))]
+
+
+def _one_each(sampling: SamplingConfig, seeds: Sequence[int] | None, count: int) -> list[SamplingConfig]:
+    """Returns the settings of each of several prompts: the same but for the seed."""
+    seeds = [(sampling.seed + index) % SEEDS for index in range(count)] if seeds is None else seeds
+    return [dataclasses.replace(sampling, seed=int(seed)) for _, seed in zip(range(count), seeds, strict=True)]
+
+
+def _not_about(cache: VocoCache, units: Sequence[Sequence[int]]) -> InputError:
+    return InputError(f"questions must be about units 0 to {cache.num_units - 1}, at least one each, got "
+                        f"{[list(own) for own in units]}")

@@ -1,4 +1,4 @@
-"""A collection of image files compressed into a store: batched, resumed, and told what could not be read."""
+"""A collection of image files compressed into a store: in batches, resumable, with a report of bad files."""
 
 import collections
 import glob
@@ -11,23 +11,30 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from vocojax.data.conversation import Turn
-from vocojax.data.images import ImageError, load_image
+from vocojax.data.images import ImageError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.cache import VocoCache
 from vocojax.inference.caches.files import from_bytes, to_bytes
-from vocojax.inference.caches.fingerprint import image_digest
 from vocojax.inference.caches.store import Store
 from vocojax.inference.decoding.sampling import SamplingConfig
+from vocojax.inference.many import answer_many
+from vocojax.inference.requests import Request
+from vocojax.inference.visuals import Visual
 
 
 @dataclass
 class Outcome:
-    """What became of the files: newly compressed, in the store already (also as another file's image), or bad."""
+    """Counts of files.
+
+    Attributes:
+      compressed: newly compressed.
+      skipped: in the store already, perhaps as the image of another file.
+      bad: what is wrong with each file that can't be used, by its path.
+    """
 
     compressed: int = 0
     skipped: int = 0
-    bad: dict[str, str] = field(default_factory=dict)  # path -> problem
+    bad: dict[str, str] = field(default_factory=dict)
 
     def __add__(self, other: "Outcome") -> "Outcome":
         return Outcome(self.compressed + other.compressed, self.skipped + other.skipped, self.bad | other.bad)
@@ -37,8 +44,14 @@ class Outcome:
 
 
 class Int8Loss(NamedTuple):
-    """What int8 storage does to the first token's logits: the largest and the mean |Δ|, their standard deviation to
-    compare it with, and the share of answers whose first token stays the same."""
+    """Loss of int8 storage, measured on the first tokens' logits.
+
+    Attributes:
+      largest: the largest |Δ logit|.
+      mean: the mean |Δ logit|.
+      spread: the logits' standard deviation, to compare with.
+      same_token: share of answers whose first token stays the same.
+    """
 
     largest: float
     mean: float
@@ -46,13 +59,17 @@ class Int8Loss(NamedTuple):
     same_token: float
 
     def __str__(self) -> str:
-        return (f"int8 storage: |Δ logit| at most {self.largest:.3g}, {self.mean:.3g} in the mean, of logits with a "
+        return (f"int8 storage: |Δ logit| at most {self.largest:.3g}, {self.mean:.3g} on average, of logits with a "
                 f"standard deviation of {self.spread:.3g}; {self.same_token:.1%} of first tokens stay the same")
 
 
 def find_files(patterns: Sequence[str], index: int = 0, count: int = 1) -> list[str]:
-    """The files that match any of the patterns (`**` goes into directories), sorted, and of them every `count`-th from
-    `index` on: a process's own share.
+    """Returns the files that one of several processes works on.
+
+    Args:
+      patterns: globs; a file counts that matches any of them. `**` stands for any number of directories.
+      index: of the process.
+      count: of the processes; each takes every `count`-th file in sorted order.
 
     Raises:
       FileNotFoundError: there is none at all; a share may be empty.
@@ -67,34 +84,43 @@ def find_files(patterns: Sequence[str], index: int = 0, count: int = 1) -> list[
 def compress_files(
     assistant: Assistant, store: Store, paths: Sequence[str], batch_size: int = 64, num_threads: int = 8
 ) -> Outcome:
-    """Puts every image's cache into the store; what is in it already is not computed again.
+    """Puts every image's cache into the store; an image that is in it already is not compressed again.
 
-    Files are read by threads while the device works; a file that can't be used is reported and passed over.
+    Files are read by threads while the device works; a file that can't be used is reported and skipped.
+
+    Args:
+      assistant: compresses.
+      store: is filled.
+      paths: of the image files.
+      batch_size: images that are compressed at once.
+      num_threads: threads that read files.
 
     Raises:
       CacheError: an entry can't be written.
     """
     outcome = Outcome()
-    waiting: dict[str, np.ndarray] = {}
+    waiting: dict[str, Visual] = {}
     num_vocos = assistant.model.config.unit_vocos
 
     def flush() -> None:
-        store.put(assistant.compress(list(waiting.values()), batch_size))
+        visuals = list(waiting.values())
+        for cache in assistant.compress(visuals, batch_size).split([len(visual.units) for visual in visuals]):
+            store.put_visual(cache)
         outcome.compressed += len(waiting)
         waiting.clear()
 
     with tqdm(total=len(paths), desc="compress", unit="image") as bar:
-        for path, image in _read_ahead(assistant, paths, num_threads, 2 * batch_size):
+        for path, visual in _read_ahead(assistant, paths, num_threads, 2 * batch_size):
             bar.update()
-            if isinstance(image, ImageError):
-                outcome.bad[path] = str(image)
-                bar.write(f"skipped: {image}")
+            if isinstance(visual, ImageError):
+                outcome.bad[path] = str(visual)
+                bar.write(f"skipped: {visual}")
                 continue
-            digest = image_digest(image)
+            digest = visual.digest
             if digest in waiting or store.has(digest, assistant.fingerprint, num_vocos):
                 outcome.skipped += 1
                 continue
-            waiting[digest] = image
+            waiting[digest] = visual
             if len(waiting) == batch_size:
                 flush()
         if waiting:
@@ -103,11 +129,14 @@ def compress_files(
 
 
 def int8_loss(assistant: Assistant, cache: VocoCache, question: str) -> Int8Loss:
-    """Asks the question of every unit behind the cache as it is and as int8 storage gives it back."""
+    """Asks a question about every unit, from the cache as it is and as int8 storage gives it back."""
     rounded = from_bytes(to_bytes(cache, "int8"), "memory")
-    asked, about = [(Turn("user", question),)] * cache.num_units, [[unit] for unit in range(cache.num_units)]
     first = SamplingConfig(max_new_tokens=1)
-    exact, small = (np.asarray(assistant.generate_behind(c, asked, about, first).logits_BV) for c in (cache, rounded))
+    requests = [[Request(question, (unit,), first) for unit in form.split()] for form in (cache, rounded)]
+    exact, small = (
+        np.array([answer.first_logits_V for answer in answer_many(assistant, asked, with_logits=True, progress=None)])
+        for asked in requests
+    )
     is_token = exact > -1e29  # neither <voco> nor the vocabulary's padding
     difference = np.abs(exact[is_token] - small[is_token])
     return Int8Loss(float(difference.max()), float(difference.mean()), float(exact[is_token].std()),
@@ -116,23 +145,22 @@ def int8_loss(assistant: Assistant, cache: VocoCache, question: str) -> Int8Loss
 
 def _read_ahead(
     assistant: Assistant, paths: Sequence[str], num_threads: int, window: int
-) -> Iterator[tuple[str, np.ndarray | ImageError]]:
-    """Prepared images, or what is wrong with them, in order; at most `window` of them are held."""
-    size = assistant.model.config.vision.image_size
+) -> Iterator[tuple[str, Visual | ImageError]]:
+    """Yields prepared images, or what is wrong with them, in order; at most `window` of them are held."""
 
-    def read(path: str) -> np.ndarray | ImageError:
+    def read(path: str) -> Visual | ImageError:
         try:
-            return load_image(path, size, assistant.fit)
+            return assistant.visual(path)
         except ImageError as error:
             return error
 
-    ahead: collections.deque[tuple[str, Future[np.ndarray | ImageError]]] = collections.deque()
+    ahead: collections.deque[tuple[str, Future[Visual | ImageError]]] = collections.deque()
     with ThreadPoolExecutor(num_threads) as pool:
         for path in paths:
             ahead.append((path, pool.submit(read, path)))
             if len(ahead) == window:
-                first, image = ahead.popleft()
-                yield first, image.result()
+                first, visual = ahead.popleft()
+                yield first, visual.result()
         while ahead:
-            first, image = ahead.popleft()
-            yield first, image.result()
+            first, visual = ahead.popleft()
+            yield first, visual.result()

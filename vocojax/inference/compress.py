@@ -13,11 +13,12 @@ from vocojax.inference.caches.cache import VocoCache
 from vocojax.inference.caches.fingerprint import Fingerprint, image_digest
 from vocojax.inference.prompts import batch_bucket, whole_rows
 from vocojax.layout import lay_out_unit, unit_shape
+from vocojax.models import two_stage
 from vocojax.models.llama import KeyValues
 from vocojax.models.voco import Rows, VocoLlama
 from vocojax.parallel.mesh import place_rows, row_multiple
 
-BATCH = 64  # units that run at once, where nobody says
+BATCH = 64  # default number of units that run at once
 
 
 def compress(
@@ -27,15 +28,18 @@ def compress(
     """Runs every image's unit alone and keeps its VoCo tokens.
 
     Args:
+      model: compresses.
+      tokenizer: the model's.
       images: uint8 [size, size, 3] arrays as `data/images.py` prepares them, one unit each.
-      fingerprint: the model's, which the cache will carry.
+      fingerprint: the model's, which the cache will carry; None for a cache that can't be saved or checked.
       batch_size: how many images run at once, at most.
 
     Raises:
       InputError: no image, an image of another shape, or a baseline's model, which has no VoCo tokens.
     """
     if model.config.unit_vocos == 0:
-        raise InputError(f"a model with the compressor {model.config.compressor.kind!r} has no VoCo tokens to cache")
+        raise InputError(f"a model with the compressor {model.config.compressor.kind!r} has no VoCo tokens to cache: "
+                         "answer in a single pass")
     return compress_keeping(model, tokenizer, images, model.config.unit_vocos, fingerprint, batch_size)
 
 
@@ -43,7 +47,10 @@ def compress_keeping(
     model: VocoLlama, tokenizer: Tokenizer, images: Sequence[np.ndarray], keep: int,
     fingerprint: Fingerprint | None = None, batch_size: int = BATCH,
 ) -> VocoCache:
-    """Like `compress`, but keeps each unit's last `keep` tokens; the whole unit is the usual caching of an image."""
+    """Runs every image's unit alone and keeps its last `keep` tokens.
+
+    All of a unit's tokens are the usual caching of an image. The other arguments are those of `compress`.
+    """
     size = model.config.vision.image_size
     if not images or any(image.shape != (size, size, 3) or image.dtype != np.uint8 for image in images):
         found = sorted({f"{image.dtype}{list(image.shape)}" for image in images}) or "none"
@@ -60,13 +67,15 @@ def compress_keeping(
 
 
 def rows_at_once(count: int, batch_size: int) -> int:
-    """Rows of one program for `count` images: what the devices of the mesh in force share evenly, at most `batch_size`
-    unless they are more."""
+    """Returns the rows of one program for `count` images.
+
+    The devices of the mesh in force share them evenly; they are at most `batch_size`, or as many as the devices.
+    """
     multiple = row_multiple()
     return min(max(batch_size // multiple, 1) * multiple, batch_bucket(count))
 
 
 @functools.partial(jax.jit, static_argnames=("keep", "attention"))
 def run_units(model: VocoLlama, rows: Rows, keep: int, attention: str | None = None) -> KeyValues:
-    """Rows of one unit each -> keys and values [L, U, keep, G, D] of their last tokens."""
-    return model(rows, keep=keep, attention=attention)[1]
+    """Runs `two_stage.compress` as one compiled program."""
+    return two_stage.compress(model, rows, keep, attention=attention)

@@ -1,7 +1,7 @@
 """Prompts as rows: laid-out samples whose last turn waits for an answer, padded to one length.
 
-A prompt is laid out once (`layout.py`) and read in either of two ways: whole, with its units, or behind a cache that
-holds what text may see of them. Positions and visibility are the same in both.
+A prompt is laid out once (`layout.py`) and read in either of two ways: whole, with its units, or after a cache that
+holds what text sees of them. Positions and visibility are the same in both.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from vocojax.config import ModelConfig
 from vocojax.data.conversation import Conversation, Template
 from vocojax.data.packing import Item, RowShape, pack_row
 from vocojax.data.tokenizer import Tokenizer
-from vocojax.layout import LayoutError, SampleLayout, UnitShape, Visibility, lay_out_sample
+from vocojax.inference.decoding.decode import Prompts
+from vocojax.layout import LayoutError, SampleLayout, UnitShape, View, Visibility, lay_out_sample
 from vocojax.models.voco import Rows
 from vocojax.parallel.mesh import row_multiple
 
@@ -28,11 +29,23 @@ def lay_out_prompt(
 ) -> SampleLayout:
     """Lays out a conversation whose last turn is the user's.
 
+    Args:
+      record: the name used in errors.
+      num_units: units before the text.
+      conversation: its turns; a system turn, if any, comes first.
+      template: writes it out.
+      tokenizer: see `layout.TextTokenizer`.
+      unit: tokens and VoCo tokens per unit.
+      max_length: the longest prompt in tokens, units included.
+
     Raises:
-      LayoutError: it does not end with a question, or is longer than `max_length` (a prompt is never truncated).
+      LayoutError: it does not end with a question, has a system turn in another place than the first, or is longer
+        than `max_length` (a prompt is never truncated).
     """
     if not conversation or conversation[-1].role != "user":
         raise LayoutError(record, "must end with the user's turn to be answered", "no question")
+    if any(turn.role == "system" for turn in conversation[1:]):
+        raise LayoutError(record, "has a system turn that is not the first turn: move it there", "roles out of turn")
     spans = template.spans(conversation, tokenizer.eos_token)
     sample = lay_out_sample(record, num_units, [spans], tokenizer, unit, max_length)
     if sample.dropped:
@@ -48,7 +61,15 @@ def whole_rows(
     visibility: Visibility,
     length: int,
 ) -> Rows:
-    """Whole prompts, one to a row of `length` tokens; `images` holds one uint8 [size, size, 3] array per unit."""
+    """Packs whole samples (or units alone), one to a row.
+
+    Args:
+      samples: laid out with the model's own unit shape.
+      images: of each sample one uint8 [size, size, 3] array per unit.
+      model: of the model that reads them.
+      visibility: who sees whom.
+      length: of the rows, in tokens.
+    """
     slots = max(map(len, images), default=0)
     shape = RowShape(length, slots, length, model.vision.image_size, model.unit_tokens, (("", visibility),))
     packed = [pack_row([Item(s, tuple(i))], shape) for s, i in zip(samples, images, strict=True)]
@@ -56,36 +77,60 @@ def whole_rows(
                   for key in ("ids", "positions", "start", "stop", "vision", "images")))
 
 
-def text_rows(
-    samples: Sequence[SampleLayout], visibility: Visibility, cached_B: Sequence[int], prefix_length: int, length: int
-) -> Rows:
-    """The text of prompts alone, one to a row of `length` tokens, behind `prefix_length` cached tokens.
+def whole_prompts(
+    samples: Sequence[SampleLayout],
+    images: Sequence[Sequence[np.ndarray]],
+    model: ModelConfig,
+    visibility: Visibility,
+    length: int,
+) -> Prompts:
+    """Packs whole prompts, one to a row; arguments as those of `whole_rows`."""
+    rows = whole_rows(samples, images, model, visibility, length)
+    return _prompts(rows, [s.view(visibility) for s in samples], [s.text_start for s in samples])
+
+
+def text_prompts(
+    samples: Sequence[SampleLayout], visibility: Visibility, prefix_length: int, length: int
+) -> Prompts:
+    """Packs the text of prompts alone, one to a row, after cached tokens in place of their units.
 
     Args:
-      cached_B: how many of the prefix's tokens are the row's own; the rest is padding behind them.
+      samples: laid out with units whose VoCo tokens are those that are cached.
+      visibility: who sees whom.
+      prefix_length: cached tokens of a row and padding; see `SampleLayout.view_after_prefix`.
+      length: of the rows without the prefix, in tokens.
     """
-    end = prefix_length + length
-    index = np.arange(end, dtype=np.int32)
+    views = [sample.view_after_prefix(visibility, prefix_length) for sample in samples]
+    index = np.arange(prefix_length + length, dtype=np.int32)
     ids, positions = np.zeros((2, len(samples), length), np.int32)
     start, stop = np.tile(index[prefix_length:], (len(samples), 1)), np.tile(index, (len(samples), 1))
-    for row, (sample, cached) in enumerate(zip(samples, cached_B, strict=True)):
-        text = slice(sample.text_start, len(sample))
-        size = len(sample) - sample.text_start
-        ids[row, :size], positions[row, :size] = sample.ids[text], sample.view(visibility).positions[text]
-        start[row, :size] = 0
-        stop[row, :cached] = stop[row, prefix_length : prefix_length + size] = prefix_length + size
+    for row, (sample, view) in enumerate(zip(samples, views, strict=True)):
+        size = len(view.positions)
+        ids[row, :size], positions[row, :size] = sample.ids[sample.text_start :], view.positions
+        start[row, :size], stop[row, : prefix_length + size] = view.start, view.stop
     no_vision, no_images = np.full_like(ids, -1), np.zeros((len(samples), 0, 1, 1, 3), np.uint8)
-    return Rows(ids, positions, start, stop, no_vision, no_images)  # type: ignore[arg-type]
+    rows = Rows(ids, positions, start, stop, no_vision, no_images)  # type: ignore[arg-type]
+    return _prompts(rows, views, [0] * len(samples))
+
+
+def _prompts(rows: Rows, views: Sequence[View], text_starts: Sequence[int]) -> Prompts:
+    answers = [view.answer() for view in views]
+    sees_BK = np.zeros(rows.stop_BK.shape, bool)
+    for row, answer in enumerate(answers):
+        sees_BK[row, : len(answer.sees)] = answer.sees
+    lengths, positions = [len(view.positions) for view in views], [answer.position for answer in answers]
+    lengths_B, text_start_B, position_B = (np.array(x, np.int32) for x in (lengths, text_starts, positions))
+    return Prompts(rows, lengths_B, text_start_B, position_B, sees_BK)  # type: ignore[arg-type]
 
 
 def bucket(length: int) -> int:
-    """The length rounded up, so that few row lengths are ever compiled: to a multiple of 32 up to 128 tokens, beyond
-    that to a quarter of the power of two below it. At most a fifth of a long row is padding."""
+    """Rounds a length up, so that few row lengths are ever compiled: to a multiple of 32 up to 128 tokens, beyond that
+    to a quarter of the power of two below it. At most a fifth of a long row is padding."""
     step = max(32, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-length // step) * step
 
 
 def batch_bucket(rows: int) -> int:
-    """The number of rows rounded up to a power of two that the devices of the mesh in force share evenly."""
+    """Rounds a number of rows up to a power of two that the devices of the mesh in force share evenly."""
     multiple = row_multiple()
     return multiple * (1 << max(0, (-(-rows // multiple) - 1).bit_length()))

@@ -1,8 +1,9 @@
-"""Caches as safetensors: bytes that say what they are, and that are refused where a single bit is wrong.
+"""Caches as safetensors files. Each says what it holds, and is refused where a single bit is wrong.
 
     keys, values                [L, U, N, G, D] in the cache's dtype, or int8 with
-    keys_scale, values_scale    float32 [L, U, N, G]: what the int8 of each token and head are multiplied with
-    metadata                    format, config and parameters (the model's fingerprint), position, images, dtype, sha256
+    keys_scale, values_scale    float32 [L, U, N, G]: factors of the int8 values of each token and head
+    metadata                    format; config and parameters (the model's fingerprint); position (`first_position`);
+                                images (`image_digests`); dtype; sha256
 
 The digest covers the metadata and the tensors; safetensors itself notices only a length that is wrong.
 """
@@ -37,17 +38,23 @@ class DamagedCache(CacheError):
 def save(cache: VocoCache, path: epath.PathLike, storage: Storage = "exact") -> None:
     """Writes a cache to a file that holds all of it or is not there.
 
+    Args:
+      cache: what to write.
+      path: the file, local or remote.
+      storage: `exact`, or `int8` for half of bfloat16's bytes and a small loss.
+
     Raises:
-      CacheError: it can't be written, or the cache doesn't say whose it is.
+      CacheError: it can't be written, or the cache lacks its model's fingerprint.
     """
     write_cache(epath.Path(path), to_bytes(cache, storage))
 
 
-def load(path: epath.PathLike, model: Fingerprint | None = None) -> VocoCache:
+def load(path: epath.PathLike, fingerprint: Fingerprint | None = None) -> VocoCache:
     """Reads a cache.
 
     Args:
-      model: if given, whose it has to be.
+      path: the file, local or remote.
+      fingerprint: if given, of the model whose it has to be.
 
     Raises:
       CacheError: it can't be read or is of another model. `DamagedCache`: it is torn, truncated or altered.
@@ -57,18 +64,19 @@ def load(path: epath.PathLike, model: Fingerprint | None = None) -> VocoCache:
     except OSError as error:
         raise CacheError(f"{path}: can't be read: {error.strerror or error}") from error
     cache = from_bytes(content, str(path))
-    return cache if model is None else require_model(cache, model, str(path))
+    return cache if fingerprint is None else require_model(cache, fingerprint, str(path))
 
 
 def to_bytes(cache: VocoCache, storage: Storage = "exact") -> bytes:
-    """The file's content."""
-    if cache.model is None:
-        raise CacheError("a cache that doesn't say whose it is can't be saved: compress with Assistant.compress, or "
+    """Returns the content of the cache's file."""
+    if cache.fingerprint is None:
+        raise CacheError("a cache without its model's fingerprint can't be saved: compress with Assistant.compress, or "
                          "pass compress the model's fingerprint")
     arrays = {"keys": np.asarray(cache.k_LUNGD), "values": np.asarray(cache.v_LUNGD)}
     metadata = {
-        "format": FORMAT, "config": cache.model.config, "parameters": cache.model.parameters,
-        "position": str(cache.position), "images": json.dumps(cache.images), "dtype": arrays["keys"].dtype.name,
+        "format": FORMAT, "config": cache.fingerprint.config, "parameters": cache.fingerprint.parameters,
+        "position": str(cache.first_position), "images": json.dumps(cache.image_digests),
+        "dtype": arrays["keys"].dtype.name,
     }
     if storage == "int8":
         arrays = {name: part for key, array in arrays.items()
@@ -78,7 +86,15 @@ def to_bytes(cache: VocoCache, storage: Storage = "exact") -> bytes:
 
 
 def from_bytes(content: bytes, where: str) -> VocoCache:
-    """The cache in a file's content; `where` names it in errors."""
+    """Reads the cache in a file's content.
+
+    Args:
+      content: the file's.
+      where: names the file in errors.
+
+    Raises:
+      CacheError: it is of another format. `DamagedCache`: it is torn, truncated or altered.
+    """
     try:
         arrays = {name: _array(tensor) for name, tensor in safetensors.deserialize(content)}
         metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
@@ -98,19 +114,19 @@ def from_bytes(content: bytes, where: str) -> VocoCache:
 
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[..., D] -> int8 [..., D] and the float32 scale [...] that brings each vector's largest entry to 127."""
+    """Returns int8 [..., D] and the float32 scale [...] that brings each vector's largest entry to 127."""
     x = x.astype(np.float32)
     scale = np.abs(x).max(-1) / 127
     return np.rint(x / np.where(scale > 0, scale, 1)[..., None]).astype(np.int8), scale
 
 
 def dequantise(x: np.ndarray, scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The inverse of `quantise` up to rounding."""
+    """Returns [..., D] from int8 and scale: the inverse of `quantise` up to rounding."""
     return (x.astype(np.float32) * scale[..., None]).astype(dtype)
 
 
 def write_cache(path: epath.Path, content: bytes) -> None:
-    """Writes a cache's file that readers see whole or not at all, whoever else writes it at the same time.
+    """Writes a cache's file so that readers see all of it or nothing, whoever else writes it at the same time.
 
     Raises:
       CacheError: the disk is full, or whatever else the system says; nothing is left behind.

@@ -1,11 +1,10 @@
-"""Which model a cache is of: its config, the tokens of its units and a digest of its parameters; and which image: a
-digest of its pixels."""
+"""What a cache is recognised by: its model's config, unit tokens and parameters, and its image's pixels."""
 
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,22 +37,29 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """Both in one: 32 hexadecimal digits."""
+        """A digest of both: 32 hexadecimal digits."""
         return hashlib.sha256(f"{self.config} {self.parameters}".encode()).hexdigest()[:32]
 
     def differences(self, other: "Fingerprint") -> str:
-        """What tells `other` from this one, for errors: `decoder.depth is 2 there, 3 here`."""
+        """Returns how `other` differs from this one, for errors: `decoder.depth is 2 there, 3 here`."""
         here, there = (_flat(json.loads(f.config)) for f in (self, other))
         odd = [f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
                for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
         if not odd and self.parameters != other.parameters:
-            odd = [f"the config is the same, but its parameters are others (digest {other.parameters[:12]} there, "
+            odd = [f"the config is the same, but its parameters differ (digest {other.parameters[:12]} there, "
                    f"{self.parameters[:12]} here)"]
         return "; ".join(odd)
 
 
 def fingerprint(model: VocoLlama, tokenizer: Tokenizer) -> Fingerprint:
-    """The model's fingerprint, the same on every mesh and device. It reads every parameter once, where it lies."""
+    """Returns a model's fingerprint, the same on every mesh and device.
+
+    It reads every parameter once, where it lies.
+
+    Args:
+      model: whose parameters are read.
+      tokenizer: the model's.
+    """
     unit = lay_out_unit("unit", tokenizer, unit_shape(model.config))
     config = dataclasses.asdict(model.config)
     del config["voco"]["num_vocos"]
@@ -66,8 +72,15 @@ def fingerprint(model: VocoLlama, tokenizer: Tokenizer) -> Fingerprint:
     return Fingerprint(json.dumps(config, sort_keys=True), hashlib.sha256(text.encode()).hexdigest())
 
 
+def visual_digest(image_digests: Sequence[str]) -> str:
+    """Returns the digest of a visual from those of its units: the unit's own, or of several units one of all."""
+    if len(image_digests) == 1:
+        return image_digests[0]
+    return hashlib.sha256(" ".join(image_digests).encode()).hexdigest()[:32]
+
+
 def image_digest(image: np.ndarray) -> str:
-    """Digest of a prepared image, uint8 [size, size, 3]: what the model sees, whatever file it came from."""
+    """Returns the digest of a prepared image, uint8 [size, size, 3]: of what the model sees, whatever the file."""
     return hashlib.sha256(f"{list(image.shape)} ".encode() + np.ascontiguousarray(image).tobytes()).hexdigest()[:32]
 
 
@@ -77,9 +90,9 @@ def _checksums(parameters: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    """uint32 [_WORDS]: sums over all entries of a hash of their bits and their place.
+    """Returns uint32 [_WORDS]: sums over all entries of a hash of their bits and their place.
 
-    Sums of integers are the same in every order, so a parameter that is spread over devices stays there.
+    Sums of integers are the same in every order, so a parameter that is sharded over devices stays there.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)

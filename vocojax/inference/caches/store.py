@@ -1,8 +1,9 @@
 """A directory of caches that many processes fill and read at once.
 
-    ROOT/<model's digest>/<N>[-int8]/<first 2 digits of the image's digest>/<image's digest>.safetensors
+    ROOT/<fingerprint's digest>/<N>[-int8]/<first 2 digits of the visual's digest>/<visual's digest>.safetensors
 
-An entry is named by what it holds, so two writers of one entry write the same thing, and whoever comes last wins.
+An entry holds all units of one visual: an image, the tiles of one, or the frames of a video. It is named by what it
+holds, so two writers of one entry write the same content, and the last one wins.
 """
 
 import contextlib
@@ -20,10 +21,10 @@ from vocojax.inference.caches.cache import CacheError, VocoCache
 from vocojax.inference.caches.files import DamagedCache, Storage, from_bytes, to_bytes, write_cache
 from vocojax.inference.caches.fingerprint import Fingerprint
 
-# The last four parts of an entry's path, and the name of one half-written. Nothing else is ever removed.
+# The last four parts of an entry's path, and the name of a half-written one. Nothing else is ever removed.
 _ENTRY = re.compile(r"[0-9a-f]{32}/\d+(-int8)?/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors")
 _PARTIAL = re.compile(r"\.[0-9a-f]{32}\.safetensors\.[0-9a-f]{32}\.partial")
-_ABANDONED = 3600  # seconds after which a half-written file is that of a writer that was killed
+_ABANDONED = 3600  # seconds after which the writer of a half-written file must have been killed
 
 
 class MissingCache(CacheError):
@@ -37,14 +38,14 @@ class _Entry(NamedTuple):
 
 
 class Store:
-    """Caches by image, model and number of VoCo tokens.
+    """Caches by visual, model and number of VoCo tokens.
 
     Args:
-      root: a local directory, or any path that `etils.epath` knows (`gs://bucket/caches`); made when first written to.
-      storage: `exact`, or `int8` for half of bfloat16's bytes and a small loss. Both kinds live side by side.
-      max_bytes: entries that nobody used for the longest time are removed beyond this size. Every writer looks after
-        writing a twentieth of it, so that is how far each of several may overshoot. On an object store, whose times
-        can't be set, an entry's last use is its writing, or this process's own reading.
+      root: a local directory, or any path that `etils.epath` knows (`gs://bucket/caches`); made at the first write.
+      storage: `exact`, or `int8` for half of bfloat16's bytes and a small loss. One store may hold both kinds.
+      max_bytes: beyond this size the least recently used entries are removed. Every writer checks the size after
+        writing a twentieth of it, so each of several writers may exceed it by that much. On an object store, whose
+        times can't be set, an entry's last use is its writing, or its last reading by this process.
 
     Raises:
       CacheError: the root is empty.
@@ -55,27 +56,32 @@ class Store:
             raise CacheError("a store's directory must be named, got ''")
         self.root, self.storage, self.max_bytes = epath.Path(root), storage, max_bytes
         self._used: dict[str, float] = {}  # on an object store
-        self._swept: set[epath.Path] = set()  # directories without what killed writers left behind
-        self._room = 0  # bytes that may be written before the next look at the store's size
+        self._swept: set[epath.Path] = set()  # directories where half-written files were removed
+        self._room = 0  # bytes that may be written before the store's size is checked again
 
-    def path(self, image: str, model: Fingerprint, num_vocos: int) -> epath.Path:
-        """Where an entry belongs; `image` is the image's digest."""
+    def path(self, digest: str, fingerprint: Fingerprint, num_vocos: int) -> epath.Path:
+        """Returns where the entry of a visual with this digest belongs."""
         kind = f"{num_vocos}-int8" if self.storage == "int8" else str(num_vocos)
-        return self.root / model.digest / kind / image[:2] / f"{image}.safetensors"
+        return self.root / fingerprint.digest / kind / digest[:2] / f"{digest}.safetensors"
 
-    def has(self, image: str, model: Fingerprint, num_vocos: int) -> bool:
-        """Whether there is an entry of exactly that many VoCo tokens; it is not read."""
-        return self.path(image, model, num_vocos).exists()
+    def has(self, digest: str, fingerprint: Fingerprint, num_vocos: int) -> bool:
+        """Returns whether there is an entry of exactly that many VoCo tokens; it is not read."""
+        return self.path(digest, fingerprint, num_vocos).exists()
 
-    def get(self, image: str, model: Fingerprint, num_vocos: int) -> VocoCache:
-        """One image's cache; an entry with more VoCo tokens is cut to `num_vocos`.
+    def get(self, digest: str, fingerprint: Fingerprint, num_vocos: int) -> VocoCache:
+        """Returns the cache of one visual; an entry with more VoCo tokens is cut to `num_vocos`.
+
+        Args:
+          digest: of the visual; a single image's is `image_digest`.
+          fingerprint: of the model.
+          num_vocos: VoCo tokens per unit.
 
         Raises:
-          MissingCache: there is none, and what there is.
-          DamagedCache: it is not what was written. It is removed, so that compressing again mends it.
+          MissingCache: there is no entry; the message says what there is.
+          DamagedCache: it is not what was written. It is removed, so that compressing again repairs it.
         """
-        for kept in self._at_least(num_vocos, model):
-            path = self.path(image, model, kept)
+        for kept in self._at_least(num_vocos, fingerprint):
+            path = self.path(digest, fingerprint, kept)
             try:
                 content = path.read_bytes()
             except FileNotFoundError:
@@ -84,47 +90,50 @@ class Store:
                 raise CacheError(f"{path}: can't be read: {error.strerror or error}") from error
             try:
                 cache = from_bytes(content, str(path))
-                if cache.images != (image,) or cache.model != model or cache.tokens_per_unit != kept:
+                if (cache.digest, cache.fingerprint, cache.tokens_per_unit) != (digest, fingerprint, kept):
                     raise DamagedCache(f"{path}: holds another image's or model's cache than its name says")
-            except CacheError as error:  # of another format too: by its name it should be an entry
+            except CacheError as error:  # also of another format: by its name it should be an entry
                 with contextlib.suppress(OSError):  # a store that may only be read keeps it
                     path.unlink(missing_ok=True)
                 raise DamagedCache(str(error)) from error
             self._touch(path)
             return cache if kept == num_vocos else cache.truncate(num_vocos)
-        raise MissingCache(f"{self.root}: holds no {self.storage} cache of image {image} with {num_vocos} or more VoCo "
-                           f"tokens by model {model.digest}; {self._contents(model)}")
+        raise MissingCache(f"{self.root}: holds no {self.storage} cache of image {digest} with {num_vocos} or more "
+                           f"VoCo tokens by model {fingerprint.digest}; {self._contents(fingerprint)}")
 
     def put(self, cache: VocoCache) -> None:
-        """Writes an entry for each unit of a cache, then removes what is beyond the size limit.
+        """Writes an entry for each unit of a cache: each is a visual of its own; see `put_visual`."""
+        for unit in range(cache.num_units):
+            self.put_visual(cache.take(slice(unit, unit + 1)))
+
+    def put_visual(self, cache: VocoCache) -> None:
+        """Writes one entry for all units of a cache, then removes what is beyond the size limit.
 
         Raises:
-          CacheError: it holds whole units or doesn't say whose it is, or an entry can't be written.
+          CacheError: it holds whole units or lacks its model's fingerprint, or the entry can't be written.
         """
-        if cache.position == 0:
+        if cache.first_position == 0:
             raise CacheError("a store holds VoCo tokens; save a cache of whole units to a file of its own")
-        for unit in range(cache.num_units):
-            one = cache.take(slice(unit, unit + 1))
-            content = to_bytes(one, self.storage)
-            assert one.model is not None  # to_bytes has refused it otherwise
-            path = self.path(one.images[0], one.model, one.tokens_per_unit)
-            write_cache(path, content)
-            if is_remote(path):
-                self._touch(path)
-            elif path.parent not in self._swept:
-                self._sweep(path.parent)
-            self._room -= len(content)
+        content = to_bytes(cache, self.storage)
+        assert cache.fingerprint is not None  # to_bytes has refused it otherwise
+        path = self.path(cache.digest, cache.fingerprint, cache.tokens_per_unit)
+        write_cache(path, content)
+        if is_remote(path):
+            self._touch(path)
+        elif path.parent not in self._swept:
+            self._sweep(path.parent)
+        self._room -= len(content)
         if self.max_bytes is not None and self._room < 0:
             self._evict(self.max_bytes)
 
     def size(self) -> int:
-        """Bytes of all entries."""
+        """Returns the bytes of all entries."""
         return sum(entry.size for entry in self._entries())
 
     def _evict(self, max_bytes: int) -> None:
         entries = sorted(self._entries())
         size = sum(entry.size for entry in entries)
-        goal = max_bytes if size <= max_bytes else max_bytes - max_bytes // 20  # room until the next look
+        goal = max_bytes if size <= max_bytes else max_bytes - max_bytes // 20  # room until the next check
         for entry in entries[:-1]:  # the newest stays, however large
             if size <= goal:
                 break
@@ -136,7 +145,7 @@ class Store:
         self._swept.add(directory)
         for path in directory.iterdir():
             if _PARTIAL.fullmatch(path.name):
-                with contextlib.suppress(OSError):  # another sweeper was faster, or it is another user's
+                with contextlib.suppress(OSError):  # another process was faster, or it is another user's
                     if time.time() - os.stat(path).st_mtime > _ABANDONED:
                         path.unlink(missing_ok=True)
 
@@ -161,24 +170,24 @@ class Store:
         with contextlib.suppress(OSError):  # a store that may only be read has no order of use
             os.utime(path)
 
-    def _at_least(self, num_vocos: int, model: Fingerprint) -> Iterator[int]:
-        """Numbers of VoCo tokens that an entry may have; the directory is only listed if the first is not there."""
+    def _at_least(self, num_vocos: int, fingerprint: Fingerprint) -> Iterator[int]:
+        """Yields numbers of VoCo tokens that an entry may have; the directory is listed only after the first."""
         yield num_vocos
-        yield from (n for n in self._kept(model) if n > num_vocos)
+        yield from (n for n in self._kept(fingerprint) if n > num_vocos)
 
-    def _kept(self, model: Fingerprint) -> list[int]:
-        """Numbers of VoCo tokens for which there may be entries of a model, in this storage."""
+    def _kept(self, fingerprint: Fingerprint) -> list[int]:
+        """Returns numbers of VoCo tokens for which there may be entries of a model, in this storage."""
         suffix = "-int8" if self.storage == "int8" else ""
         try:
-            names = [path.name for path in (self.root / model.digest).iterdir()]
+            names = [path.name for path in (self.root / fingerprint.digest).iterdir()]
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(int(name.removesuffix(suffix)) for name in names
                       if name.endswith(suffix) and name.removesuffix(suffix).isdecimal())
 
-    def _contents(self, model: Fingerprint) -> str:
-        """For errors: what the store does hold."""
-        if kept := self._kept(model):
+    def _contents(self, fingerprint: Fingerprint) -> str:
+        """Says in errors what the store holds."""
+        if kept := self._kept(fingerprint):
             return f"of this model it has entries with {', '.join(map(str, kept))} VoCo tokens"
         models = sorted(path.name for path in self.root.iterdir()) if self.root.exists() else []
         return f"it has entries of the models {', '.join(models)}" if models else "it is empty"

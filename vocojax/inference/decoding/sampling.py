@@ -1,32 +1,33 @@
-"""How the next token is chosen."""
+"""How the next token is chosen: every row of a batch by its own settings."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from vocojax.config import require, require_positive
 
-SEEDS = 2**32  # how many seeds there are
+SEEDS = 2**32  # seeds are whole numbers below it
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are chosen, and what ends an answer besides the end token.
+    """How the tokens of one answer are chosen, and what ends it in addition to the end token.
 
-    The order is transformers': the penalty, then temperature, `top_k`, `top_p`.
+    The order is that of transformers: the penalty, then temperature, `top_k`, `top_p`.
 
     Attributes:
-      max_new_tokens: the longest answer.
+      max_new_tokens: length limit of the answer, in tokens.
       temperature: 0 takes the likeliest token; else a token is drawn from the softmax of logits / temperature.
-      top_k: draw from so many likeliest tokens; 0 for all.
-      top_p: draw from the smallest set of tokens that holds this mass.
+      top_k: draw from this many likeliest tokens; 0 for all.
+      top_p: draw from the smallest set of tokens that holds this probability mass.
       repetition_penalty: logits of tokens that the text already holds are divided by it where positive and multiplied
         where negative (CTRL, arXiv 1909.05858); 1 for none. Questions and answers count, images do not.
-      stop: an answer ends before that of these strings which is complete in it first.
+      stop: the answer ends before the first of these strings that is complete in it.
+      seed: of the draws, in [0, 2**32).
     """
 
     max_new_tokens: int = 64
@@ -35,6 +36,7 @@ class SamplingConfig:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    seed: int = 0
 
     def __post_init__(self) -> None:
         require_positive(self, "max_new_tokens")
@@ -43,71 +45,103 @@ class SamplingConfig:
         require(0 < self.top_p <= 1, "top_p", "must be in (0, 1]", self.top_p)
         require(self.repetition_penalty > 0, "repetition_penalty", "must be > 0", self.repetition_penalty)
         require(all(self.stop), "stop", "must hold no empty string", self.stop)
-
-    @property
-    def plan(self) -> "Plan":
-        """What of it a program is compiled for."""
-        return Plan(self.max_new_tokens, self.temperature > 0, self.repetition_penalty != 1)
-
-    @property
-    def knobs(self) -> "Knobs":
-        """What of it is an input of the program."""
-        return Knobs(np.float32(self.temperature or 1), np.int32(self.top_k), np.float32(self.top_p),
-                     np.float32(self.repetition_penalty))
+        require(0 <= self.seed < SEEDS, "seed", "must be in [0, 2**32)", self.seed)
 
 
 GREEDY = SamplingConfig()
 
 
-class Plan(NamedTuple):
-    """The static part of a `SamplingConfig`."""
+class SamplingStatics(NamedTuple):
+    """What a program is compiled for; the rows of a batch share it.
 
-    max_new_tokens: int
+    Attributes:
+      slots: room for answer tokens, at least the largest length limit.
+      draws: whether any row draws its tokens.
+      penalises: whether any row has a repetition penalty.
+    """
+
+    slots: int
     draws: bool
     penalises: bool
 
+    @classmethod
+    def of(cls, samplings: Sequence[SamplingConfig]) -> "SamplingStatics":
+        """Returns the statics of a batch; slots are rounded up to a power of two, so that few programs serve all."""
+        longest = max(sampling.max_new_tokens for sampling in samplings)
+        return cls(1 << (longest - 1).bit_length(), any(sampling.temperature > 0 for sampling in samplings),
+                   any(sampling.repetition_penalty != 1 for sampling in samplings))
 
-class Knobs(NamedTuple):
-    """The rest of it: scalars, so that another temperature is no other program."""
 
-    temperature: ArrayLike
-    top_k: ArrayLike
-    top_p: ArrayLike
-    repetition_penalty: ArrayLike
+class SamplingInputs(NamedTuple):
+    """The settings of a batch's rows as arrays, so that other values are no other program.
+
+    Attributes:
+      max_new_tokens_B: int32.
+      temperature_B: fp32, 0 for rows that take the likeliest token.
+      top_k_B: int32.
+      top_p_B: fp32.
+      repetition_penalty_B: fp32.
+      seeds_B: uint32.
+    """
+
+    max_new_tokens_B: jax.Array
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+    repetition_penalty_B: jax.Array
+    seeds_B: jax.Array
+
+    @classmethod
+    def of(cls, samplings: Sequence[SamplingConfig]) -> "SamplingInputs":
+        """Returns the settings of rows as host arrays."""
+        columns = {
+            "max_new_tokens": np.int32, "temperature": np.float32, "top_k": np.int32, "top_p": np.float32,
+            "repetition_penalty": np.float32, "seed": np.uint32,
+        }
+        return cls(*(np.array([getattr(s, name) for s in samplings], dtype)  # type: ignore[arg-type]
+                     for name, dtype in columns.items()))
 
 
 def choose(
-    logits_BV: jax.Array, held_BV: jax.Array, seeds_B: jax.Array, step: jax.Array, plan: Plan, knobs: Knobs
+    logits_BV: jax.Array, held_BV: jax.Array, step: jax.Array, inputs: SamplingInputs, statics: SamplingStatics
 ) -> jax.Array:
-    """The next token of every row, int32 [B], from its own logits and its own seed.
+    """Chooses the next token of every row by the row's own logits, settings and seed.
 
     Args:
       logits_BV: fp32.
-      held_BV: bool, the tokens that the row's text holds; unused without a penalty.
-      seeds_B: uint32, unused without draws.
-      step: int32, how many tokens of the answer came before.
+      held_BV: bool, the tokens that the row's text holds; unused where no row has a penalty.
+      step: int32, how many tokens of the answers came before.
+      inputs: the rows' settings.
+      statics: of the batch.
+
+    Returns:
+      int32 [B].
     """
-    if plan.penalises:
-        logits_BV = penalise(logits_BV, held_BV, knobs)
-    if not plan.draws:
-        return logits_BV.argmax(-1).astype(jnp.int32)
-    keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds_B)
-    return jax.vmap(jax.random.categorical)(keys_B, truncate(logits_BV, knobs)).astype(jnp.int32)
+    if statics.penalises:
+        logits_BV = penalise(logits_BV, held_BV, inputs)
+    likeliest_B = logits_BV.argmax(-1).astype(jnp.int32)
+    if not statics.draws:
+        return likeliest_B
+    keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(inputs.seeds_B)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, truncate(logits_BV, inputs)).astype(jnp.int32)
+    return jnp.where(inputs.temperature_B > 0, drawn_B, likeliest_B)
 
 
-def penalise(logits_BV: jax.Array, held_BV: jax.Array, knobs: Knobs) -> jax.Array:
-    """Logits with those of held tokens made smaller by the repetition penalty."""
-    penalty = knobs.repetition_penalty
-    return jnp.where(held_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+def penalise(logits_BV: jax.Array, held_BV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """Makes the logits of held tokens smaller by the rows' repetition penalties."""
+    penalty_B1 = inputs.repetition_penalty_B[:, None]
+    return jnp.where(held_BV, jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1), logits_BV)
 
 
-def truncate(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
-    """Logits over the temperature, -inf outside the `top_k` likeliest tokens and the `top_p` mass among them."""
-    logits_BV = logits_BV / knobs.temperature
+def truncate(logits_BV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """Divides logits by the temperature; outside the `top_k` likeliest tokens and the `top_p` mass they become -inf."""
+    temperature_B1 = jnp.where(inputs.temperature_B > 0, inputs.temperature_B, 1)[:, None]
+    top_k_B1, top_p_B1 = inputs.top_k_B[:, None], inputs.top_p_B[:, None]
+    logits_BV = logits_BV / temperature_B1
     descending_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     ranks_V = jnp.arange(logits_BV.shape[-1])
-    descending_BV = jnp.where((knobs.top_k == 0) | (ranks_V < knobs.top_k), descending_BV, -jnp.inf)
+    descending_BV = jnp.where((top_k_B1 == 0) | (ranks_V < top_k_B1), descending_BV, -jnp.inf)
     masses_BV = jax.nn.softmax(descending_BV)
     mass_before_BV = jnp.cumsum(masses_BV, axis=-1) - masses_BV
-    kept_BV = jnp.where((mass_before_BV < knobs.top_p) & (descending_BV > -jnp.inf), descending_BV, jnp.inf)
+    kept_BV = jnp.where((mass_before_BV < top_p_B1) & (descending_BV > -jnp.inf), descending_BV, jnp.inf)
     return jnp.where(logits_BV >= kept_BV.min(-1, keepdims=True), logits_BV, -jnp.inf)
