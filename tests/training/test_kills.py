@@ -134,7 +134,8 @@ def test_sigterm_at_any_moment(processes, resumed, easy_vqa, whole, tmp_path):
     for wait in (0.0, 0.7, 1.4, 2.1):
         started = lambda wait=wait: "starts" in runs.logs(workdir) and time.sleep(wait) is None
         before, behind = behind, stopped(started)
-        said += [(before, behind, text) for text in ("nothing new to save", "and saved;") if text in runs.logs(workdir)]
+        said += [(before, behind, text) for text in ("nothing new to save", "checkpoint saved")
+                 if text in runs.logs(workdir)]
     assert said[0][2] == "nothing new to save"
     for before, behind, text in said:
         assert before == behind if text == "nothing new to save" else before < behind < STEPS, said
@@ -154,7 +155,7 @@ def test_one_of_two_processes(number, easy_vqa, whole, tmp_path):
     codes = runs.finish(children, limit=120)
     if number == signal.SIGTERM:
         assert codes == [0, 0], runs.logs(workdir)
-        assert "saved; the same command goes on" in runs.logs(workdir)
+        assert "checkpoint saved. Run the same command to resume" in runs.logs(workdir)
     else:
         # It ended on its own, not by the limit, and not as if all were well.
         assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL), runs.logs(workdir)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vocojax.parallel.preemption import Preempted
-from vocojax.training import loop, run_log
+from vocojax.training import goodput, loop, run_log
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import CheckpointConfig, RunConfig
 from vocojax.training.goodput import Goodput
@@ -86,7 +86,7 @@ def test_a_stop_leaves_out_a_validation_but_not_the_last(tmp_path):
     task = {"validate": lambda state, goes_on: {"validation_loss": float(state.trained["w"])}}
     run(tmp_path / "last", 4, told_before(4), task=task, validate_every=4)
     assert [line.get("validation_loss") for line in lines(tmp_path / "last")] == [None, None, None, 10]
-    with pytest.raises(Preempted, match="behind step 4 of 5 and saved"):
+    with pytest.raises(Preempted, match="after step 4 of 5; checkpoint saved"):
         run(tmp_path / "before", 5, told_before(4), task=task, validate_every=2)
     assert [line.get("validation_loss") for line in lines(tmp_path / "before")] == [None, 3, None, None]
 
@@ -100,7 +100,7 @@ def test_a_stop_ends_the_validation_in_progress(tmp_path):
         asked.append(goes_on())
         return {}
 
-    with pytest.raises(Preempted, match="behind step 4 of 7 and saved"):
+    with pytest.raises(Preempted, match="after step 4 of 7; checkpoint saved"):
         run(tmp_path, task={"validate": validate}, validate_every=4)
     assert asked == [True, False]
     progress = json.loads((tmp_path / "checkpoints" / "4" / "progress" / "metadata").read_text())
@@ -115,7 +115,7 @@ def test_rates_are_those_of_steps(tmp_path, monkeypatch):
         now[0] += duration
         return result
 
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(goodput, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(RunLog, "write", lambda self, rows, values: rates.append(
         (values["tokens_per_second"], values["steps_per_second"])))
     save = Checkpoints.save

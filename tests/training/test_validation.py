@@ -86,7 +86,7 @@ def test_a_stop_ends_it_behind_the_batch_in_progress(stage, held_out, tmp_path, 
     """Asked for at the start, behind steps 1 and 2, and behind two of the batches."""
     told = iter([False, False, False, False, True])
     monkeypatch.setattr(StopRequest, "reached", lambda self: next(told))
-    with pytest.raises(Preempted, match="behind step 2 of 4 and saved"):
+    with pytest.raises(Preempted, match="after step 2 of 4; checkpoint saved"):
         train(dataclasses.replace(stage, validation=dataclasses.replace(held_out, batches=3)), tmp_path)
     assert next(told, None) is None
     assert [(line["step"], "validation_loss" in line) for line in lines(tmp_path)] == [(1, False), (2, False)]
@@ -138,7 +138,7 @@ def test_sigterm_ends_it_in_all_processes(processes, quickstart_stage, tmp_path)
     time.sleep(5)
     runs.kill(children[-1], signal.SIGTERM)
     assert runs.finish(children, limit=60) == [0] * processes, runs.logs(tmp_path / "run")
-    assert "stopped behind step 3 of 4 and saved" in runs.logs(tmp_path / "run")
+    assert "stopped after step 3 of 4; checkpoint saved" in runs.logs(tmp_path / "run")
     short = dataclasses.replace(stage, validation=dataclasses.replace(endless, batches=1))
     runs.run(short, tmp_path / "run", processes)
     validated = [(line["step"], "validation_loss" in line) for line in lines(tmp_path / "run")]

@@ -14,7 +14,7 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +47,15 @@ class Checkpoints:
       workdir: the run's directory.
       config: when to write and what to keep.
       run_config: the run's, a dataclass; a checkpoint of another one is not restored.
-      clock: seconds, for checkpoints by time.
+
+    Attributes:
+      config: as given.
     """
 
-    def __init__(
-        self,
-        workdir: str | Path,
-        config: CheckpointConfig,
-        run_config: Any = None,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self._config, self._run_config, self._clock = config, run_config, clock
+    def __init__(self, workdir: str | Path, config: CheckpointConfig, run_config: Any = None):
+        self.config, self._run_config = config, run_config
         self._workdir = run_path(workdir)
         self._frozen_checksums: dict[str, int] | None = None
-        self._saved_at = clock()
         policies: list[Any] = [keep.LatestN(config.keep)]
         if config.keep_every:
             policies.append(keep.EveryNSteps(config.keep_every))
@@ -78,15 +73,6 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written behind `step` optimizer steps."""
-        return any(every and step % every == 0 for every in (self._config.every, self._config.keep_every))
-
-    def overdue(self) -> bool:
-        """Whether the last checkpoint is older than the config allows; process 0's clock decides for all."""
-        late = self._config.minutes > 0 and self._clock() - self._saved_at >= 60 * self._config.minutes
-        return self._config.minutes > 0 and processes.from_first("checkpoint by time", late)
-
     def save(
         self, step: int, state: TrainState, progress: Mapping[str, Any], metrics: Mapping[str, float] | None = None
     ) -> None:
@@ -101,7 +87,6 @@ class Checkpoints:
         Raises:
           CheckpointError: this one or the one before could not be written; earlier ones are intact.
         """
-        self._saved_at = self._clock()
         if step == self.latest:
             return
         try:
@@ -117,8 +102,8 @@ class Checkpoints:
         sums = checksums({"parameters": state.trained, "optimizer": state.optimizer})
         about = {**progress, "config": fixed_keys(self._run_config), "checksums": sums | (self._frozen_checksums or {})}
         about["sha256"] = sha256(about)
-        name = self._config.best_metric
-        best = {name: metrics[name]} if self._config.keep_best and metrics and name in metrics else {}
+        name = self.config.best_metric
+        best = {name: metrics[name]} if self.config.keep_best and metrics and name in metrics else {}
         self._manager.save(
             step, force=True, metrics=best or None,
             args=ocp.args.Composite(
@@ -157,7 +142,6 @@ class Checkpoints:
                 continue
             self._move_aside(list(problems))
             state, progress = restored
-            self._saved_at = self._clock()
             return step, state, progress
         if problems:
             listed = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())

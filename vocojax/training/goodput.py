@@ -1,8 +1,9 @@
-"""The share of a run's wall time that went into steps it still has, interruptions and restarts included."""
+"""Where a run's wall time goes: the time of steps, and the share of it in everything since the run first began."""
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,50 @@ from vocojax.files import write_atomically
 from vocojax.runs.directory import run_path
 
 
-class Goodput:
-    """Counts useful seconds: those of steps, without compilation, waiting for data, saving, and steps taken twice.
+class StepTimer:
+    """The wall time since metrics were last logged, without the work that is no step.
 
+    Attributes:
+      waited: seconds in which the device had no work because a batch was not ready.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts from now on."""
+        self._since, self._lost, self.waited = time.perf_counter(), 0.0, 0.0
+
+    @contextmanager
+    def other_work(self) -> Iterator[None]:
+        """Leaves the time in this context out: compilation, validations and checkpoints are no steps."""
+        before = time.perf_counter()
+        yield
+        self._lost += time.perf_counter() - before
+
+    @contextmanager
+    def waiting(self, idle: Callable[[], bool]) -> Iterator[None]:
+        """Counts the time in this context as waited if at its end `idle()` says that the device has no work."""
+        before = time.perf_counter()
+        yield
+        if idle():
+            self.waited += time.perf_counter() - before
+
+    def seconds_of_steps(self) -> float:
+        """Returns the seconds that went into steps, waiting included."""
+        return max(time.perf_counter() - self._since - self._lost, 1e-9)
+
+
+class Goodput:
+    """The share of a run's wall time that went into steps it still has, interruptions and restarts included.
+
+    Useful seconds are those of steps: no compilation, waiting for data or saving, and no step that is taken again.
     WORKDIR/goodput.json holds when the run first began, how often it was started, and the last figures. Useful seconds
-    are saved in checkpoints, so that what a restart takes again is counted once.
+    are saved in checkpoints, so that steps which a restart takes again are counted once.
 
     Args:
-      useful: seconds behind the checkpoint that the run goes on from; 0 for a new run.
+      workdir: the run's directory.
+      useful: seconds at the checkpoint that the run resumes from; 0 for a new run.
       clock: seconds since 1970.
     """
 
@@ -29,12 +66,12 @@ class Goodput:
         self._began, self._starts = before.get("began", clock()), before.get("starts", 0) + 1
 
     def count(self, seconds: float) -> None:
-        """Seconds that went into steps since the last call."""
+        """Adds seconds that went into steps since the last call."""
         self.useful += max(seconds, 0.0)
 
     @property
     def share(self) -> float:
-        """Useful seconds by those since the run first began."""
+        """Useful seconds divided by those since the run first began."""
         return self.useful / max(self._clock() - self._began, 1e-9)
 
     def write(self, step: int) -> None:

@@ -1,37 +1,40 @@
 """The loop around an optimizer step: batches in, metrics out, checkpoints, and a stop when one is asked for.
 
-It knows nothing of what is trained: a state, a jitted step and a stream of batches are its arguments.
+It does not know what is trained: a state, a jitted step and a stream of batches are its arguments.
 """
 
-import math
-import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-from tqdm import tqdm
 
-from vocojax.errors import VocojaxError
 from vocojax.parallel import processes
 from vocojax.parallel.preemption import Preempted, StopRequest
-from vocojax.runs.directory import run_path
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import RunConfig
-from vocojax.training.goodput import Goodput
-from vocojax.training.run_log import RunLog
+from vocojax.training.goodput import Goodput, StepTimer
+from vocojax.training.hooks import (
+    Logger,
+    MetricsInFlight,
+    NonFiniteLoss,
+    Profiler,
+    Saver,
+    Scalars,
+    StepEvent,
+    Validate,
+    Validator,
+)
+from vocojax.training.schedule import Schedule
 from vocojax.training.step import Step, TrainState
 from vocojax.training.watchdog import Watchdog
 
+__all__ = ["LoopConfig", "NonFiniteLoss", "Stream", "Task", "run"]
+
 # How many steps may be on their way to the device: one computes while the next one waits, and no more batches pile up.
 IN_FLIGHT = 2
-
-
-class NonFiniteLoss(VocojaxError, RuntimeError):
-    """The loss became NaN or infinite."""
 
 
 class Stream(Protocol):
@@ -44,9 +47,18 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """name: shown in the progress bar, on line `position`; steps: in all, those of earlier runs included;
-    validate_every: steps between validations; 0 is none. One also follows the last step. A stop leaves out the one
-      that is due or ends the one in progress, and it is not made up for; only that of the last step is always whole."""
+    """The settings of a loop.
+
+    Attributes:
+      name: shown in the progress bar.
+      steps: of the whole run, those of earlier starts included.
+      log_every: steps between logged metrics.
+      position: the terminal line of the progress bar.
+      run: runtime options.
+      validate_every: steps between validations; 0 is none. The last step has one as well. A requested stop leaves out
+        the validation that is due, or ends the one in progress, and it is not made up for; only that of the last step
+        is always whole.
+    """
 
     name: str
     steps: int
@@ -60,19 +72,24 @@ class LoopConfig:
 class Task:
     """What a loop runs.
 
-    step: jitted (state, batch) -> (state, metrics), which donates the state; metrics hold at least `loss`; `tokens`
-      gives tokens/s. place: puts a batch of the stream on the devices. merge: the streams' states of all processes as
-      one. scalars: (sums of metrics over the last steps and their number as `steps`, their seconds, without those of
-      compilation, validations and checkpoints) -> values to log. validate: (state, what it calls now and then:
-      whether to go on) -> metrics on other data, {} if it was ended.
+    Attributes:
+      step: jitted (state, batch) -> (state, metrics), which donates the state. Metrics are scalars, at least `loss`;
+        with `tokens` tokens/s are logged.
+      stream: gives the batches.
+      place: puts a batch of the stream on the devices.
+      merge: makes one of the streams' states of all processes.
+      scalars: (sums of metrics over the last steps and their number as `steps`, the seconds of these steps without
+        compilation, validations and checkpoints) -> more values to log.
+      validate: (state, a function to call now and then, which returns whether to continue) -> metrics on other data;
+        {} if it did not continue.
     """
 
     step: Step
     stream: Stream
     place: Callable[[Mapping[str, Any]], Any]
     merge: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda states: states[0]
-    scalars: Callable[[Mapping[str, float], float], Mapping[str, float]] = lambda sums, seconds: {}
-    validate: Callable[[TrainState, Callable[[], bool]], dict[str, float]] = lambda state, goes_on: {}
+    scalars: Scalars = lambda sums, seconds: {}
+    validate: Validate = lambda state, should_continue: {}
 
 
 def run(
@@ -84,192 +101,92 @@ def run(
     checkpoints: Checkpoints,
     useful_seconds: float = 0.0,
 ) -> TrainState:
-    """Trains from `first_step` to `config.steps`.
+    """Trains from `first_step` to `config.steps`; returns the last state.
 
     The next batch is made and sent while the device computes. Metrics stay on the device and are fetched every
     `log_every` steps, when the next step is already under way.
 
     Args:
-      useful_seconds: of the checkpoint that the run goes on from, see `Goodput`.
+      config: how long to train and what to log.
+      workdir: the run's directory.
+      task: what to run.
+      state: after `first_step` steps; its buffers are donated.
+      first_step: the steps that were taken before.
+      checkpoints: of the run.
+      useful_seconds: of the checkpoint that the run resumes from, see `Goodput`.
 
     Raises:
       NonFiniteLoss: names the step; the last checkpoint was written before it.
-      Preempted: the run was told to stop, and is saved.
+      Preempted: the run was asked to stop, and is saved.
       CheckpointError: a checkpoint could not be written.
     """
     with ExitStack() as stack:
         stop_request = StopRequest()
         if first_step < config.steps and stop_request.reached():
-            raise Preempted(f"{workdir}: told to stop before its next step; there is nothing new to save, and the same "
-                            "command starts again")
-        loop = _Loop(config, workdir, task, checkpoints, first_step, useful_seconds, stack)
+            raise Preempted(f"{workdir}: stopped before its next step; nothing new to save. "
+                            "Run the same command to start again.")
+        schedule = Schedule(config.steps, config.log_every, config.validate_every, checkpoints.config)
+        metrics, timer, goodput = MetricsInFlight(), StepTimer(), Goodput(workdir, useful_seconds)
+        logger = stack.enter_context(Logger(
+            workdir, config.name, config.position, config.steps, first_step, config.run.wandb_project, task.scalars,
+            metrics, timer, goodput, checkpoints))
+        watchdog = stack.enter_context(Watchdog(config.run.hang_seconds))
+        validator = Validator(task.validate, config.steps, metrics, logger, timer, watchdog)
+        saver = Saver(checkpoints, logger, timer, goodput, watchdog)
+        profiler = stack.enter_context(Profiler(workdir, config.run.profile, metrics))
+        feed = _Feed(task, metrics, timer, watchdog)
+        timer.restart()
+
+        number = first_step
         for number in range(first_step + 1, config.steps + 1):
-            loop.start_profile(number)
-            state = loop.take_step(number, state)
+            profiler.before_step(number)
+            state = feed.take_step(number, state)
             if number == first_step + 1:  # compiled: from here on there is something to save
                 stack.enter_context(stop_request.listening())
-            stops, is_last = stop_request.reached(), number == config.steps
-            if config.validate_every and is_last:
-                loop.validate(number, state)
-            elif config.validate_every and not stops and number % config.validate_every == 0:
-                stops = loop.validate(number, state, stop_request)
-            saves = stops or is_last or checkpoints.due(number)
-            logs = number % config.log_every == 0
-            if logs and not saves:
-                saves = checkpoints.overdue()
-            data_state = loop.data_state() if saves else None
-            if not is_last and not stops:
-                loop.fetch_batch()
-            loop.report_until(number if saves else loop.logged)
-            if logs:
-                loop.logged = number
-            if saves:
-                loop.save(number, state, data_state)
-            loop.stop_profile(number)
-            if stops and not is_last:
-                checkpoints.wait()
-                raise Preempted(f"{workdir}: stopped behind step {number} of {config.steps} and saved; "
-                                "the same command goes on")
+            stop_requested = stop_request.reached()
+            if schedule.validates(number, stop_requested):
+                stop_requested = validator.run(number, state, stop_request) or stop_requested
+            due = schedule.after(number, stop_requested)
+            event = StepEvent(number, state, due, feed.data_state() if due.save else None)
+            if not due.stop:
+                feed.fetch_batch()
+            for hook in (logger, saver, profiler):
+                hook.on_step(event)
+            if due.stop:
+                break
         checkpoints.wait()
+        if number < config.steps:
+            raise Preempted(f"{workdir}: stopped after step {number} of {config.steps}; checkpoint saved. "
+                            "Run the same command to resume.")
     return state
 
 
-class _Loop:
-    """What a loop holds between steps."""
+class _Feed:
+    """The way of batches and steps to the devices."""
 
-    def __init__(self, config: LoopConfig, workdir: str | Path, task: Task, checkpoints: Checkpoints, first_step: int,
-                 useful_seconds: float, stack: ExitStack):
-        self._config, self._workdir, self._task, self._checkpoints = config, workdir, task, checkpoints
-        self._goodput = Goodput(workdir, useful_seconds)
-        self._log = RunLog(workdir, first_step, config.run.wandb_project, config.name)
-        stack.callback(self._log.close)
-        self._bar = tqdm(total=config.steps, initial=first_step, desc=config.name, unit="step", dynamic_ncols=True,
-                         position=config.position, disable=not processes.is_first())
-        stack.callback(self._bar.close)
-        self._watchdog = stack.enter_context(Watchdog(config.run.hang_seconds))
-        self.logged = 0  # the last step whose metrics are to be reported
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._last: dict[str, float] = {}  # what was last reported
-        self._validated: dict[int, dict[str, float]] = {}  # the last step that was, and what came of it
+    def __init__(self, task: Task, metrics: MetricsInFlight, timer: StepTimer, watchdog: Watchdog):
+        self._task, self._metrics, self._timer, self._watchdog = task, metrics, timer, watchdog
         self._batch: Any = None
-        self._first = True
-        self._traces = False
-        stack.callback(self.stop_profile)
-        self._since = time.perf_counter()
-        self._waited = self._lost = 0.0  # seconds since the last report: for data; for what is no step
+        self._compiled = False
 
     def fetch_batch(self) -> None:
         """Makes the next batch and starts its way to the devices."""
-        before = time.perf_counter()
-        self._batch = self._task.place(next(self._task.stream))
-        newest: Any = self._pending[-1][1]["loss"] if self._pending else None
-        if newest is None or newest.is_ready():  # the device has run out of work
-            self._waited += time.perf_counter() - before
+        with self._timer.waiting(lambda: self._metrics.all_done):
+            self._batch = self._task.place(next(self._task.stream))
 
     def take_step(self, number: int, state: TrainState) -> TrainState:
-        """Puts a step on its way."""
+        """Puts a step on its way and returns the state after it; waits until no more than `IN_FLIGHT` are under way."""
         if self._batch is None:
             self.fetch_batch()
-        before = time.perf_counter()
-        with jax.transfer_guard("disallow"):
+        with nullcontext() if self._compiled else self._timer.other_work(), jax.transfer_guard("disallow"):
             state, metrics = self._task.step(state, self._batch)
-        if self._first:
-            self._lost += time.perf_counter() - before  # compilation
-        self._batch, self._first = None, False
-        self._pending.append((number, metrics))
-        if len(self._pending) > IN_FLIGHT:
-            self._pending[-1 - IN_FLIGHT][1]["loss"].block_until_ready()
+        self._batch, self._compiled = None, True
+        self._metrics.add(number, metrics)
+        self._metrics.wait_for(IN_FLIGHT)
         self._watchdog.beat()
         return state
 
     def data_state(self) -> dict[str, Any]:
-        """Where the data of all processes stand, on process 0."""
+        """Returns where the data of all processes stand, on process 0; {} on the others."""
         states = processes.to_first("data state", self._task.stream.get_state())
         return {} if states is None else self._task.merge(states)
-
-    def validate(self, number: int, state: TrainState, stop_request: StopRequest | None = None) -> bool:
-        """Measures the state behind step `number`, and reports up to it; returns whether a stop ended it."""
-        stopped = False
-
-        def goes_on() -> bool:
-            nonlocal stopped
-            self._watchdog.beat()
-            stopped = stop_request is not None and stop_request.reached()
-            return not stopped
-
-        self._pending[-1][1]["loss"].block_until_ready()
-        before = time.perf_counter()
-        self._validated = {number: self._task.validate(state, goes_on)}
-        self._lost += time.perf_counter() - before
-        self.report_until(number)
-        return stopped
-
-    def report_until(self, number: int) -> None:
-        """Fetches and logs the metrics of steps up to `number` that have not been."""
-        part = [(n, m) for n, m in self._pending if n <= number]
-        if not part:
-            return
-        self._pending = self._pending[len(part):]
-        fetched = [(n, {k: float(v) for k, v in m.items()}) for n, m in jax.device_get(part)]
-        self._checkpoints.check()
-        _require_finite(fetched, self._workdir, self._checkpoints)
-        seconds = max(time.perf_counter() - self._since - self._lost, 1e-9)
-        self._goodput.count(seconds - self._waited)
-        sums: dict[str, float] = defaultdict(float, steps=len(fetched))
-        for _, metrics in fetched:
-            for key, value in metrics.items():
-                sums[key] += value
-        self._last = {key: value / len(fetched) for key, value in sums.items()}
-        rate = sums["tokens"] / seconds
-        values = {
-            "tokens_per_second": rate, "steps_per_second": len(fetched) / seconds,
-            "data_wait_share": min(self._waited / seconds, 1.0), "goodput": self._goodput.share,
-            **self._task.scalars(sums, seconds),
-        }
-        try:
-            self._log.write([(n, {**metrics, **self._validated.get(n, {})}) for n, metrics in fetched], values)
-            if processes.is_first():
-                self._goodput.write(fetched[-1][0])
-        except OSError as error:
-            raise self._checkpoints.failure(error) from error
-        self._bar.set_postfix_str(f"loss {fetched[-1][1]['loss']:.4f}, {rate:,.0f} tokens/s")
-        self._bar.update(len(fetched))
-        self._since, self._waited, self._lost = time.perf_counter(), 0.0, 0.0
-
-    def save(self, number: int, state: TrainState, data_state: dict[str, Any] | None) -> None:
-        """Begins to write a checkpoint behind step `number`, whose metrics are reported."""
-        before = time.perf_counter()
-        progress = {"data": data_state, "useful_seconds": self._goodput.useful}
-        try:
-            self._log.flush()
-        except OSError as error:
-            raise self._checkpoints.failure(error) from error
-        self._checkpoints.save(number, state, progress, {**self._last, **self._validated.get(number, {})})
-        self._lost += time.perf_counter() - before
-        self._watchdog.beat()
-
-    def start_profile(self, number: int) -> None:
-        """Begins the trace if one is asked for; a run that goes on inside its steps traces those that are left."""
-        first, last = self._config.run.profile or (0, -1)
-        if first <= number <= last and not self._traces:
-            jax.profiler.start_trace(str(run_path(self._workdir) / "profile"))
-            self._traces = True
-
-    def stop_profile(self, number: int | None = None) -> None:
-        """Writes the trace behind its last step, or now."""
-        if self._traces and (number is None or number == self._config.run.profile[1]):
-            self._traces = False
-            jax.block_until_ready(self._pending)
-            jax.profiler.stop_trace()
-
-
-def _require_finite(
-    fetched: list[tuple[int, dict[str, float]]], workdir: str | Path, checkpoints: Checkpoints
-) -> None:
-    for number, metrics in fetched:
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics.get("grad_norm", 0.0)):
-            checkpoints.wait()
-            kept = "no checkpoint was written before it" if checkpoints.latest is None else (
-                f"the last good checkpoint is step {checkpoints.latest} in {workdir}")
-            raise NonFiniteLoss(f"step {number}: loss {metrics['loss']}, gradient norm {metrics.get('grad_norm')}; "
-                                f"{kept}. Lower optimizer.learning_rate or look at this step's data.")
