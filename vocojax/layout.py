@@ -32,7 +32,7 @@ IGNORE = -100  # the label of a token that is no target, as everywhere in the fi
 
 
 class Role(enum.IntEnum):
-    """What a token is."""
+    """The kind of a token."""
 
     PAD = 0
     BOS = 1
@@ -43,21 +43,31 @@ class Role(enum.IntEnum):
 
 
 class Span(NamedTuple):
-    """A piece of a thread's text as a template emits it; the tokens of target spans are trained on."""
+    """A piece of a thread's text as a template writes it.
+
+    Attributes:
+      text: the piece.
+      is_target: whether its tokens are trained on.
+    """
 
     text: str
     is_target: bool = False
 
 
 class Encoded(NamedTuple):
-    """Token ids, and for each the index of the character after its last one."""
+    """An encoded text.
+
+    Attributes:
+      ids: token ids.
+      ends: for each token the index of the character after its last one.
+    """
 
     ids: list[int]
     ends: list[int]
 
 
 class TextTokenizer(Protocol):
-    """What the layout needs of a tokenizer. `encode` adds no BOS and recognises special tokens written out."""
+    """A tokenizer, as the layout needs it. `encode` adds no BOS and recognises special tokens that are written out."""
 
     bos_id: int
     voco_id: int
@@ -67,7 +77,12 @@ class TextTokenizer(Protocol):
 
 
 class UnitShape(NamedTuple):
-    """`tokens`: vision (or a baseline's compressed) tokens of a unit; `vocos`: VoCo tokens behind them (N)."""
+    """Numbers of tokens that stand for one image.
+
+    Attributes:
+      tokens: vision tokens of a unit, or a baseline's compressed tokens.
+      vocos: VoCo tokens after them, N.
+    """
 
     tokens: int
     vocos: int
@@ -79,7 +94,11 @@ def unit_shape(model: ModelConfig) -> UnitShape:
 
 
 class LayoutError(VocojaxError, ValueError):
-    """A sample that can't be laid out; the message names the record and `reason` is a short key to count it under."""
+    """A sample that can't be laid out; the message names the record.
+
+    Attributes:
+      reason: a short key under which such samples are counted.
+    """
 
     def __init__(self, record: str, problem: str, reason: str):
         self.reason = reason
@@ -125,12 +144,16 @@ class View(NamedTuple):
 class SampleLayout:
     """One sample, token by token. All arrays have length S.
 
-    ids: int32; vision tokens hold the BOS id, which nothing reads.
-    roles: int8 `Role`.
-    labels: int32, the token's own id where it is a target, else `IGNORE` (not shifted; token i is predicted at i - 1).
-    threads: int32, which thread of text a token belongs to, -1 inside units.
-    num_units, unit_length: the first `num_units * unit_length` tokens are units.
-    dropped: text tokens that truncation cut off the end.
+    Attributes:
+      record: the name used in errors.
+      unit: tokens and VoCo tokens per unit.
+      ids: int32; vision tokens hold the BOS id, which nothing reads.
+      roles: int8 `Role`.
+      labels: int32, a target's own id, elsewhere `IGNORE` (not shifted: token i is predicted at i - 1).
+      threads: int32, which thread of text a token belongs to, -1 inside units.
+      num_units: units before the text, k.
+      unit_length: tokens of a unit; the first `num_units * unit_length` tokens are units.
+      dropped: text tokens that truncation cut off the end.
     """
 
     record: str
@@ -166,12 +189,12 @@ class SampleLayout:
         `voco`: text sees, of the units, only VoCo tokens, and a unit sees only itself. Positions are compact: unit t
         is numbered as if it stood alone, shifted by t*N, so that the VoCo tokens of all units are consecutive.
         `causal`: everything earlier in the sample is visible and units are numbered one after the other.
-        Threads never see each other and are numbered alike, as if each stood alone behind the units.
+        Threads never see each other and are numbered alike, as if each stood alone after the units.
         """
         length, units_end = len(self), self.text_start
         unit_index = np.minimum(np.arange(length) // max(self.unit_length, 1), self.num_units)
         in_unit = np.arange(length) < units_end
-        if visibility == "voco":
+        if units_stand_alone(visibility):
             stride = self.unit.vocos
             text_position = self.unit_length + (self.num_units - 1) * stride if self.num_units else 0
             start = np.where(in_unit, unit_index * self.unit_length, 0)
@@ -215,7 +238,7 @@ class SampleLayout:
         return View(whole.positions[text_start:], np.zeros(size, np.int32), stop)
 
     def thread_bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """First index of every thread, and the index after its last token."""
+        """Returns the first index of every thread, and the index after its last token."""
         starts = self.text_start + np.flatnonzero(np.diff(self.threads[self.text_start :], prepend=-1))
         return starts, np.append(starts[1:], len(self))[: len(starts)]
 
@@ -247,7 +270,7 @@ def lay_out_sample(
     if len(threads) > 1 and num_units == 0:
         raise LayoutError(record, "several threads need at least one unit to share", "threads without unit")
     if not unit.vocos and any(thread and thread[0].is_target for thread in threads[1:]):
-        raise LayoutError(record, "a thread behind another one must not open with a target: without VoCo tokens "
+        raise LayoutError(record, "a thread after another one must not open with a target: without VoCo tokens "
                           "nothing stands before it", "target first")
     unit_ids, unit_roles = _unit_tokens(tokenizer, unit)
     bodies = _encode_threads(record, threads, tokenizer, unit.vocos, bool(num_units))
@@ -280,7 +303,11 @@ def lay_out_sample(
 
 
 def require_targets(sample: SampleLayout) -> SampleLayout:
-    """The sample itself; `LayoutError` if none of its tokens is a target, since training on it would teach nothing."""
+    """Returns the sample itself.
+
+    Raises:
+      LayoutError: none of its tokens is a target, so that training on it would teach nothing.
+    """
     if not (sample.labels != IGNORE).any():
         cause = (f"truncation dropped {sample.dropped} text tokens and every target with them: use a longer row"
                  if sample.dropped else "no answer in its conversation has a target token")
@@ -294,7 +321,7 @@ def units_stand_alone(visibility: Visibility) -> bool:
 
 
 def lay_out_unit(record: str, tokenizer: TextTokenizer, unit: UnitShape) -> SampleLayout:
-    """A unit alone, without text: what is compressed."""
+    """Lays out a unit alone, without text, to be compressed."""
     ids, roles = _unit_tokens(tokenizer, unit)
     nothing = np.full(len(ids), IGNORE, np.int32)
     outside = np.full(len(ids), -1, np.int32)
@@ -302,7 +329,7 @@ def lay_out_unit(record: str, tokenizer: TextTokenizer, unit: UnitShape) -> Samp
 
 
 def _lead(tokenizer: TextTokenizer, vocos: int) -> tuple[str, int]:
-    """The text between an image and its conversation as one string, and how many of its characters are the unit's."""
+    """Returns the text between an image and its conversation, and how many of its characters are the unit's."""
     return ("\n" + tokenizer.voco_token + "\n", 1) if vocos else ("\n", 1)
 
 
@@ -318,7 +345,7 @@ def _unit_tokens(tokenizer: TextTokenizer, unit: UnitShape) -> tuple[list[int], 
 def _encode_threads(
     record: str, threads: Sequence[Sequence[Span]], tokenizer: TextTokenizer, vocos: int, has_units: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Every thread's tokens, int32, with their target flags.
+    """Returns every thread's tokens, int32, with their target flags.
 
     A thread is encoded whole, as "newline, <voco>, newline, text": tokenizers that mark the beginning of a text (the
     sentencepiece ones) then give the ids that the released code's prompt string has. Without VoCo tokens the prompt

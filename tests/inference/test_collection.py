@@ -54,7 +54,7 @@ def test_every_process_takes_its_share(photos):
             find_files([f"{photos}/none*"], index, 2)
 
 
-def test_a_run_goes_on_where_it_stopped_and_reports_bad_files(assistant, photos, tmp_path):
+def test_compression_resumes_and_reports_bad_files(assistant, photos, tmp_path):
     store, files = Store(tmp_path), find_files([f"{photos}/**/*.png"])
     first = compress_files(assistant, store, files[:4], batch_size=3, num_threads=2)
     assert (first.compressed, first.skipped, first.bad) == (4, 0, {})

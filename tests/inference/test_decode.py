@@ -84,7 +84,7 @@ def test_a_batch_gives_each_row_the_tokens_it_would_get_alone(assistant, cache, 
         assert np.asarray(alone.ids_BT).tolist() == together[one].tolist()
 
 
-def test_penalised_answers_are_the_same_with_the_image_and_behind_the_cache(assistant, images, cache):
+def test_penalised_answers_are_the_same_with_the_image_and_after_its_cache(assistant, images, cache):
     """Tokens of images do not count as held, wherever they stand; without that the two would differ."""
     asked = [(Turn("user", q),) for q in QUESTIONS[:2]]
     sampling = dataclasses.replace(DRAWN, repetition_penalty=5.0)
@@ -128,7 +128,7 @@ def test_text_that_may_change_is_not_shown(llama_tokenizer):
 
 
 def test_where_an_answer_ends_does_not_depend_on_how_often_one_looks(words):
-    """Of stops that overlap, that counts which is complete first: it is all that a frequent look has seen."""
+    """If stop strings overlap, the one that is complete first counts: a frequent look sees no other."""
     text = AnswerText(words, ("color is the", "is", "the shape"))
     ids = words.encode("what color is the shape").ids
     looks = [text.finish(ids[:n]).text for n in range(1, len(ids) + 1) if text.is_over(ids[:n])]

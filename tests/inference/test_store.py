@@ -1,4 +1,4 @@
-"""The store: what is put is what is got, whoever else writes, and whatever happens to the disk."""
+"""The store returns what was put in, whoever else writes, and whatever happens to the disk."""
 
 import os
 import re

@@ -49,7 +49,7 @@ def test_full_caching_agrees_with_the_causal_single_pass(assistant, images):
 
 
 def test_many_cached_images_fit_where_their_vision_tokens_would_not(assistant, images, cache):
-    """A prompt about five images takes 5 x 8 tokens with their units, and 5 x 2 + text behind a cache."""
+    """A prompt about five images takes 5 x 8 tokens with their units, and 5 x 2 + text after a cache."""
     short = Assistant(assistant.model, assistant.tokenizer, assistant.template, max_length=30)
     with pytest.raises(LayoutError):
         short.generate_whole([images], [ask("what?")], GREEDY)

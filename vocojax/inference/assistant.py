@@ -1,7 +1,6 @@
 """Images and questions in, answers out: a trained model with its tokenizer and template."""
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,17 +15,17 @@ from vocojax.data.conversation import Conversation, Template, Turn, template
 from vocojax.data.images import Fit
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.errors import InputError
-from vocojax.inference.caches.cache import CacheError, VocoCache, place, require_model
+from vocojax.inference.caches.cache import VocoCache, cached_shape, place, require_model
 from vocojax.inference.caches.files import DamagedCache
 from vocojax.inference.caches.fingerprint import Fingerprint, fingerprint
 from vocojax.inference.caches.store import MissingCache, Store
 from vocojax.inference.compress import BATCH, compress
 from vocojax.inference.decoding.decode import LOOK_EVERY, Generation, Prompts, stream
-from vocojax.inference.decoding.sampling import GREEDY, SEEDS, SamplingConfig
+from vocojax.inference.decoding.sampling import GREEDY, SamplingConfig, one_each
 from vocojax.inference.decoding.text import AnswerText, FinishedText
-from vocojax.inference.prompts import batch_bucket, bucket, lay_out_prompt, text_prompts, whole_prompts
+from vocojax.inference.prompts import batch_bucket, bucket, filled, lay_out_prompt, text_prompts, whole_prompts
 from vocojax.inference.visuals import Visual, VisualSource, listed, prepare_visual
-from vocojax.layout import SampleLayout, UnitShape, Visibility, lay_out_unit, unit_shape, units_stand_alone
+from vocojax.layout import SampleLayout, Visibility, lay_out_unit, unit_shape, units_stand_alone
 from vocojax.models.llama import KeyValues
 from vocojax.models.voco import VocoLlama
 from vocojax.pretrained.loading import load_model
@@ -127,7 +126,7 @@ class Assistant:
 
     @property
     def reads_caches(self) -> bool:
-        """Whether the model answers from VoCo caches; bounds and baselines read whole images."""
+        """True if the model answers from VoCo caches; bounds and baselines read whole images."""
         return units_stand_alone(self.visibility) and self.processor.unit.vocos > 0
 
     def load_images(self, paths: Sequence[str | Path]) -> list[np.ndarray]:
@@ -238,7 +237,7 @@ class Assistant:
           The new text of each answer, '' for nothing; the pieces of an answer put together are `read`'s.
         """
         units, asked = self._about(cache, questions, units)
-        samplings = _one_each(sampling, seeds, len(asked))
+        samplings = one_each(sampling, seeds, len(asked))
         text, shown = self._answer_text(sampling), [""] * len(asked)
         samples = [self.lay_out(conversation, len(own), cache) for conversation, own in zip(asked, units, strict=True)]
         for generation in self.run_behind(cache, samples, units, samplings, every):
@@ -259,7 +258,7 @@ class Assistant:
         if not conversations or not all(units):
             raise _not_about(cache, units)
         samples = [self.lay_out(c, len(own), cache) for c, own in zip(conversations, units, strict=True)]
-        *_, last = self.run_behind(cache, samples, units, _one_each(sampling, seeds, len(samples)))
+        *_, last = self.run_behind(cache, samples, units, one_each(sampling, seeds, len(samples)))
         return last
 
     def generate_whole(
@@ -277,7 +276,7 @@ class Assistant:
           sampling, seeds: see `read`.
         """
         samples = [self.lay_out(c, len(own)) for c, own in zip(conversations, images, strict=True)]
-        *_, last = self.run_whole(samples, images, _one_each(sampling, seeds, len(samples)))
+        *_, last = self.run_whole(samples, images, one_each(sampling, seeds, len(samples)))
         return last
 
     def texts(self, generation: Generation, sampling: SamplingConfig = GREEDY) -> list[str]:
@@ -297,7 +296,9 @@ class Assistant:
         """
         unit, hidden = self.processor.unit, 0
         if cache is not None:
-            unit, hidden = self._unit_behind(cache, num_units)
+            if cache.fingerprint is not None:
+                require_model(cache, self.fingerprint, "the cache")
+            unit, hidden = cached_shape(cache, lay_out_unit("unit", self.tokenizer, unit), self.visibility, num_units)
         record = conversation[-1].text if conversation else ""
         return lay_out_prompt(record, num_units, conversation, self.template, self.tokenizer, unit,
                               self.max_length + hidden * num_units)
@@ -332,7 +333,7 @@ class Assistant:
             raise _not_about(cache, units)
         with self._devices():
             rows = batch_bucket(len(samples))
-            samples, units = _filled(samples, rows), _filled(units, rows)
+            samples, units = filled(samples, rows), filled(units, rows)
             # Slots and lengths are rounded up too: few programs serve all sizes.
             slots = 1 << (max(1, *map(len, units)) - 1).bit_length()
             length = bucket(max(len(sample) - sample.text_start for sample in samples))
@@ -350,7 +351,7 @@ class Assistant:
         """Answers laid-out prompts together with their prepared images; see `run_behind`."""
         with self._devices():
             rows = batch_bucket(len(samples))
-            samples, images = _filled(samples, rows), _filled(images, rows)
+            samples, images = filled(samples, rows), filled(images, rows)
             length = bucket(max(map(len, samples)))
             prompts = whole_prompts(samples, images, self.model.config, self.visibility, length)
         return self._answers(prompts, None, samplings)
@@ -363,7 +364,7 @@ class Assistant:
         every: int | None = None,
     ) -> Iterator[Generation]:
         count = len(samplings)
-        samplings = _filled(samplings, len(prompts.lengths_B))
+        samplings = filled(samplings, len(prompts.lengths_B))
         texts = [self._answer_text(sampling) for sampling in samplings]
         longest = max(sampling.max_new_tokens for sampling in samplings)
         every = every or (LOOK_EVERY if any(text.has_stops for text in texts) else longest)
@@ -390,40 +391,9 @@ class Assistant:
     def _answer_text(self, sampling: SamplingConfig) -> AnswerText:
         return AnswerText(self.tokenizer, sampling.stop, self.template.stop)
 
-    def _unit_behind(self, cache: VocoCache, num_units: int) -> tuple[UnitShape, int]:
-        """Returns the shape of a cache's units and how many of a unit's tokens text does not see.
-
-        Raises:
-          CacheError: this model's text does not see what the cache keeps.
-        """
-        if cache.fingerprint is not None:
-            require_model(cache, self.fingerprint, "the cache")
-        unit = lay_out_unit("unit", self.tokenizer, self.processor.unit)
-        first, kept = int(unit.seen_by_text(self.visibility).argmax()), cache.tokens_per_unit
-        if not units_stand_alone(self.visibility):
-            if (cache.first_position, kept) != (first, len(unit)) or num_units > 1:
-                raise CacheError("a causal model reads whole units, one to a prompt: keep all of a unit's tokens "
-                                 "(compress_keeping), or read with visibility='voco'")
-            return self.processor.unit, 0
-        if cache.first_position != first:
-            raise CacheError(f"the cache keeps tokens from position {cache.first_position} of a unit, text sees those "
-                             f"from {first} on: compress without keeping more than VoCo tokens")
-        return UnitShape(self.processor.unit.tokens, kept), first
-
     def _devices(self) -> contextlib.AbstractContextManager[object]:
         """Returns a context in which the mesh is in force."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-
-def _filled(rows: Sequence, count: int) -> list:
-    """Repeats the last row, so that few programs serve all batch sizes."""
-    return [*rows, *[rows[-1]] * (count - len(rows))]
-
-
-def _one_each(sampling: SamplingConfig, seeds: Sequence[int] | None, count: int) -> list[SamplingConfig]:
-    """Returns the settings of each of several prompts: the same but for the seed."""
-    seeds = [(sampling.seed + index) % SEEDS for index in range(count)] if seeds is None else seeds
-    return [dataclasses.replace(sampling, seed=int(seed)) for _, seed in zip(range(count), seeds, strict=True)]
 
 
 def _not_about(cache: VocoCache, units: Sequence[Sequence[int]]) -> InputError:

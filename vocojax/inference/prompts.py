@@ -130,6 +130,11 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
+def filled(rows: Sequence, count: int) -> list:
+    """Repeats the last row up to `count` rows, so that few programs serve all batch sizes."""
+    return [*rows, *[rows[-1]] * (count - len(rows))]
+
+
 def batch_bucket(rows: int) -> int:
     """Rounds a number of rows up to a power of two that the devices of the mesh in force share evenly."""
     multiple = row_multiple()

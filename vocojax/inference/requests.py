@@ -1,4 +1,4 @@
-"""What is asked and what is answered: the types that evaluation, serving and scripts share."""
+"""Requests and answers: the types that evaluation, serving and scripts share."""
 
 from dataclasses import dataclass
 

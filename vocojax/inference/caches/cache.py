@@ -14,6 +14,7 @@ from vocojax.config import DecoderConfig
 from vocojax.errors import InputError, VocojaxError
 from vocojax.inference.caches.fingerprint import Fingerprint, visual_digest
 from vocojax.inference.decoding.decode import COMPILATIONS
+from vocojax.layout import SampleLayout, UnitShape, Visibility, units_stand_alone
 from vocojax.models import two_stage
 from vocojax.models.llama import KeyValues
 
@@ -122,6 +123,35 @@ def require_model(cache: VocoCache, fingerprint: Fingerprint, name: str) -> Voco
         raise CacheError(f"{name} is of another model: {fingerprint.differences(cache.fingerprint)}; compress its "
                          "images with this one")
     return cache
+
+
+def cached_shape(
+    cache: VocoCache, unit: SampleLayout, visibility: Visibility, num_units: int
+) -> tuple[UnitShape, int]:
+    """Returns the unit shape to lay a prompt out with that is read after a cache.
+
+    Args:
+      cache: of the same model's units.
+      unit: one of the model's units, laid out alone.
+      visibility: who sees whom.
+      num_units: units before the prompt's text.
+
+    Returns:
+      The shape, whose VoCo tokens are the cached ones, and how many tokens of a unit are not in the cache.
+
+    Raises:
+      CacheError: text does not see what the cache keeps, or sees more.
+    """
+    first, kept = int(unit.seen_by_text(visibility).argmax()), cache.tokens_per_unit
+    if not units_stand_alone(visibility):
+        if (cache.first_position, kept) != (first, len(unit)) or num_units > 1:
+            raise CacheError("a causal model reads whole units, one to a prompt: keep all of a unit's tokens "
+                             "(compress_keeping), or read with visibility='voco'")
+        return unit.unit, 0
+    if cache.first_position != first:
+        raise CacheError(f"the cache keeps tokens from position {cache.first_position} of a unit, text sees those "
+                         f"from {first} on: compress without keeping more than VoCo tokens")
+    return UnitShape(unit.unit.tokens, kept), first
 
 
 def place(cache: VocoCache, units_BT: np.ndarray, decoder: DecoderConfig) -> KeyValues:

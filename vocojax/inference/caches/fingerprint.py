@@ -1,4 +1,4 @@
-"""What a cache is recognised by: its model's config, unit tokens and parameters, and its image's pixels."""
+"""Digests that caches are recognised by: of the model that made them, and of their images' pixels."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ _WORDS = 4  # 32-bit words of a parameter's checksum
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """What two models must share to read each other's caches.
+    """Identity of a model: two models with the same fingerprint can read each other's caches.
 
     The number of VoCo tokens is left out: a unit's first n VoCo tokens are the same whatever follows them, so it is a
     property of the cache.

@@ -1,5 +1,6 @@
 """How the next token is chosen: every row of a batch by its own settings."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -52,12 +53,12 @@ GREEDY = SamplingConfig()
 
 
 class SamplingStatics(NamedTuple):
-    """What a program is compiled for; the rows of a batch share it.
+    """Settings that a program is compiled for; the rows of a batch share them.
 
     Attributes:
       slots: room for answer tokens, at least the largest length limit.
-      draws: whether any row draws its tokens.
-      penalises: whether any row has a repetition penalty.
+      draws: true if any row draws its tokens.
+      penalises: true if any row has a repetition penalty.
     """
 
     slots: int
@@ -70,6 +71,12 @@ class SamplingStatics(NamedTuple):
         longest = max(sampling.max_new_tokens for sampling in samplings)
         return cls(1 << (longest - 1).bit_length(), any(sampling.temperature > 0 for sampling in samplings),
                    any(sampling.repetition_penalty != 1 for sampling in samplings))
+
+
+def one_each(sampling: SamplingConfig, seeds: Sequence[int] | None, count: int) -> list[SamplingConfig]:
+    """Returns the settings of several rows, the same but for the seeds; these count up by default."""
+    seeds = [(sampling.seed + index) % SEEDS for index in range(count)] if seeds is None else seeds
+    return [dataclasses.replace(sampling, seed=int(seed)) for _, seed in zip(range(count), seeds, strict=True)]
 
 
 class SamplingInputs(NamedTuple):

@@ -71,7 +71,7 @@ class AnswerText:
 
     @property
     def has_stops(self) -> bool:
-        """Whether any string ends an answer."""
+        """True if some string ends an answer."""
         return bool(self._all_stops)
 
     @property
