@@ -3,8 +3,8 @@
 Only target positions are gathered before the final norm and the head. They go through the head in chunks of a few slots
 of every row, so that an array [B, S, V] never exists and rows stay on the devices they are on.
 
-A gradient is computed in the forward pass, each chunk's right after its loss (`_sums_and_gradients`). So logits are made
-once, and the head is done before the backward pass of the decoder begins, which multiplies it with what comes from above.
+A gradient is computed in the forward pass, each chunk's right after its loss (`_sums_and_gradients`). So logits are
+made once, and the head is done before the backward pass of the decoder begins.
 """
 
 import functools

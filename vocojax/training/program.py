@@ -34,15 +34,20 @@ from vocojax.training.step import Evaluate, Step, TrainState, make_evaluation, m
 class Program:
     """A stage on a mesh.
 
-    mesh: to be in force (`jax.set_mesh`) whenever `step` is traced.
-    model, optimizer: what the state's parameters and moments belong to.
-    abstract_state, abstract_batch: `jax.ShapeDtypeStruct`s with shardings: what `step` takes, and a restore fills.
-    step: jitted (state, batch) -> (state, metrics); the state is donated.
-    evaluate: jitted (state, batch) -> the sums that the step's objective is made of; compiled if it is called.
+    Attributes:
+      mesh: to be in force (`jax.set_mesh`) whenever `step` is traced.
+      model: abstract; the state holds its parameters.
+      multipliers: of the learning rate, by the names of the parameters that train.
+      optimizer: of what trains; the state holds its moments.
+      abstract_state: `jax.ShapeDtypeStruct`s with shardings: what `step` takes and a restored checkpoint fills.
+      abstract_batch: likewise, of the batch.
+      step: jitted (state, batch) -> (state, metrics); the state is donated.
+      evaluate: jitted (state, batch) -> the sums that the step's objective is made of; compiled if it is called.
     """
 
     mesh: Mesh
     model: VocoLlama
+    multipliers: Mapping[str, float]
     optimizer: optax.GradientTransformation
     abstract_state: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
@@ -82,7 +87,7 @@ def make_program(config: StageConfig, mesh: Mesh) -> Program:
     step = jax.jit(step, donate_argnums=0, in_shardings=kept, out_shardings=(kept[0], None))
     evaluate = make_evaluation(in_parts(model), teacher and in_parts(teacher), config, spread)
     evaluate = jax.jit(evaluate, in_shardings=kept, out_shardings=replicated(mesh))
-    return Program(mesh, model, optimizer, state, batch, step, evaluate)
+    return Program(mesh, model, multipliers, optimizer, state, batch, step, evaluate)
 
 
 def make_model(config: StageConfig, rngs: nnx.Rngs) -> VocoLlama:

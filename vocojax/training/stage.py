@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import StageConfig
 from vocojax.training.flops import Composition, StepFlops
 from vocojax.training.optimizer import matches
+from vocojax.training.parameter_table import report_parameters
 from vocojax.training.program import Program, make_model, make_program, views
 from vocojax.training.step import TrainState
 from vocojax.training.validation import Validation
@@ -70,6 +71,9 @@ def _train(
         restored = checkpoints.restore(program.abstract_state)
         if restored is None:
             state = _initial_state(config, program)
+            parameters = program.abstract_parameters
+            origins = {name: "random" if _is_new(config, name) else config.init_from for name in parameters}
+            report_parameters(workdir, parameters, program.multipliers, origins)
         else:
             first_step, state, progress = restored
             state = state._replace(teacher=_teacher_parameters(config, program))
@@ -107,8 +111,7 @@ def _check_teacher(config: StageConfig) -> None:
 def _initial_state(config: StageConfig, program: Program) -> TrainState:
     """The state at step 0, every array born with its sharding."""
     wanted, abstract_state = program.abstract_parameters, program.abstract_state
-    is_new = lambda name: not config.init_from or matches(name, config.init_new) or is_factor(name)
-    taken = {n: w for n, w in wanted.items() if not is_new(n)}
+    taken = {n: w for n, w in wanted.items() if not _is_new(config, n)}
     new = {n: w for n, w in wanted.items() if n not in taken}
     for pattern in config.init_new:
         if not any(matches(name, (pattern,)) for name in wanted):
@@ -122,7 +125,7 @@ def _initial_state(config: StageConfig, program: Program) -> TrainState:
     parameters = jax.jit(random_parameters, out_shardings=shardings)(jax.random.key(config.seed)) if new else {}
     if taken:
         parameters |= load_parameters(config.init_from, taken)
-        _log_origin(config, taken, new)
+        _warn_of_differences(config)
     trained = {name: parameters[name] for name in abstract_state.trained}
     moments = jax.tree.map(lambda leaf: leaf.sharding, abstract_state.optimizer)
     return TrainState(
@@ -134,10 +137,13 @@ def _initial_state(config: StageConfig, program: Program) -> TrainState:
     )
 
 
-def _log_origin(config: StageConfig, taken: Iterable[str], new: Iterable[str]) -> None:
-    """Says of every parameter whether it is new, and warns where the two models differ in what no shape tells."""
-    LOG.info("from %s: %s", config.init_from, ", ".join(taken))
-    LOG.info("new: %s", ", ".join(new) or "nothing")
+def _is_new(config: StageConfig, name: str) -> bool:
+    """Returns whether a parameter starts from random values, not from `init_from`."""
+    return not config.init_from or matches(name, config.init_new) or is_factor(name)
+
+
+def _warn_of_differences(config: StageConfig) -> None:
+    """Warns where `init_from`'s model differs from the stage's in what no shape tells."""
     values = run_config(config.init_from)
     parts = values["model"] if "model" in values else {"vision": values["vision"]}  # a vision tower's own run
     saved, mine = config_to_dict(build(ModelConfig, parts, "model")), config_to_dict(config.model)
