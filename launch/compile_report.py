@@ -25,10 +25,11 @@ from ml_collections import config_flags
 
 from vocojax.cli.terminal import require_writable, show_own_messages
 from vocojax.config import ConfigError
-from vocojax.costs.steps.compiling import CompilerError, Topology, Unfinished
+from vocojax.costs.steps.compiling import CompilerError, Unfinished
 from vocojax.costs.steps.report import compile_report
 from vocojax.costs.steps.search import compare_remat, refuse_a_search, search
 from vocojax.costs.steps.tables import comparison, table
+from vocojax.costs.topologies import Topology
 from vocojax.files import write_atomically
 from vocojax.training.config import stage_config
 

@@ -11,20 +11,20 @@ import jax
 from absl import app, flags
 
 from vocojax.costs.kernels import gpu, report
-from vocojax.costs.kernels.gpu_targets import TARGETS
+from vocojax.devices import GPUS
 
 TOPOLOGY = flags.DEFINE_list(
     "topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"], "TPU topologies to compile for; may be empty."
 )
-GPU = flags.DEFINE_list("gpu", [], f"GPUs to compile for: any of {', '.join(TARGETS)}.")
+GPU = flags.DEFINE_list("gpu", [], f"GPUs to compile for: any of {', '.join(GPUS)}.")
 JSON = flags.DEFINE_string("json", None, "Where to write all figures.")
 
 
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    if unknown := set(GPU.value) - set(TARGETS):
-        raise app.UsageError(f"--gpu: {sorted(unknown)} unknown, choose from {sorted(TARGETS)}")
+    if unknown := set(GPU.value) - set(GPUS):
+        raise app.UsageError(f"--gpu: {sorted(unknown)} unknown, choose from {sorted(GPUS)}")
     jax.config.update("jax_platforms", "cpu")  # accelerators that are there are not used
     figures = {"layouts": report.tpu_report(TOPOLOGY.value), "gpu": gpu.gpu_report(GPU.value)}
     if JSON.value:

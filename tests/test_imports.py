@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 # Rooms of one line do not import each other.
 ORDER = (
     ("errors",),
-    ("devices", "kernels"),
+    ("devices",),
+    ("kernels",),
     ("files", "config"),
     ("layout",),
     ("models",),

@@ -2,10 +2,7 @@
 
 import os
 
-for name, value in {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}.items():
+from vocojax.costs.topologies import DEVICELESS
+
+for name, value in DEVICELESS.items():
     os.environ.setdefault(name, value)

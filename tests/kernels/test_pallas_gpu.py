@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental import topologies
 
 from tests.helpers import attention_oracle as oracle
-from vocojax.costs.kernels.gpu_targets import TARGETS
+from vocojax.costs.topologies import Topology
+from vocojax.devices import GPUS
 from vocojax.kernels.interval_attention import IntervalMask, api, gpu_blocks, pallas_gpu
 from vocojax.kernels.interval_attention.gpu_blocks import Blocks
 
@@ -100,19 +100,17 @@ VARIANTS = {
     importlib.util.find_spec("jax_cuda13_plugin") is None,
     reason="jax-cuda13-plugin is not installed: pip install 'vocojax[cuda]'",
 )
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", GPUS)
 @pytest.mark.parametrize(
     "variant",
     ["heads of 128", "wide heads", *(pytest.param(v, marks=pytest.mark.slow) for v in list(VARIANTS)[2:])],
 )
 def test_compiles_every_variant(target, variant):
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name=target, target_config=TARGETS[target].config(), topology="1x1x1"
-    )
+    (device,) = Topology(f"{target}:1").devices()
     rows, queries, keys, heads, kv_heads, width, dtype = VARIANTS[variant]
-    architecture = gpu_blocks.architecture(topology.devices[0].device_kind)
+    architecture = gpu_blocks.architecture(device.device_kind)
     assert architecture == {"a100": "ampere", "h100": "hopper"}[target]
-    on = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    on = jax.sharding.SingleDeviceSharding(device)
     array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=on)
     q, k = array(rows, queries, heads, width), array(rows, keys, kv_heads, width)
     mask = IntervalMask(array(rows, queries, dtype=jnp.int32), array(rows, keys, dtype=jnp.int32))

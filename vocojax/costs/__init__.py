@@ -1,0 +1,10 @@
+"""What things cost, without the machine they run on: estimates good for comparing, not for promising seconds.
+
+`rows`: typical rows of samples, the one set that every figure here rests on.
+`topologies`: machines that are not there, to compile for.
+`hlo`, `flops`: XLA's programs as text, and the products in them.
+`kernels`: a kernel, from the code that its compiler emits. `launch/kernel_report.py`.
+`steps`: an optimizer step, from the program that XLA schedules. `launch/compile_report.py`.
+`answers`: an answer with and without a cache (paper Table 7). `launch/efficiency.py`.
+`data`: the input pipeline, measured on this machine. `launch/data_report.py`.
+"""

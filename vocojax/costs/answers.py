@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from vocojax.config import ModelConfig
 from vocojax.costs.flops import matmul_flops
+from vocojax.costs.rows import LetterTokenizer
 from vocojax.inference.compress import run_units
 from vocojax.inference.decoding.decode import Prompts, first_token, more_tokens
 from vocojax.inference.decoding.sampling import SamplingConfig, SamplingInputs, SamplingStatics
 from vocojax.inference.prompts import text_prompts, whole_prompts, whole_rows
-from vocojax.layout import Encoded, Span, UnitShape, lay_out_sample, lay_out_unit
+from vocojax.layout import Span, UnitShape, lay_out_sample, lay_out_unit
 from vocojax.models.llama import KeyValues
 from vocojax.models.parameters import abstract
 from vocojax.models.voco import Rows, VocoLlama
@@ -49,24 +50,6 @@ class Case(NamedTuple):
     method: str
     vocos: int
     text: int
-
-
-class _Letters:
-    """A tokenizer of one token per character: text of any number of tokens without a vocabulary at hand."""
-
-    def __init__(self, voco_id: int):
-        self.bos_id, self.voco_id, self.voco_token = 1, voco_id, "<voco>"
-
-    def encode(self, text: str) -> Encoded:
-        ids: list[int] = []
-        ends: list[int] = []
-        at = 0
-        while at < len(text):
-            is_voco = text.startswith(self.voco_token, at)
-            at += len(self.voco_token) if is_voco else 1
-            ids.append(self.voco_id if is_voco else 2)
-            ends.append(at)
-        return Encoded(ids, ends)
 
 
 def efficiency(
@@ -166,7 +149,7 @@ def cache_bytes(config: ModelConfig, vocos: int) -> int:
 
 def _unit(config: ModelConfig, vocos: int) -> tuple[VocoLlama, Rows, int]:
     """Shapes of a model and of one image's unit, and how many of its tokens are kept."""
-    unit = lay_out_unit("unit", _Letters(config.voco.token_id), UnitShape(config.unit_tokens, vocos))
+    unit = lay_out_unit("unit", LetterTokenizer(config.voco.token_id), UnitShape(config.unit_tokens, vocos))
     rows = jax.eval_shape(lambda: _on_device(whole_rows([unit], [[_image(config)]], config, "voco", len(unit))))
     model = _model(config, vocos, jnp.bfloat16, _state(config, jnp.bfloat16, jax.eval_shape))
     return model, rows, vocos or len(unit)
@@ -208,7 +191,7 @@ def _inputs(config: ModelConfig, case: Case, dtype: DTypeLike, create: Create) -
     own_token = bool(case.vocos) or not num_units  # BOS, or the newline in front of the text: one of the text's tokens
     text = [[Span("a" * (case.text - own_token))]]
     unit = UnitShape(config.unit_tokens, case.vocos)
-    sample = lay_out_sample("a case", num_units, text, _Letters(config.voco.token_id), unit, 10**6)
+    sample = lay_out_sample("a case", num_units, text, LetterTokenizer(config.voco.token_id), unit, 10**6)
     if case.method in ("full cache", "VoCo cache"):
         kept, length, decoder = case.vocos or sample.text_start, len(sample) - sample.text_start, config.decoder
         prompts = text_prompts([sample], "voco" if case.vocos else "causal", kept, length)

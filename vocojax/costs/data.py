@@ -7,19 +7,16 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vocojax.config import ModelConfig, VisionConfig, VocoConfig, preset
+from vocojax.costs.rows import typical_rows
 from vocojax.data.config import DataConfig
 from vocojax.data.loader import BatchStream
-from vocojax.data.packers import Packer
-from vocojax.data.packing import RowShape, Size
-from vocojax.data.prepared import Prepared, PreparedSource
 from vocojax.data.tokenizer import word_tokenizer
-from vocojax.layout import SampleLayout, UnitShape
 
 WORDS = ("a", "photo", "of", "the", "bus", "dog", "tree", "red", "small", "person", "near", "left", "what", "how", "is")
 PIXELS = ((640, 480), (480, 640), (640, 427), (500, 375), (1024, 768))  # sizes as COCO's and OCR-VQA's
@@ -90,26 +87,10 @@ def _settled() -> float:
         last = now
 
 
-def fill_ratio(rows: int, window: int = DataConfig.pack_window) -> float:
-    """Share of tokens that are no padding, at row length 2,048: images of 579 tokens with 20 to 900 tokens of text, and
-    6 % text alone."""
-    random = np.random.default_rng(0)
-
-    class Lengths:
-        def __len__(self) -> int:
-            return 2**20
-
-        def lay_out(self, record: int) -> Prepared:
-            images = int(random.random() >= 0.06)
-            tokens = int(random.integers(20, 901)) + 579 * images
-            nothing = np.zeros(0, np.int32)
-            layout = SampleLayout(str(record), UnitShape(576, 1), nothing, nothing, nothing, nothing, images, 579)
-            return Prepared(record, layout, (), (), Size(tokens, images, 1))
-
-    shape = RowShape(2048, 3, 2048, 336, 576, ())
-    packer = Packer(0, 1, 0, cast(PreparedSource, Lengths()), shape, window, False)
-    plans = [packer.next_row() for _ in range(rows)]
-    return sum(prepared.size.tokens for plan in plans for _, prepared in plan.members) / (rows * shape.length)
+def fill_ratio(rows: int) -> float:
+    """Returns the share of typical rows' tokens that are no padding, at the default row length and window."""
+    length = DataConfig.row_length
+    return typical_rows(rows, length).tokens / length
 
 
 def first_batch(folder: Path, rows: int = 8) -> tuple[float, float]:

@@ -1,6 +1,5 @@
-"""Model FLOPs of a step and the peak of a device, for the model FLOP utilisation that a run logs."""
+"""Model FLOPs of a step, for the model FLOP utilisation (MFU) that a run logs."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,32 +7,23 @@ import jax
 import numpy as np
 
 from vocojax.config import ModelConfig
+from vocojax.devices import peak_flops
 from vocojax.training.step import TrainState
-
-# Dense bfloat16 TFLOP/s by JAX's `device_kind`, the first that matches, from the vendors' data sheets. NVIDIA's boards
-# differ: an H100 in a PCIe slot has fewer cores, the NVL pair a lower clock than SXM modules.
-PEAK_TFLOPS = {
-    r"TPU v4": 275, r"TPU v5 ?(lite|e)": 197, r"TPU v5p?": 459, r"TPU v6 ?(lite|e)": 918,
-    r"NVIDIA A100.*": 312, r"NVIDIA H100.*PCIe.*": 756, r"NVIDIA H[12]00 NVL.*": 835, r"NVIDIA G?H[12]00.*": 989,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of a device, None for one that the table does not know."""
-    return next((1e12 * peak for kind, peak in PEAK_TFLOPS.items() if re.fullmatch(kind, device_kind)), None)
 
 
 class StepFlops:
-    """FLOPs of the matrix products that a step takes by definition: without what rematerialisation repeats, what
-    padding and empty slots add, and the compressors of the baselines.
+    """Model FLOPs of a step: those of the matrix products that it takes by definition.
 
-    A weight costs 2 FLOPs per token forwards, 2 more for the gradient of its input if anything before it trains, and 2
-    for its own if it trains itself. A teacher's cost 2.
+    What rematerialisation repeats and what padding and empty slots add are left out, and so are the compressors of the
+    baselines. A weight costs 2 FLOPs per token in the forward pass, 2 more for the gradient of its input if anything
+    before it trains, and 2 more for its own gradient if it trains itself. A teacher's weight costs 2.
 
     Attributes:
-      per_token, per_image: of the decoder's layers; of the vision tower, its attention and the projector.
+      per_token: of the decoder's layers.
+      per_image: of the vision tower, its attention included, and the projector.
       per_target: of the head.
-      per_pair: of attention in all layers, for a query and a key that it sees; per_teacher_pair: the teacher's.
+      per_pair: of attention in all layers, for a query and a key that it sees.
+      per_teacher_pair: the same of the teacher.
     """
 
     def __init__(self, config: ModelConfig, state: TrainState):
@@ -75,14 +65,16 @@ class StepFlops:
             self.per_image += cost * config.vision.num_patches
 
     def total(self, tokens: float, targets: float, images: float, pairs: float, teacher_pairs: float = 0.0) -> float:
-        """Of a step with so many of them."""
+        """Returns the model FLOPs of one step with these counts."""
         return (tokens * self.per_token + targets * self.per_target + images * self.per_image + pairs * self.per_pair
                 + teacher_pairs * self.per_teacher_pair)
 
 
 class Composition:
-    """What a run's batches are made of besides tokens and targets, which the step counts itself: images and visible
-    pairs, per token of the rows that this process has seen. Nothing is counted for devices whose peak is not known."""
+    """Images and visible pairs per token, of the rows that this process has seen.
+
+    Tokens and targets are counted by the step itself. Nothing is counted for devices whose peak is not known.
+    """
 
     def __init__(self, unit_tokens: int):
         self._unit_tokens, self._peak = unit_tokens, peak_flops(jax.devices()[0].device_kind)
@@ -99,7 +91,7 @@ class Composition:
             self._teacher_pairs += visible_pairs(batch["teacher_start"], batch["teacher_stop"])
 
     def utilisation(self, flops: StepFlops, tokens: float, targets: float, seconds: float) -> float | None:
-        """Share of all devices' peak that steps with so many tokens and targets took; None where that is not known."""
+        """Returns the MFU of steps with so many tokens and targets in so many seconds; None if no peak is known."""
         if self._peak is None or not self._tokens:
             return None
         share = tokens / self._tokens
@@ -108,11 +100,15 @@ class Composition:
 
 
 def visible_pairs(start_BS: np.ndarray, stop_BS: np.ndarray) -> int:
-    """Pairs of a query and a key that it sees in interval masks without a prefix, int32 [B, S]; O(S log S) per row and
-    distinct `stop`.
+    """Counts the pairs of a query and a key that it sees, in interval masks without a prefix.
 
-    Key j is seen by the queries i of [j, stop[j]) with start[i] <= j. That all of [0, j) have start[i] <= j, as a
-    query's window holds itself, makes it those of [0, stop[j]) less j.
+    Key j is seen by the queries i of [j, stop[j]) with start[i] <= j. All i of [0, j) have start[i] <= i < j, because a
+    query's window holds itself. So the count is that of the i in [0, stop[j]) with start[i] <= j, less j. This takes
+    O(S log S) per row and distinct `stop`.
+
+    Args:
+      start_BS: int32 [B, S].
+      stop_BS: int32 [B, S].
     """
     pairs, index = 0, np.arange(start_BS.shape[1])
     for start, stop in zip(start_BS, stop_BS, strict=True):

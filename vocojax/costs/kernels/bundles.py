@@ -1,8 +1,8 @@
 """TPU machine code as libtpu dumps it: VLIW bundles, their control flow, and a replay that counts cycles.
 
-A bundle issues in one cycle unless a unit that it needs is busy or a result that it pops is not there yet. The replay
-walks bundles in order and models just those stalls: the matrix units (MXU), the transpose/reduce units (XLU) and the
-transcendental unit (EUP). Memory is not modelled; loads from VMEM are scheduled by the compiler.
+A bundle issues in one cycle, unless a unit that it needs is busy or a result that it pops is not there yet. The replay
+walks bundles in order and models those stalls only: the matrix units (MXU), the transpose/reduce units (XLU) and the
+transcendental unit (EUP). Memory is not modelled; the compiler schedules loads from VMEM.
 """
 
 from __future__ import annotations
@@ -11,44 +11,21 @@ import collections
 import dataclasses
 import re
 
+from vocojax.devices import Machine
+
 DELAY_SLOTS = 4  # bundles after a branch that are executed whether it is taken or not
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
-    """Cycles of the units of one generation.
+class Bundle:
+    """One issue slot.
 
     Attributes:
-        matmul_bf16, matmul_f32: an MXU is busy for one `vmatmul` of packed bfloat16 or of float32 rows.
-        push_bf16, push_f32: for one `vmatpush` (loading the stationary operand).
-        result, second_half: until a product can be popped, and how much later its second half.
-        xlu, xlu_result: an XLU is busy, and until its result can be popped.
-        eup_result: until a transcendental's result can be popped.
-        mxus: matrix units per core.
+      ops: its opcodes.
+      branches: (whether it is conditional, the bundle it jumps to) of each.
+      spills: registers that are stored to VMEM for want of room.
+      fills: registers that are read back.
     """
-
-    matmul_bf16: int
-    matmul_f32: int
-    push_bf16: int
-    push_f32: int
-    result: int
-    second_half: int
-    xlu: int
-    xlu_result: int
-    eup_result: int
-    mxus: int
-
-
-# As libtpu's own scheduler assumes for v5p and v6e; v4 and v5e share the layout of v5p's units.
-MACHINES = {
-    "v5": Machine(16, 8, 4, 2, 125, 7, 9, 115, 8, mxus=4),
-    "v6": Machine(8, 4, 4, 2, 192, 0, 4, 137, 13, mxus=2),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Bundle:
-    """One issue slot: opcodes, branches as (conditional, target bundle), registers spilled to VMEM and read back."""
 
     ops: tuple[str, ...]
     branches: tuple[tuple[bool, int], ...]
@@ -58,7 +35,14 @@ class Bundle:
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """The body of a `pl.when` inside the grid loop: bundles `[branch + 1 + delay slots, end)`."""
+    """The body of a `pl.when` inside the grid loop: bundles `[branch + 1 + delay slots, end)`.
+
+    Attributes:
+      branch: the bundle that jumps over the body.
+      end: the first bundle after the body.
+      matmuls: matrix products inside.
+      vector_ops: vector operations inside.
+    """
 
     branch: int
     end: int
@@ -66,15 +50,20 @@ class Region:
     vector_ops: int
 
 
+# The first line of a bundle: its address, notes in capitals (`LB:`, `PF:`), and the opening brace.
 _HEAD = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2},?\s*)*:[> ]*\{")
+# An operation of a bundle: a predicate, a result, then the opcode, which is captured.
 _OPCODE = re.compile(r"[\s{]*(?:\(%?\w+\)\s*)?(?:%\w+\s*=\s*)?([a-z][a-z_0-9.]*)")
+# A branch: its predicate, if it has one, and the region that it jumps to.
 _BRANCH = re.compile(r"sbr\.rel(?: \((!?%\w+)\))? target = \$region(\d+)")
+# Opcodes of the transcendental unit.
 _EUP = re.compile(r"v(exp2|rcp|log2|pow2|tanh|rsqrt|erf|sin|cos)\b")
+# The unit that an opcode ends with, and its number (`vmatmul.bf16.gmra.mxu0`).
 _UNIT = re.compile(r"\.(mxu|xlu|mrb)(\d?)")
 
 
 def parse(text: str) -> list[Bundle]:
-    """The bundles of a `*-final_bundles.txt` dump."""
+    """Returns the bundles of a `*-final_bundles.txt` dump."""
     texts: list[str] = []
     for line in text.splitlines():
         if _HEAD.match(line):
@@ -98,7 +87,7 @@ def parse(text: str) -> list[Bundle]:
 
 
 class GridLoop:
-    """The grid loop of a kernel: its bundles, its regions, and the cost of one step that takes some of them."""
+    """The grid loop of a kernel: its bundles, its regions, and the cost of a step that runs some of them."""
 
     def __init__(self, bundles: list[Bundle], machine: Machine):
         self.bundles, self.machine = bundles, machine
@@ -106,7 +95,7 @@ class GridLoop:
         widest = max(backward, key=lambda loop: loop[1] - loop[0], default=(0, len(bundles) - 1 - DELAY_SLOTS))
         self.head, self.tail = widest
         if any(self.head < head and at < self.tail for head, at in backward):
-            raise ValueError("the grid step has a loop of its own, whose trip count the code does not tell")
+            raise ValueError("the grid step has a loop of its own, and the code does not say how often it runs")
         self.regions = [
             self._region(at, target)
             for at in range(self.head, self.tail)
@@ -121,7 +110,7 @@ class GridLoop:
         return Region(branch, end, matmuls, vector)
 
     def step(self, skipped: set[Region]) -> list[Bundle]:
-        """The bundles that one grid step executes when it jumps over `skipped`."""
+        """Returns the bundles that one grid step executes when it jumps over `skipped`."""
         over = {region.branch for region in skipped}
         path: list[Bundle] = []
         at = self.head
@@ -136,12 +125,12 @@ class GridLoop:
         return path
 
     def cycles(self, skipped: set[Region]) -> int:
-        """Steady-state cycles of such a step."""
+        """Returns the steady-state cycles of such a step."""
         return replay(self.step(skipped), self.machine)
 
 
 def replay(path: list[Bundle], machine: Machine, passes: int = 3) -> int:
-    """Cycles of the last of several passes over a sequence of bundles, stalls included."""
+    """Returns the cycles of the last of several passes over a sequence of bundles, stalls included."""
     free: dict[str, int] = collections.defaultdict(int)
     results: dict[str, collections.deque[int]] = collections.defaultdict(collections.deque)
     decoded = [[(op, _unit(op)) for op in b.ops if op[0] == "v"] for b in path]
@@ -160,7 +149,7 @@ def replay(path: list[Bundle], machine: Machine, passes: int = 3) -> int:
 
 
 def matrix_cycles(path: list[Bundle], machine: Machine) -> float:
-    """Cycles that the matrix units are busy with the products of a sequence of bundles, spread evenly over them."""
+    """Returns the cycles that the matrix units are busy with a sequence of bundles, spread evenly over them."""
     products = [op for b in path for op in b.ops if op.startswith("vmatmul")]
     wide = sum(".f32" in op for op in products)
     return (wide * machine.matmul_f32 + (len(products) - wide) * machine.matmul_bf16) / machine.mxus
@@ -172,7 +161,7 @@ def _unit(op: str) -> str:
 
 
 def _ready(op: str, unit: str, free: dict[str, int], results: dict[str, collections.deque[int]]) -> int:
-    """The first cycle at which the unit can take the op, or at which the result that it pops is there."""
+    """Returns the first cycle at which the unit can take the op, or at which the result that it pops is there."""
     if op.startswith("vmatmul"):
         return max(free[unit], free["push " + unit] if "vlgmr" in op else 0)
     if op.startswith("vmatpush"):

@@ -2,8 +2,8 @@
 
 For every loop that holds tensor-core work the units of a streaming multiprocessor (SM) are counted in cycles per
 iteration; the busiest one bounds the loop from below. Latency, bank conflicts and the tail are not modelled, so the
-bound compares kernels and does not promise a time. XLA writes its dumps where an environment variable told it to
-before it started, so the compilation runs in a child process (`python -m vocojax.costs.kernels.gpu`).
+bound compares kernels and does not promise a time. XLA reads where to write its dumps from an environment variable,
+before it starts. So a child process compiles (`python -m vocojax.costs.kernels.gpu`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vocojax.costs.kernels.gpu_targets import TARGETS, Target
+from vocojax.costs.topologies import Topology
+from vocojax.devices import GPUS, Gpu
 
 LENGTH, HEADS, WIDTH = 2048, 32, 128
 MHA_BLOCKS = (128, 64, 32)  # queries and keys of the forward pass, both of the backward pass
@@ -31,8 +32,8 @@ class Loop:
     """One iteration of a loop with tensor-core work, for a whole block of threads.
 
     Attributes:
-        tensor_flops: of its products.
-        cycles: per unit of the SM.
+      tensor_flops: of its products.
+      cycles: by unit of the SM.
     """
 
     tensor_flops: float
@@ -46,7 +47,15 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What ptxas and nvdisasm say of one kernel. `spills` are bytes stored and loaded, `tensor` counts instructions."""
+    """One kernel, as ptxas and nvdisasm describe it.
+
+    Attributes:
+      registers: of a thread.
+      spills: bytes of registers that are stored and loaded for want of room.
+      shared_bytes: shared memory of a block.
+      tensor: tensor-core instructions, by kind.
+      loops: the innermost ones with tensor-core work.
+    """
 
     registers: int
     spills: int
@@ -56,7 +65,15 @@ class Kernel:
 
 
 def kernels(target: str, which: str) -> dict[str, Kernel]:
-    """The kernels of `which` ('ours' or 'mha', JAX's Pallas attention for GPUs) for a target, by name."""
+    """Compiles kernels in a child process.
+
+    Args:
+      target: a key of `devices.GPUS`.
+      which: 'ours', or 'mha' for JAX's Pallas attention for GPUs.
+
+    Returns:
+      The kernels by name.
+    """
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_dump_to={folder}"}
         command = [sys.executable, "-m", "vocojax.costs.kernels.gpu", target, which]
@@ -65,12 +82,12 @@ def kernels(target: str, which: str) -> dict[str, Kernel]:
             raise RuntimeError(f"compiling {which} for {target} failed:\n{child.stderr[-3000:]}")
         found: dict[str, Kernel] = {}
         for path in sorted(Path(folder).glob("*.ptx")):
-            found |= examine(path.read_text(), TARGETS[target], folder)
+            found |= examine(path.read_text(), GPUS[target], folder)
     return found
 
 
-def examine(ptx: str, target: Target, folder: str) -> dict[str, Kernel]:
-    """Assembles PTX and reads its kernels; needs ptxas and nvdisasm."""
+def examine(ptx: str, target: Gpu, folder: str) -> dict[str, Kernel]:
+    """Assembles PTX and reads its kernels. Needs ptxas and nvdisasm."""
     architecture = re.search(r"\.target (\w+)", ptx)
     if not architecture or ".entry" not in ptx:
         return {}
@@ -97,7 +114,11 @@ def examine(ptx: str, target: Target, folder: str) -> dict[str, Kernel]:
 
 
 def tool(name: str) -> str:
-    """The path of a CUDA command-line tool, from PATH, a CUDA installation or NVIDIA's Python packages."""
+    """Returns the path of a CUDA command-line tool, from PATH, a CUDA installation or NVIDIA's Python packages.
+
+    Raises:
+      FileNotFoundError: it is in none of them.
+    """
     installed = [shutil.which(name), f"/usr/local/cuda/bin/{name}"]
     installed += [path for root in sys.path for path in glob.glob(f"{root}/nvidia/*/bin/{name}")]
     for path in installed:
@@ -110,7 +131,7 @@ Instruction = tuple[int, str, int | None]  # address, opcode, where it branches 
 
 
 def disassembled(listing: str) -> dict[str, list[Instruction]]:
-    """nvdisasm's listing as instructions per kernel."""
+    """Reads nvdisasm's listing: the instructions of every kernel."""
     code: dict[str, list[tuple[int, str, str | None]]] = {}
     labels: dict[str, int] = {}
     waiting: list[str] = []
@@ -133,8 +154,8 @@ def disassembled(listing: str) -> dict[str, list[Instruction]]:
     }
 
 
-def loops(instructions: list[Instruction], warps: int, target: Target) -> list[Loop]:
-    """The innermost loops that hold tensor-core work, in the order of the code."""
+def loops(instructions: list[Instruction], warps: int, target: Gpu) -> list[Loop]:
+    """Returns the innermost loops that hold tensor-core work, in the order of the code."""
     bodies = [
         [opcode for at, opcode, _ in instructions if head <= at <= address]
         for address, opcode, head in instructions
@@ -150,7 +171,10 @@ def _within(part: list[str], whole: list[str]) -> bool:
 
 
 def tensor_flops(opcodes: list[str]) -> float:
-    """Of one warp: `HMMA.16816` multiplies 16x16 by 16x8; an `HGMMA.64xNxK` is the work of four warps."""
+    """Returns the FLOPs of one warp's tensor-core instructions.
+
+    `HMMA.16816` multiplies 16x16 by 16x8. An `HGMMA.64xNxK` is the work of four warps.
+    """
     flops = 0.0
     for opcode in opcodes:
         if m := re.match(r"HMMA\.16(8)(16|8)\b", opcode):
@@ -160,6 +184,7 @@ def tensor_flops(opcodes: list[str]) -> float:
     return flops
 
 
+# Opcodes of the units that are counted by instruction.
 UNITS = {
     "mufu": r"MUFU",
     "fp32": r"F(FMA|MUL|ADD|MNMX|SEL|SETP|CHK|2F)|HFMA2|HADD2|HMUL2",
@@ -168,8 +193,8 @@ UNITS = {
 }
 
 
-def _cycles(opcodes: list[str], warps: int, target: Target) -> dict[str, float]:
-    """SM cycles of one iteration of a block of `warps` warps, by unit."""
+def _cycles(opcodes: list[str], warps: int, target: Gpu) -> dict[str, float]:
+    """Returns the SM cycles of one iteration of a block of `warps` warps, by unit."""
     count = collections.Counter({unit: sum(bool(re.match(p, o)) for o in opcodes) for unit, p in UNITS.items()})
     moved = sum(_bytes(o) for o in opcodes if re.match(r"LDS|STS|LDGSTS", o))
     return {
@@ -184,7 +209,8 @@ def _cycles(opcodes: list[str], warps: int, target: Target) -> dict[str, float]:
 
 
 def _bytes(opcode: str) -> int:
-    """What one warp's access to shared memory moves: 8x8 matrices of 16 bits, or 32 lanes of 4, 8 or 16 bytes."""
+    """Returns the bytes that one warp's access to shared memory moves: 8x8 matrices of 16 bits, or 32 lanes of 4, 8
+    or 16 bytes."""
     if m := re.search(r"MT?88\.(\d)", opcode):
         return 128 * int(m[1])
     wide = re.search(r"\.(64|128)\b", opcode)
@@ -192,17 +218,19 @@ def _bytes(opcode: str) -> int:
 
 
 def gpu_report(targets: list[str]) -> dict[str, Any]:
-    """`{target: {"forward" | "backward": {"ours", "mha", "ratio"}}}` for causal attention, 32 heads of 128, bfloat16.
+    """Compares the project's causal attention with JAX's `mha`: 32 heads of 128, bfloat16.
 
-    `ratio` is our bound in cycles per pair of a full tile over that of `mha`, `partial_ratio` that of a partial tile;
-    smaller is better. `mha` masks every tile.
+    Returns:
+      `{target: {"forward" | "backward": {"ours", "mha", "ratio", "partial_ratio"}}}`. `ratio` is our bound in cycles
+      per pair of a full tile over that of `mha`, `partial_ratio` that of a partial tile. Smaller is better. `mha`
+      masks every tile.
     """
     from vocojax.kernels.interval_attention import gpu_blocks
 
     report: dict[str, Any] = {}
     for target in targets:
         ours, mha = kernels(target, "ours"), kernels(target, "mha")
-        table = gpu_blocks.chosen(gpu_blocks.architecture(TARGETS[target].description), 2 * WIDTH)
+        table = gpu_blocks.chosen(gpu_blocks.architecture(GPUS[target].device_kind), 2 * WIDTH)
         pairs = lambda blocks: blocks.q * blocks.k
         q, k, both = MHA_BLOCKS
         # Per kernel: the pairs of its tile, and its loops over full and over partial tiles. JAX's backward kernel has
@@ -228,7 +256,7 @@ def gpu_report(targets: list[str]) -> dict[str, Any]:
 
 
 def _entry(found: dict[str, Kernel], parts: list[tuple[str, int, int, int]]) -> dict[str, Any]:
-    """Sums over (kernel, pairs of its tile, loop over full tiles, loop over partial tiles)."""
+    """Adds up kernels, each given as (name, pairs of its tile, loop over full tiles, loop over partial tiles)."""
     named = {name: found[name] for name, *_ in parts}
     return {
         "cycles_per_pair": sum(found[name].loops[full].bound / pairs for name, pairs, full, _ in parts),
@@ -239,16 +267,12 @@ def _entry(found: dict[str, Kernel], parts: list[tuple[str, int, int, int]]) -> 
 
 
 def _compile_here(target: str, which: str) -> None:
-    """The child's part of `kernels`."""
+    """Does the child's part of `kernels`."""
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache leaves no dumps
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name=target, target_config=TARGETS[target].config(), topology="1x1x1"
-    )
-    device: Any = topology.devices[0]
+    device = Topology(f"{target}:1").devices()[0]
     on = jax.sharding.SingleDeviceSharding(device)
     x = jax.ShapeDtypeStruct((1, LENGTH, HEADS, WIDTH), jnp.bfloat16, sharding=on)
     vector = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32, sharding=on)

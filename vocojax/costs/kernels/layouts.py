@@ -1,4 +1,4 @@
-"""The four layouts that the kernels are compared on, as mask vectors."""
+"""The four layouts that kernels are compared on, as mask vectors made by `layout.py`."""
 
 from __future__ import annotations
 
@@ -6,25 +6,43 @@ import dataclasses
 
 import numpy as np
 
+from vocojax.costs.rows import TEXT, Rows, lay_out, rows_of, typical_rows
+from vocojax.layout import UnitShape
+
+ROWS = 8  # typical rows of the first layout
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Rows of samples: what they are, and their `start` and `stop`, int32 `[rows, length]`."""
+    """Rows to attend over.
+
+    Attributes:
+      title: what they hold.
+      start: int32 `[rows, length]`, see `IntervalMask`.
+      stop: int32 `[rows, length]`.
+    """
 
     title: str
     start: np.ndarray
     stop: np.ndarray
 
+    @classmethod
+    def of(cls, title: str, rows: Rows) -> Layout:
+        """Returns the mask of packed rows as a layout."""
+        return cls(title, rows.start, rows.stop)
+
     @property
     def rows(self) -> int:
+        """The number of rows."""
         return self.start.shape[0]
 
     @property
     def length(self) -> int:
+        """Tokens of a row."""
         return self.start.shape[1]
 
     def tiles_with_a_visible_pair(self, block_q: int, block_k: int) -> int:
-        """By looking at every pair, a band of queries at a time: the check on what the kernels' lists say."""
+        """Counts tiles by looking at every pair, a band of queries at a time: the check on the kernels' lists."""
         count = 0
         edges = np.arange(0, self.length, block_k)
         j = np.arange(self.length)
@@ -36,44 +54,13 @@ class Layout:
         return count
 
 
-def row(length: int, samples: list[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:
-    """`start` and `stop` of one row: samples of (lengths of the units, each with one VoCo token at its end; text)."""
-    start, stop = np.arange(length, dtype=np.int32), np.arange(length, dtype=np.int32)  # padding until written over
-    at = 0
-    for units, text in samples:
-        first, end = at, at + sum(units) + text
-        for unit in units:
-            start[at : at + unit], stop[at : at + unit] = at, at + unit
-            stop[at + unit - 1] = end
-            at += unit
-        start[at:end], stop[at:end] = first, end
-        at = end
-    return start, stop
-
-
-def packed_row(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """2,048 tokens of LLaVA samples with text of 64 to 400 tokens, as many as fit."""
-    samples: list[tuple[list[int], int]] = []
-    room = 2048
-    while room >= 579 + (text := int(rng.integers(64, 401))):
-        samples.append(([579], text))
-        room -= 579 + text
-    return row(2048, samples)
-
-
 def layouts() -> dict[str, Layout]:
-    """The layouts by their letter."""
-    rng = np.random.default_rng(0)
-    rows = {
-        "a": (
-            "8 rows of 2,048: packed LLaVA samples (unit of 579, text of 64-400)",
-            [packed_row(rng) for _ in range(8)],
-        ),
-        "b": ("one unit of 576 and 128 text tokens", [row(704, [([576], 128)])]),
-        "c": ("video: 64 frames of 258 tokens and 128 text tokens", [row(64 * 258 + 128, [([258] * 64, 128)])]),
-        "d": ("causal 8,192", [row(8192, [([], 8192)])]),
-    }
+    """Returns the layouts by their letter."""
+    low, high = TEXT
+    unit, frame = UnitShape(573, 1), UnitShape(255, 1)  # with BOS and newline units of 576 and 258 tokens
     return {
-        name: Layout(title, *(np.stack(x) for x in zip(*vectors, strict=True)))
-        for name, (title, vectors) in rows.items()
+        "a": Layout.of(f"{ROWS} rows of 2,048: typical samples (unit of 579, text {low}-{high})", typical_rows(ROWS)),
+        "b": Layout.of("one unit of 576 and 128 text tokens", rows_of([lay_out(1, 128, unit)], "voco")),
+        "c": Layout.of("video: 64 frames of 258 and 128 text tokens", rows_of([lay_out(64, 128, frame)], "voco")),
+        "d": Layout.of("causal 8,192", rows_of([lay_out(0, 8192)], "causal")),
     }

@@ -12,7 +12,8 @@ import numpy as np
 
 from vocojax.costs.kernels import tpu
 from vocojax.costs.kernels.layouts import Layout, layouts
-from vocojax.costs.kernels.tpu import CHIPS, Compiled, Job, TileCosts
+from vocojax.costs.kernels.tpu import Compiled, Job, TileCosts
+from vocojax.devices import known_tpu
 from vocojax.kernels.interval_attention import IntervalMask, pallas_tpu, tpu_blocks, tpu_tiles
 from vocojax.kernels.interval_attention.block_info import DIRTY, EMPTY, FULL, PARTIAL, TileCode, padded_vectors
 
@@ -124,7 +125,7 @@ def _tile_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: boo
     for flag, extra in zip(flags, (*costs.before, *costs.after), strict=True):
         cycles += extra * (codes & flag != 0)
 
-    chip = CHIPS[kernel.device_kind]
+    chip = known_tpu(kernel.device_kind)
     cores = kernel.cores if kernel.parallel else 1
     per_cycle = chip.bandwidth / chip.cores / chip.ghz / 1e9  # bytes that one core's share of HBM moves in a cycle
     # Every step reads two operands on the side that it walks; on the other side a group reads one or two and writes as
@@ -159,7 +160,7 @@ def splash_cost(layout: Layout, kernel: Compiled, costs: TileCosts, block: int) 
     live = n * (n + 1) // 2
     cycles = live * costs.tiles[0] + (n * n - live) * costs.idle + n * (sum(costs.before) + sum(costs.after))
     cores = kernel.cores if kernel.parallel else 1
-    to_seconds = layout.rows * HEADS / cores / CHIPS[kernel.device_kind].ghz / 1e9
+    to_seconds = layout.rows * HEADS / cores / known_tpu(kernel.device_kind).ghz / 1e9
     return Cost(
         block=(block, block),
         seconds=cycles * to_seconds,

@@ -1,7 +1,7 @@
 """Cycles of Pallas TPU kernels without a TPU: libtpu compiles them, `bundles` replays what it emitted.
 
-libtpu writes its dumps where an environment variable told it to before it loaded, so the compilation runs in a child
-process (`python -m vocojax.costs.kernels.tpu`), one per topology.
+libtpu reads where to write its dumps from an environment variable, before it loads. So a child process compiles
+(`python -m vocojax.costs.kernels.tpu`), one per topology.
 """
 
 from __future__ import annotations
@@ -20,52 +20,25 @@ from typing import Any
 
 from vocojax.costs.kernels import bundles
 from vocojax.costs.kernels.bundles import GridLoop, Region
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A chip as its maker's documents describe it.
-
-    Attributes:
-        machine: its machine model, a key of `bundles.MACHINES`.
-        ghz: clock.
-        tflops: peak bfloat16 TFLOP/s.
-        bandwidth: HBM bytes per second.
-        cores: TensorCores.
-        memory: HBM bytes that libtpu leaves to a program (what it says is available where one does not fit).
-        interconnect: bytes per second that a chip gets from a collective over a whole torus.
-        network: bytes per second that a chip sends to other slices, over its share of the data centre's network: Cloud
-            TPU's pages say 6.4 Tbit/s for the 256 chips of v5e, 25.6 for those of v6e, 50 Gbit/s for a chip of v5p; of
-            v4 they say nothing, it has as many chips per host as v5p.
-    """
-
-    machine: str
-    ghz: float
-    tflops: float
-    bandwidth: float
-    cores: int
-    memory: int
-    interconnect: float
-    network: float
-
-
-GIB = 1 << 30
-CHIPS = {
-    "TPU v4": Chip("v5", 1.05, 275, 1228e9, 2, int(30.75 * GIB), 270e9, 6.25e9),
-    "TPU v5 lite": Chip("v5", 1.50, 197, 819e9, 1, int(15.75 * GIB), 180e9, 3.125e9),
-    "TPU v5": Chip("v5", 1.75, 459, 2765e9, 2, int(95.73 * GIB), 540e9, 6.25e9),
-    "TPU v6 lite": Chip("v6", 1.75, 918, 1640e9, 1, int(31.24 * GIB), 360e9, 12.5e9),
-}
+from vocojax.costs.topologies import DEVICELESS, Topology
+from vocojax.devices import known_tpu
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to compile for one shape: the project's attention (`ours`) with the blocks of its table, its `rotary`
-    positions, or JAX's splash attention, causal with segment ids (`splash`). Splash takes a mask as an array too, but
-    only one that is there when the program is built: an argument of a jitted function, as the mask of a packed batch
-    is, it refuses.
+    """What to compile for one shape.
 
-    `block` is the queries and keys of splash's tiles, `block_compute` the keys of one inner step (0: all of a tile).
+    Splash attention is compiled as causal with segment ids. It takes a mask as an array too, but only one that is known
+    when the program is built. It refuses an argument of a jitted function, as the mask of a packed batch is.
+
+    Attributes:
+      kernel: the project's attention (`ours`, with the blocks of its table), its `rotary` positions, or JAX's `splash`.
+      length: tokens of a row.
+      rows: of the batch.
+      heads: of queries, keys and values alike.
+      width: of a head.
+      block: queries and keys of a tile of splash.
+      block_compute: keys of one of its inner steps; 0 for all of a tile.
     """
 
     kernel: str
@@ -79,9 +52,17 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One Pallas kernel of a job: where its dumps are and what its grid looks like.
+    """One compiled Pallas kernel of a job.
 
-    `steps` of the grid, 0 where the program decides; `moved` bytes of all operands and results.
+    Attributes:
+      name: of the kernel.
+      device_kind: what it is compiled for.
+      cores: TensorCores of that device.
+      parallel: whether the cores share the grid.
+      steps: of the grid; 0 where the running program decides.
+      moved: bytes of all operands and results.
+      bundles: path of the dump of its code.
+      allocations: path of the dump that lists its memory.
     """
 
     name: str
@@ -99,12 +80,13 @@ class TileCosts:
     """Cycles of a kernel's grid step, by what the step does.
 
     Attributes:
-        idle: a step that computes nothing.
-        tiles: steps that compute, one number per region with matrix products, in the order of the code.
-        before, after: extra cycles of the regions without products that come before and after those.
-        matrix: cycles that the matrix units are busy in each of `tiles`.
-        spills: registers stored to memory for want of room in each of `tiles`.
-        vmem_bytes: VMEM of windows and scratch.
+      idle: a step that computes nothing.
+      tiles: steps that compute, one number per region with matrix products, in the order of the code.
+      before: extra cycles of the regions without products that come before those.
+      after: extra cycles of the regions without products that come after those.
+      matrix: cycles that the matrix units are busy in each of `tiles`.
+      spills: registers stored to memory for want of room in each of `tiles`.
+      vmem_bytes: VMEM of windows and scratch.
     """
 
     idle: int
@@ -116,33 +98,17 @@ class TileCosts:
     vmem_bytes: int
 
 
-# What libtpu wants to be told where there is no TPU, and several processes compile.
-DEVICELESS = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
-
-def topology_devices(topology: str) -> list[Any]:
-    """The devices of `v5p:4x4x4` or `v5e:16x16*2` (two slices), to compile for; a chip is one, whatever its cores. Only
-    for a process that has no other use for XLA's TPU client."""
-    from jax.experimental import topologies
-
-    shape, _, slices = topology.partition("*")
-    options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
-    if shape.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # what later generations are without asking
-    if set(shape.partition(":")[2].split("x")) == {"1"}:
-        options["chips_per_host_bounds"] = (1, 1, 1)  # less than the host that libtpu takes for granted before 0.0.52
-    return topologies.get_topology_desc(shape, platform="tpu", **options).devices
-
-
 def compile_jobs(topology: str, jobs: list[Job], folder: str) -> list[dict[str, Compiled]]:
-    """The kernels of every job by name, in the order of their calls (forward first), compiled for one device of
-    `topology` by a child process."""
+    """Compiles jobs in a child process.
+
+    Args:
+      topology: its first device is compiled for.
+      jobs: what to compile.
+      folder: where the dumps go; it has to stay until they are read.
+
+    Returns:
+      The kernels of every job by name, in the order of their calls (forward first).
+    """
     arguments = [sys.executable, "-m", "vocojax.costs.kernels.tpu", topology, folder]
     flags = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=(final_bundles|original)"
     environment = {
@@ -160,8 +126,7 @@ def compile_jobs(topology: str, jobs: list[Job], folder: str) -> list[dict[str, 
 
 def tile_costs(kernel: Compiled) -> TileCosts:
     """Replays the grid step of a compiled kernel with and without each of its `pl.when` regions."""
-    machine = bundles.MACHINES[CHIPS[kernel.device_kind].machine]
-    loop = GridLoop(bundles.parse(Path(kernel.bundles).read_text(errors="replace")), machine)
+    loop = _grid_loop(kernel)
     # Regions of a few vector operations are the pipeline's own bookkeeping and always run.
     optional = [r for r in loop.regions if r.matmuls or r.vector_ops >= 16]
     encloses = lambda r, s: r.branch < s.branch < r.end
@@ -185,20 +150,25 @@ def tile_costs(kernel: Compiled) -> TileCosts:
 
 
 def streaming_seconds(kernel: Compiled) -> float:
-    """Of a kernel that passes once over its operands: by its code or by what it moves, whichever takes longer."""
-    chip = CHIPS[kernel.device_kind]
-    loop = GridLoop(bundles.parse(Path(kernel.bundles).read_text(errors="replace")), bundles.MACHINES[chip.machine])
+    """Returns the seconds of a kernel that passes once over its operands: by its code or by the bytes it moves,
+    whichever takes longer."""
+    chip = known_tpu(kernel.device_kind)
     cores = kernel.cores if kernel.parallel else 1
-    by_code = kernel.steps * loop.cycles(set()) / cores / chip.ghz / 1e9
+    by_code = kernel.steps * _grid_loop(kernel).cycles(set()) / cores / chip.ghz / 1e9
     return max(by_code, kernel.moved / (chip.bandwidth * cores / chip.cores))
 
 
+def _grid_loop(kernel: Compiled) -> GridLoop:
+    code = Path(kernel.bundles).read_text(errors="replace")
+    return GridLoop(bundles.parse(code), known_tpu(kernel.device_kind).machine)
+
+
 def _compile_here(topology: str, folder: str, jobs: list[Job]) -> list[list[Compiled]]:
-    """The child's part of `compile_jobs`."""
+    """Does the child's part of `compile_jobs`."""
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache leaves no dumps
-    device: Any = topology_devices(topology)[0]
+    device = Topology(topology).devices()[0]
     on = jax.sharding.SingleDeviceSharding(device)
     compiled = []
     for job in jobs:
@@ -211,7 +181,7 @@ def _compile_here(topology: str, folder: str, jobs: list[Job]) -> list[list[Comp
 
 
 def _compile_call(call: Any, device: Any, folder: str) -> Compiled:
-    """Compiles one `pallas_call` equation alone; its dumps are the files that appear meanwhile."""
+    """Compiles one `pallas_call` equation alone. Its dumps are the files that appear meanwhile."""
     import jax
 
     name = re.sub(r"\W", "_", call.params["name"])
@@ -237,7 +207,7 @@ def _compile_call(call: Any, device: Any, folder: str) -> Compiled:
 
 
 def _pallas_calls(jaxpr: Any) -> list[Any]:
-    """Every `pallas_call` equation in a program, in order."""
+    """Returns every `pallas_call` equation in a program, in order."""
     calls = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
@@ -251,7 +221,7 @@ def _pallas_calls(jaxpr: Any) -> list[Any]:
 
 
 def _ours(job: Job, device_kind: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Both passes of the project's kernel on abstract arrays."""
+    """Returns both passes of the project's attention, and abstract arguments."""
     import jax
     import jax.numpy as jnp
 
@@ -272,6 +242,7 @@ def _ours(job: Job, device_kind: str) -> tuple[Callable[..., Any], tuple[Any, ..
 
 
 def _rotary(job: Job, device_kind: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns the project's rotary kernel, and abstract arguments."""
     import jax
     import jax.numpy as jnp
 
@@ -284,7 +255,7 @@ def _rotary(job: Job, device_kind: str) -> tuple[Callable[..., Any], tuple[Any, 
 
 
 def _splash(job: Job, device_kind: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """JAX's splash attention with its fused backward pass."""
+    """Returns JAX's splash attention with its fused backward pass, and abstract arguments."""
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel

@@ -1,4 +1,4 @@
-"""Seconds of the attention kernels on rows as a stage packs them, by the static cost of the kernels' own code."""
+"""Seconds of a step's kernels on typical rows of a stage, by the static cost of the kernels' own code."""
 
 from __future__ import annotations
 
@@ -10,65 +10,49 @@ import jax.numpy as jnp
 import numpy as np
 
 from vocojax.costs.kernels import gpu, report, tpu
-from vocojax.costs.kernels.gpu_targets import TARGETS
 from vocojax.costs.kernels.layouts import Layout
 from vocojax.costs.kernels.tpu import Job
+from vocojax.costs.rows import Rows, typical_rows
+from vocojax.devices import GPUS
 from vocojax.kernels.interval_attention import IntervalMask, gpu_blocks
 from vocojax.kernels.interval_attention.block_info import FULL, PARTIAL, block_kinds, padded_vectors
 from vocojax.kernels.rotary import pallas_tpu as rotary_tpu
+from vocojax.layout import Visibility, unit_shape
 from vocojax.parallel.mesh import MeshConfig
 from vocojax.training.config import StageConfig
 
-ROWS = 8  # rows of a layout whose mean stands for all
-TEXT = (64, 400)  # tokens of a sample's text, as LLaVA's instructions have them
-MXU_SHARE = 0.4  # of the peak that attention reaches where no static cost is to be had
+ROWS = 8  # typical rows whose mean stands for all
+MXU_SHARE = 0.4  # of the peak that attention is taken to reach if there is no static cost
 
 
-def typical_rows(config: StageConfig) -> Layout:
-    """Rows of samples with one image and 64 to 400 tokens of text, as many as fit."""
-    return _packed(config)[0]
+def stage_rows(config: StageConfig, visibility: Visibility) -> Rows:
+    """Returns typical rows of a stage's shape."""
+    data = config.data
+    return typical_rows(
+        ROWS, data.row_length, data.images_per_row, unit_shape(config.model), visibility, data.pack_window)
 
 
-def typical_images(config: StageConfig) -> float:
-    """Images of the mean row."""
-    return _packed(config)[1] / ROWS
-
-
-def typical_targets(config: StageConfig) -> float:
-    """Target slots of the mean row that are taken, if all its text is learnt, as of a conversation's at most is."""
-    return min(config.data.target_slots, _packed(config)[2] / ROWS)
-
-
-def _packed(config: StageConfig) -> tuple[Layout, int, int]:
-    """The rows, their images and tokens of text."""
-    length, model = config.data.row_length, config.model
-    unit = 2 + model.unit_tokens + model.unit_vocos
-    rng = np.random.default_rng(0)
-    starts, stops, total, texts = [], [], 0, 0
-    for _ in range(ROWS):
-        start, stop = np.arange(length, dtype=np.int32), np.arange(length, dtype=np.int32)  # padding
-        at = images = 0
-        while at + unit + (text := int(rng.integers(*TEXT))) <= length and images < config.data.images_per_row:
-            end, middle = at + unit + text, at + unit
-            start[at:end], stop[at:end] = at, end
-            if config.visibility == "voco":
-                stop[at : middle - model.unit_vocos] = middle
-            at, images, texts = end, images + 1, texts + text
-        starts.append(start)
-        stops.append(stop)
-        total += images
-    return Layout("rows as packed", np.stack(starts), np.stack(stops)), total, texts
+def stage_targets(config: StageConfig, rows: Rows) -> float:
+    """Returns the targets of a mean row: its text, which is the most that a conversation has, if there are slots."""
+    return min(config.data.target_slots, rows.text)
 
 
 def gpu_kernel_seconds(config: StageConfig, kind: str, rows: int) -> dict[str, float]:
-    """Seconds of one call of each kernel on `rows` rows of a GPU, by the kernel's name: every tile costs what bounds
-    the loop over its kind, spread evenly over the cores. Latency and the tail are left out, so it is a lower bound.
+    """Returns the seconds of one call of each kernel on so many rows, by the kernel's name, for a GPU.
+
+    A tile costs what bounds the loop over tiles of its kind, and tiles are spread evenly over the cores. Latency and
+    the tail are left out, so this is a lower bound.
+
+    Args:
+      config: the stage.
+      kind: a key of `devices.GPUS`.
+      rows: per device.
 
     Raises:
       FileNotFoundError: ptxas or nvdisasm is not installed.
     """
-    decoder, layout, target = config.model.decoder, typical_rows(config), TARGETS[kind]
-    architecture = gpu_blocks.architecture(target.description)
+    decoder, layout, target = config.model.decoder, stage_rows(config, config.visibility), GPUS[kind]
+    architecture = gpu_blocks.architecture(target.device_kind)
     table = gpu_blocks.chosen(architecture, 2 * decoder.head_width)
     mask = IntervalMask(jnp.asarray(layout.start), jnp.asarray(layout.stop))
     loops = _gpu_loops(kind)
@@ -79,7 +63,7 @@ def gpu_kernel_seconds(config: StageConfig, kind: str, rows: int) -> dict[str, f
         padded = padded_vectors(mask, blocks.q, blocks.k)
         kinds = np.asarray(block_kinds(*padded, 0, blocks.q, blocks.k))
         full, partial = (loop.bound for loop in loops[f"interval_attention_{name}"][:2])
-        cycles = ((kinds == FULL).sum() * full + (kinds == PARTIAL).sum() * partial) / layout.rows
+        cycles = ((kinds == FULL).sum() * full + (kinds == PARTIAL).sum() * partial) / ROWS
         seconds[f"interval_attention_{name}"] = float(heads * width * cycles / target.cores / target.ghz / 1e9)
     return seconds
 
@@ -91,10 +75,18 @@ def _gpu_loops(kind: str) -> dict[str, list[gpu.Loop]]:
 
 
 def kernel_seconds(config: StageConfig, topology: str, rows: int) -> dict[str, float]:
-    """Seconds of one call of each kernel on `rows` rows of a TPU, by the kernel's name. `rotary` is the mean of a call
-    on queries and one on keys, of which there are as many; its tables count as if `tensor` cut them like the heads."""
+    """Returns the seconds of one call of each kernel on so many rows, by the kernel's name, for a TPU.
+
+    `rotary` is the mean of a call on queries and a call on keys, of which there are as many. Its tables count as if
+    `tensor` cut them like the heads.
+
+    Args:
+      config: the stage.
+      topology: its generation counts.
+      rows: per device.
+    """
     decoder = config.model.decoder
-    alike = dataclasses.replace(config, remat="full", accumulate=1, mesh=MeshConfig())  # same rows for all
+    alike = dataclasses.replace(config, remat="full", accumulate=1, mesh=MeshConfig())  # they change no row
     share = rows * decoder.num_heads / config.mesh.tensor / report.HEADS
     mean_call = {"rotary": (1 + decoder.num_kv_heads / decoder.num_heads) / 2}
     each = _mean_row(alike, topology.partition(":")[0])
@@ -103,7 +95,8 @@ def kernel_seconds(config: StageConfig, topology: str, rows: int) -> dict[str, f
 
 @functools.cache
 def _mean_row(config: StageConfig, kind: str) -> dict[str, float]:
-    layout = typical_rows(config)
+    """Returns the seconds per typical row of each kernel with `report.HEADS` heads, on one chip."""
+    layout = Layout.of("typical rows", stage_rows(config, config.visibility))
     alone = f"{kind}:1x1" if kind in ("v5e", "v6e") else f"{kind}:1x1x1"
     shape = layout.length, layout.rows, report.HEADS, config.model.decoder.head_width
     jobs = [Job("ours", *shape)] + [Job("rotary", *shape)] * rotary_tpu.takes(*shape[2:])

@@ -1,14 +1,13 @@
-"""Compiles a stage's step for a machine that is not there, in a child process, and keeps what XLA wrote down about it.
+"""Compiles a stage's step for a machine that is not there, in a child process, and keeps what XLA writes about it.
 
 libtpu and XLA read where to write their dumps before they load, so a child process compiles
-(`python -m vocojax.costs.steps.compiling`). With `fast` it is stopped as soon as the scheduled program and
-its memory are on disk, which is seconds instead of the minutes that code generation takes. Compiler flags are those of
-the environment (`launch/xla_flags.sh`).
+(`python -m vocojax.costs.steps.compiling`). With `fast` it is stopped as soon as the scheduled program and its memory
+are on disk: seconds instead of the minutes that code generation takes. Compiler flags are those of the environment
+(`launch/xla_flags.sh`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -24,88 +23,36 @@ from pathlib import Path
 from typing import Any
 
 from vocojax.config import ConfigError, config_to_dict
-from vocojax.costs.kernels.gpu_targets import TARGETS
-from vocojax.costs.kernels.tpu import DEVICELESS, topology_devices
+from vocojax.costs.topologies import DEVICELESS, Topology
 from vocojax.errors import VocojaxError
 from vocojax.files import write_atomically
-from vocojax.parallel.mesh import MeshConfig
 from vocojax.training.config import StageConfig, stage_config
 
 
 class CompilerError(VocojaxError, RuntimeError):
-    """The compiler can't be used as it was asked to: no libtpu, an unknown flag, a topology that it does not know."""
+    """The compiler can't be used: no libtpu, an unknown flag, or a topology that it does not know."""
 
 
 class Unfinished(VocojaxError, RuntimeError):
-    """The compiler was ended from outside or took too long, which says nothing of what it was to compile."""
-
-
-GENERATIONS = ("v4", "v5e", "v5p", "v6e")  # of TPUs, whose figures `static_cost.tpu.CHIPS` has
-
-
-@dataclass(frozen=True)
-class Topology:
-    """`v5p:4x4x4`, `v5e:16x16*2` (two slices) or `h100:8` (GPUs of one host), taken apart.
-
-    Raises:
-      ConfigError: it is none of these.
-    """
-
-    name: str
-
-    def __post_init__(self) -> None:
-        number = r"[1-9]\d*"
-        known = (re.fullmatch(rf"\w+:{number}", self.name) if self.is_gpu else
-                 re.fullmatch(rf"\w+:{number}(x{number})*(\*{number})?", self.name) and self.kind in GENERATIONS)
-        if not known:
-            raise ConfigError("topology", f"must look like v5p:4x4x4, v5e:16x16*2 (two slices) or h100:8, of the TPUs "
-                              f"{', '.join(GENERATIONS)} or the GPUs {', '.join(TARGETS)}, got {self.name!r}")
-
-    @property
-    def kind(self) -> str:
-        return self.name.partition(":")[0]
-
-    @property
-    def slices(self) -> int:
-        return int(self.name.partition("*")[2] or 1)
-
-    @property
-    def count(self) -> int:
-        """Of its devices."""
-        shape = self.name.partition(":")[2].partition("*")[0]
-        return self.slices * math.prod(int(size) for size in shape.split("x"))
-
-    @property
-    def is_gpu(self) -> bool:
-        return self.kind in TARGETS
-
-    def whole(self, mesh: MeshConfig) -> MeshConfig:
-        """A mesh with its -1 filled in, if its other sizes divide the devices."""
-        sizes = dataclasses.asdict(mesh)
-        left, rest = divmod(self.count, math.prod(size for size in sizes.values() if size != -1))
-        return mesh if rest else MeshConfig(**{axis: left if size == -1 else size for axis, size in sizes.items()})
-
-    def devices(self) -> list[Any]:
-        """Its devices, to compile for. Only for a process that has no other use for XLA's TPU or GPU client."""
-        if not self.is_gpu:
-            return topology_devices(self.name)
-        from jax.experimental import topologies
-
-        return topologies.get_topology_desc(
-            platform="cuda", topology_name=self.name, topology=f"1x1x{self.count}",
-            target_config=TARGETS[self.kind].config(),
-        ).devices
+    """The compiler was killed or timed out; nothing is known about the program."""
 
 
 @dataclass
 class Compiled:
-    """What is known of a compiled step.
+    """A compiled step, as far as the compiler came.
 
-    device_kind, cores: of one of the `devices`; held: bytes on each by kind, parameters and so on, without temporaries.
-    model_flops: of a step on all devices, as `flops.StepFlops` counts them, with typical rows' images, targets and
-    visible pairs; their tokens count as full rows, padding too, like the tokens per second.
-    hlo: the scheduled program, with `estimated_cycles` if code was generated. peak: bytes of HBM, by XLA's buffer
-    assignment; None with an `error` where the compiler gave up. cpu_seconds, memory_gib: what the compiler took.
+    Attributes:
+      devices: how many.
+      device_kind: of one of them.
+      cores: of one of them.
+      held: bytes on one of them by kind (parameters and so on), without temporaries.
+      model_flops: of a step on all devices, as `flops.StepFlops` counts them, with the images, targets and visible
+        pairs of typical rows. Rows count as full, padding included, as in tokens per second.
+      hlo: the scheduled program, with `estimated_cycles` if code was generated.
+      peak: bytes of HBM, by XLA's buffer assignment; None with an `error` where the compiler gave up.
+      error: what it said then.
+      cpu_seconds: of the compiler.
+      memory_gib: of the compiler, at its peak.
     """
 
     devices: int = 0
@@ -124,12 +71,15 @@ def compile_step(config: StageConfig, topology: Topology, *, fast: bool = False,
     """Compiles the step of a stage.
 
     Args:
+      config: the stage.
+      topology: the machine.
       fast: stop at the scheduled program (TPU only; GPU programs are complete in seconds).
       limit: seconds after which the compiler is stopped.
 
     Raises:
       ConfigError: the config does not go with the topology.
-      CompilerError, Unfinished: nothing was learnt about it.
+      CompilerError: the compiler can't be used.
+      Unfinished: the compiler was killed or timed out.
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config_to_dict(config)))
@@ -146,7 +96,7 @@ def compile_step(config: StageConfig, topology: Topology, *, fast: bool = False,
             child = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             try:
                 stopped = _has_to_be_stopped(child, Path(folder), fast and not topology.is_gpu, limit)
-            finally:  # also where this process is told to end
+            finally:  # also if this process is interrupted
                 child.kill()
                 child.wait()
         status = 0 if stopped else child.returncode
@@ -167,7 +117,7 @@ def compile_step(config: StageConfig, topology: Topology, *, fast: bool = False,
 
 
 def _has_to_be_stopped(child: subprocess.Popen[bytes], folder: Path, fast: bool, limit: float) -> bool:
-    """Waits for the child; True if what is wanted is there before it ends, or it takes too long."""
+    """Waits for the child. Returns True if what is wanted is there before it ends, or if it takes too long."""
     began = time.monotonic()
     while child.poll() is None:
         reports = list(folder.glob("dump/*buffer-assignment.txt"))
@@ -190,31 +140,34 @@ def _read_dumps(compiled: Compiled, dump: Path) -> None:
 
 
 def hbm_bytes(assignment: str) -> int:
-    """HBM that a program takes: all allocations of XLA's buffer assignment, but for those of other memories (which have
-    a color) and those inside fusions (thread-local), which name values that are never stored."""
+    """Returns the bytes of HBM that a program takes, from XLA's buffer assignment.
+
+    Allocations in other memories (which have a color) do not count, nor do those inside fusions (thread-local), whose
+    values are never stored.
+    """
     allocations = re.findall(r"^allocation \d+: size (\d+),([^\n]*):$", assignment, re.M)
     return sum(int(size) for size, kind in allocations if "thread-local" not in kind and "color" not in kind)
 
 
 def _errors(log: str) -> str:
-    """What a log says went wrong: the exception, not the lines of source above it; else what looks like an error."""
+    """Returns what a log says went wrong: the exception without its traceback, or else what looks like an error."""
     lines = re.findall(r"^[\w.]+(?:Error|Exception): .*$", log, re.M)[-1:] or re.findall(
         r"^.*(?:Error|ERROR|EXHAUSTED|xceeded|Check failed|Unknown).*$", log, re.M)[-3:]
     return " | ".join(line.strip() for line in lines)[:1500] or log[-600:]
 
 
 def _compile_here(topology: Topology, folder: str) -> None:
-    """The child's part of `compile_step`."""
+    """Does the child's part of `compile_step`."""
     import jax
 
-    from vocojax.costs.steps.attention import ROWS, typical_images, typical_rows, typical_targets
+    from vocojax.costs.steps.attention import stage_rows, stage_targets
     from vocojax.parallel.mesh import make_mesh
     from vocojax.training.flops import StepFlops, visible_pairs
     from vocojax.training.program import make_program
 
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache leaves no dumps
     config = stage_config(json.loads(Path(folder, "config.json").read_text()))
-    jax.devices()  # reads XLA's flags: an unknown one ends this process before it answers anything
+    jax.devices()  # reads XLA's flags: with an unknown one this process ends here, before it writes an answer
     devices = topology.devices()
     try:
         mesh = make_mesh(config.mesh, devices)
@@ -226,11 +179,11 @@ def _compile_here(topology: Topology, folder: str) -> None:
     kinds = {"parameters": state.trained, "optimizer": state.optimizer, "frozen": state.frozen,
              "teacher": state.teacher, "batch": program.abstract_batch}
     held = {kind: sum(_bytes_held(leaf) for leaf in jax.tree.leaves(tree)) for kind, tree in kinds.items()}
-    layout = typical_rows(config)
-    causal = typical_rows(dataclasses.replace(config, visibility="causal"))
+    rows, causal = stage_rows(config, config.visibility), stage_rows(config, "causal")
     per_row = StepFlops(config.model, state).total(
-        config.data.row_length, typical_targets(config), typical_images(config),
-        visible_pairs(layout.start, layout.stop) / ROWS, visible_pairs(causal.start, causal.stop) / ROWS)
+        tokens=config.data.row_length, targets=stage_targets(config, rows), images=rows.images,
+        pairs=visible_pairs(rows.start, rows.stop) / len(rows.start),
+        teacher_pairs=visible_pairs(causal.start, causal.stop) / len(causal.start))
     cores = getattr(devices[0], "num_cores", 1) or 1
     answer = Compiled(len(devices), devices[0].device_kind, cores, held, config.batch_size * per_row)
     _write(answer, folder)
@@ -250,12 +203,8 @@ def _write(answer: Compiled, folder: str) -> None:
 
 
 def _bytes_held(leaf: Any) -> int:
-    """Of one array, on one device."""
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    count = 1
-    for size in shape:
-        count *= size
-    return count * leaf.dtype.itemsize
+    """Returns the bytes of one array on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 if __name__ == "__main__":

@@ -9,23 +9,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from vocojax.costs import hlo
-from vocojax.costs.kernels.gpu_targets import TARGETS
-from vocojax.costs.kernels.tpu import CHIPS
 from vocojax.costs.steps import attention
-from vocojax.costs.steps.compiling import Compiled, Topology, compile_step
+from vocojax.costs.steps.compiling import Compiled, compile_step
 from vocojax.costs.steps.program import Costs, add_up
+from vocojax.costs.topologies import Topology
+from vocojax.devices import GPUS, known_tpu, peak_flops
 from vocojax.training.config import StageConfig
-from vocojax.training.flops import peak_flops, visible_pairs
+from vocojax.training.flops import visible_pairs
 
 LOG = logging.getLogger(__name__)
 _SENT = {"all-reduce": 2}  # how often a collective's bytes pass through a device's links
-NVLINK = 450e9  # bytes per second that an H100 sends
 
 
 @dataclass(frozen=True)
 class Device:
-    """What bounds a device of a topology: bytes of HBM, peak FLOP/s, bytes per second of HBM, of its links to others,
-    its clock, and bytes per second of the network to other slices."""
+    """What bounds a device of a topology.
+
+    Attributes:
+      memory: bytes of HBM.
+      flops: peak FLOP/s.
+      bandwidth: bytes per second of HBM.
+      interconnect: bytes per second of its links to other devices.
+      hertz: clock.
+      network: bytes per second between it and other slices.
+    """
 
     memory: int
     flops: float
@@ -36,29 +43,38 @@ class Device:
 
     @classmethod
     def of(cls, topology: Topology, compiled: Compiled) -> Device:
+        """Returns the device that a step was compiled for; a core of a split chip has its share of it."""
         if topology.is_gpu:
-            target = TARGETS[topology.kind]
-            peak = peak_flops(target.description) or math.nan
-            return cls(target.memory, peak, target.bandwidth, NVLINK, target.ghz * 1e9)
-        chip = CHIPS[compiled.device_kind]
+            gpu = GPUS[topology.kind]
+            peak = peak_flops(gpu.device_kind) or math.nan
+            return cls(gpu.memory, peak, gpu.bandwidth, gpu.interconnect, gpu.ghz * 1e9)
+        chip = known_tpu(compiled.device_kind)
         share = compiled.cores / chip.cores
-        return cls(int(chip.memory * share), chip.tflops * 1e12 * share, chip.bandwidth * share,
+        return cls(int(chip.memory * share), chip.flops * share, chip.bandwidth * share,
                    chip.interconnect * share, chip.ghz * 1e9, chip.network * share)
 
 
 def compile_report(config: StageConfig, topology: Topology, *, fast: bool = False) -> dict[str, Any]:
     """Compiles a stage's step for a topology and reports on it, as a dict that JSON can hold.
 
-    Keys: `fits`; `tokens_per_device` of a step; `estimated_seconds` of a step: computation by XLA's own cycle counts
-    (with `fast` and on GPUs by a roofline), attention by the static cost of its kernels, the collectives that nothing
-    hides and what slices exchange; `mfu_bound`: model FLOPs over what the chip could do in that time, rows
-    counted as full, as in tokens per second; `hbm_bytes_per_device` by kind, which add up to the peak;
-    `collective_bytes` by kind inside a slice, with those that nothing hides in `synchronous_bytes`, and
-    `between_slices_bytes`; `seconds` by resource, those of `interconnect` at the rate of a collective over the whole
-    torus, and `scope_seconds` by part of the model; `error`, where the compiler gave up.
+    Its keys are, among others:
+
+      fits: whether the program's memory is there.
+      tokens_per_device: of a step.
+      estimated_seconds: of a step. Computation by XLA's own cycle counts (with `fast` and on GPUs by a roofline),
+        kernels by their static cost, the collectives that nothing hides, and what slices exchange.
+      mfu_bound: model FLOPs over what the chip could do in that time. Rows count as full, as in tokens per second.
+      hbm_bytes_per_device: by kind; they add up to `peak_bytes`.
+      collective_bytes: by kind, inside a slice; `synchronous_bytes` are those of them that nothing hides.
+      between_slices_bytes: by kind.
+      seconds: by resource; `interconnect` at the rate of a collective over the whole torus.
+      scope_seconds: by part of the model.
+      error: what the compiler said if it gave up.
 
     Raises:
-      ConfigError, CompilerError, Unfinished: as `compile_step`.
+      ConfigError: as `compile_step`.
+      CompilerError: as `compile_step`.
+      Unfinished: as `compile_step`.
     """
     implementation = "pallas_gpu" if topology.is_gpu else "pallas_tpu"
     config = dataclasses.replace(
@@ -84,7 +100,7 @@ def compile_report(config: StageConfig, topology: Topology, *, fast: bool = Fals
 
 
 def memory(compiled: Compiled, device: Device) -> dict[str, Any]:
-    """What each kind of array takes of a device; temporaries are all that XLA adds to what the step is given."""
+    """Returns the bytes of each kind of array on a device; temporaries are all that XLA adds to the arguments."""
     held = {kind: size for kind, size in compiled.held.items() if size}
     if compiled.peak is None:
         return {"fits": False, "hbm_bytes_per_device": held, "peak_bytes": None}
@@ -96,7 +112,7 @@ def memory(compiled: Compiled, device: Device) -> dict[str, Any]:
 def estimate(
     costs: Costs, device: Device, compiled: Compiled, tokens: int, attention_seconds: float, slices: int = 1
 ) -> dict[str, Any]:
-    """Seconds of a step, added up, and what follows from them."""
+    """Adds up the seconds of a step and returns what follows from them."""
     source = "estimated_cycles" if costs.cycles.total() else "roofline"
     scopes = (
         {scope: cycles / device.hertz for scope, cycles in costs.cycles.items()} if source == "estimated_cycles"
@@ -104,11 +120,11 @@ def estimate(
     )
     compute = sum(scopes.values())
     waits = {scope: moved / device.interconnect for scope, moved in costs.waits.items()}
-    # Every slice gets all others' sums in a ring, and nothing is taken as hidden: the optimizer waits for the norm of
-    # the whole gradient.
+    # Every slice gets the sums of all others in a ring. Nothing of it counts as hidden: the optimizer waits for the
+    # norm of the whole gradient.
     turns = {"all-reduce": 2 * (slices - 1) / slices}
     exchange = sum(turns.get(kind, 1) * moved for kind, moved in costs.between_slices.items()) / device.network
-    # What runs beside computation is hidden by it, if there is enough of that.
+    # What runs at the same time as computation is hidden by it, if the computation takes as long.
     beside = sum(_SENT.get(kind, 1) * moved for kind, moved in costs.asynchronous.items()) / device.interconnect
     waits["other"] = waits.get("other", 0.0) + max(0.0, beside - compute - attention_seconds)
     seconds = compute + attention_seconds + sum(waits.values()) + exchange
@@ -139,7 +155,7 @@ def estimate(
 
 
 def _attention(config: StageConfig, topology: Topology, costs: Costs, device: Device, rows: int) -> float:
-    """Seconds of all attention kernels of a step, calls that rematerialisation repeats included."""
+    """Returns the seconds of all kernels of a step, calls that rematerialisation repeats included."""
     if costs.kernels:
         try:
             each = (attention.gpu_kernel_seconds(config, topology.kind, rows) if topology.is_gpu
@@ -148,8 +164,8 @@ def _attention(config: StageConfig, topology: Topology, costs: Costs, device: De
         except FileNotFoundError as missing:
             LOG.warning("attention is estimated by its FLOPs: %s", missing)
     decoder = config.model.decoder
-    layout = attention.typical_rows(config)
-    pairs = rows / layout.rows * visible_pairs(layout.start, layout.stop) * decoder.num_heads / config.mesh.tensor
+    typical = attention.stage_rows(config, config.visibility)
+    pairs = rows / attention.ROWS * visible_pairs(typical.start, typical.stop) * decoder.num_heads / config.mesh.tensor
     forwards = 1 if config.remat in ("none", "attention_out") else 2
     flops = (4 * forwards + 10) * pairs * decoder.head_width * decoder.depth * config.accumulate
     return flops / (attention.MXU_SHARE * device.flops)

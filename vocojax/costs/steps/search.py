@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 import vocojax
 from vocojax.config import ConfigError, config_to_dict, differing_keys
-from vocojax.costs.steps.compiling import Topology, Unfinished
+from vocojax.costs.steps.compiling import Unfinished
 from vocojax.costs.steps.report import compile_report
 from vocojax.costs.steps.tables import HEADS, line
+from vocojax.costs.topologies import Topology
 from vocojax.files import write_atomically
 from vocojax.parallel.mesh import MeshConfig
 from vocojax.training.config import StageConfig

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
+from vocojax import devices
+
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How one kernel cuts its work: queries and keys of a tile, and Triton's warps and pipeline stages."""
+    """How one kernel cuts its work.
+
+    Attributes:
+      q: queries of a tile.
+      k: keys of a tile.
+      warps: of a program, for Triton.
+      stages: of Triton's pipeline.
+    """
 
     q: int
     k: int
@@ -17,7 +26,13 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The blocks of the three kernels: the forward pass, the gradient of q, the gradients of k and v."""
+    """Blocks of the three kernels.
+
+    Attributes:
+      forward: of the forward pass.
+      dq: of the gradient of q.
+      dkv: of the gradients of k and v.
+    """
 
     forward: Blocks
     dq: Blocks
@@ -38,10 +53,10 @@ ARCHITECTURES = {
 
 
 def chosen(architecture: str, head_bytes: int) -> Architecture:
-    """The blocks of the three kernels for heads whose width is this many bytes."""
+    """Returns the blocks of the three kernels for heads whose width is this many bytes."""
     return ARCHITECTURES[architecture][head_bytes > 256]
 
 
 def architecture(device_kind: str) -> str:
-    """The table's name for a device kind as JAX reports it: Hopper where its name says so, else Ampere."""
-    return "hopper" if any(name in device_kind for name in ("H100", "H200", "GH200")) else "ampere"
+    """Returns the row of the table for a device kind as JAX reports it; for an unknown kind Ampere's."""
+    return "hopper" if devices.is_hopper(device_kind) else "ampere"

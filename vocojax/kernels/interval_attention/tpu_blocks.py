@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from vocojax import devices
+from vocojax.devices import MIB
+
 LANES = 128
 
 
@@ -12,11 +15,12 @@ class Blocks:
     """How one pass cuts its work.
 
     Attributes:
-        q, k: queries and keys of a tile.
-        columns: heads of one grid step times their (padded) width. Several heads in one step share the mask, share the
-            cost of the step, and give the scheduler independent chains of work to interleave.
-        transposed_dq: accumulate the gradient of q as `[D, Q]`; a matrix unit wider than the head width is then fed
-            full rows. Backward pass only.
+      q: queries of a tile.
+      k: keys of a tile.
+      columns: heads of one grid step times their (padded) width. Several heads in one step share the mask, share the
+        cost of the step, and give the scheduler independent chains of work to interleave.
+      transposed_dq: accumulates the gradient of q as `[D, Q]`. A matrix unit wider than the head width is then fed full
+        rows. Backward pass only.
     """
 
     q: int
@@ -27,12 +31,13 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A TPU generation: its blocks and the VMEM (bytes) that its kernels may plan with.
+    """Blocks of a TPU generation, and the VMEM that its kernels may plan with.
 
     Attributes:
-        forward, backward: for sequences of more than `SHORT` keys.
-        dq_bytes: the most that the backward pass may keep of one span of dq; longer rows are cut into spans.
-        vmem_bytes: the limit given to the compiler.
+      forward: of the forward pass, for sequences of more than `SHORT` keys.
+      backward: of the backward pass, likewise.
+      dq_bytes: the most that the backward pass may keep of one span of dq. Longer rows are cut into spans.
+      vmem_bytes: the limit given to the compiler.
     """
 
     forward: Blocks
@@ -41,7 +46,6 @@ class Generation:
     vmem_bytes: int
 
 
-MIB = 1 << 20
 GENERATIONS = {
     "v4": Generation(Blocks(512, 512, 256), Blocks(512, 512, 128), 6 * MIB, 16 * MIB),
     "v5e": Generation(Blocks(512, 512, 1024), Blocks(512, 512, 512), 72 * MIB, 112 * MIB),
@@ -49,17 +53,16 @@ GENERATIONS = {
     "v6e": Generation(Blocks(512, 512, 1024), Blocks(512, 512, 512, transposed_dq=True), 72 * MIB, 112 * MIB),
 }
 SHORT = 1024  # up to here a tile of 512 would be mostly padding and diagonal
-_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"}
-_KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 
 
 def generation(device_kind: str) -> str:
-    """The table's name for a device kind as JAX reports it. An unknown kind gets the most frugal row, v4."""
-    return _KINDS.get(device_kind, "v4")
+    """Returns the row of the table for a device kind as JAX reports it; for an unknown kind the most frugal one, v4."""
+    chip = devices.tpu(device_kind)
+    return chip.generation if chip else "v4"
 
 
 def fitted(blocks: Blocks, queries: int, keys: int) -> Blocks:
-    """The blocks for a shape: no larger than the (padded) sequence, and 256 where it is short."""
+    """Returns the blocks for a shape: no larger than the (padded) sequence, and 256 where it is short."""
     most = 256 if keys <= SHORT else max(blocks.q, blocks.k)
     fit = lambda block, length: min(block, most, -(-length // LANES) * LANES)
     return dataclasses.replace(blocks, q=fit(blocks.q, queries), k=fit(blocks.k, keys))

@@ -7,8 +7,8 @@ import subprocess
 import pytest
 
 from tests.helpers.stages import ROOT, load_for_a_pod
-from vocojax.costs.steps.compiling import Topology
 from vocojax.costs.steps.report import compile_report
+from vocojax.costs.topologies import Topology
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu (extra `tpu`)")
 

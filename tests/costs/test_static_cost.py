@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from vocojax.costs.kernels import bundles, gpu, layouts, report, tpu
-from vocojax.costs.kernels.gpu_targets import TARGETS
+from vocojax.devices import GPUS, V5_MACHINE, known_tpu
 from vocojax.kernels.interval_attention.block_info import EMPTY, TileCode
 from vocojax.kernels.interval_attention.tpu_blocks import GENERATIONS, fitted
 
-MACHINE = bundles.MACHINES["v5"]
+MACHINE = V5_MACHINE
 
 # A loop of five kinds of bundle: a guarded product, a guarded vector operation, and the way back.
 DUMP = """
@@ -92,7 +92,7 @@ LISTING = """
 def test_gpu_loops_are_the_innermost_ones_with_products():
     code = gpu.disassembled(LISTING)["attend"]
     assert code[4] == (0x40, "BRA", 0x10)
-    (loop,) = gpu.loops(code, 4, TARGETS["a100"])
+    (loop,) = gpu.loops(code, 4, GPUS["a100"])
     assert loop.tensor_flops == 4 * 2 * 16 * 8 * 16
     assert loop.cycles["tensor"] == loop.tensor_flops / 2048
     assert loop.cycles["mufu"] == 4 * 32 / 16
@@ -153,7 +153,7 @@ def test_a_compiled_kernel_does_the_products_that_theory_says(chip, cores, heads
         assert (len(costs.before), len(costs.after)) == regions
     for kernel, arrays in ((mean, 2), *((kernel, 2) for kernel in rotary.values())):
         assert kernel.steps > 0, "its grid is known"
-        at_least = arrays * 256 * 2 * 128 * 2 / tpu.CHIPS[kernel.device_kind].bandwidth
+        at_least = arrays * 256 * 2 * 128 * 2 / known_tpu(kernel.device_kind).bandwidth
         assert at_least < tpu.streaming_seconds(kernel) < 20 * at_least
 
 

@@ -8,9 +8,10 @@ import pytest
 
 from tests.helpers.stages import load_for_a_pod
 from vocojax.config import ConfigError
-from vocojax.costs.steps.compiling import Topology, Unfinished
+from vocojax.costs.steps.compiling import Unfinished
 from vocojax.costs.steps.search import compare_remat, search
 from vocojax.costs.steps.tables import comparison
+from vocojax.costs.topologies import Topology
 from vocojax.parallel.mesh import MeshConfig
 
 
