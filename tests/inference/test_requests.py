@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.data.test_videos import write_video
 from vocojax.data.conversation import Turn, template
 from vocojax.data.images import ImageError
 from vocojax.errors import InputError
@@ -16,11 +17,11 @@ from vocojax.inference.caches.cache import VocoCache
 from vocojax.inference.caches.files import DamagedCache
 from vocojax.inference.caches.fingerprint import image_digest
 from vocojax.inference.caches.store import Store
-from vocojax.inference.decoding.sampling import SamplingConfig
+from vocojax.inference.decoding.sampling import SamplingConfig, SamplingStatics
 from vocojax.inference.decoding.text import AnswerText
 from vocojax.inference.many import answer_many
 from vocojax.inference.requests import Request
-from vocojax.inference.visuals import Frames, Visual, prepare_visual
+from vocojax.inference.visuals import Frames, Video, Visual, prepare_visual
 from vocojax.layout import LayoutError
 
 QUESTIONS = ("what color is the shape?", "is the shape red?", "a picture of", "what?")
@@ -84,15 +85,16 @@ def test_a_bad_request_spoils_no_other(assistant, images, tmp_path):
     (tmp_path / "torn.png").write_bytes(b"torn")
     good = [Request(q, (images[i],), SHORT) for i, q in enumerate(QUESTIONS)]
     bad = [Request("what?", (tmp_path / "torn.png",)), Request("red " * 3000, (images[0],)),
-           Request("what?", (images[0].astype(np.float32),)), Request((Turn("user", "is?"), Turn("assistant", "no")))]
-    mixed = [good[0], bad[0], good[1], bad[1], bad[2], good[2], bad[3], good[3]]
+           Request("what?", (images[0].astype(np.float32),)), Request((Turn("user", "is?"), Turn("assistant", "no"))),
+           Request("\ud800", (images[0],))]
+    mixed = [good[0], bad[0], good[1], bad[1], bad[2], good[2], bad[3], bad[4], good[3]]
     for way in ("caches", "single pass"):
         answers = ask(assistant, mixed, way=way, batch_size=3)
         assert [a.text for a in answers if not a.error] == [a.text for a in ask(assistant, good, way=way)]
         errors = [a for a in answers if a.error]
         assert {a.finish_reason for a in errors} == {"error"} and not any(a.text or a.token_ids for a in errors)
-        for answer, problem in zip(errors, ("torn.png", "there is room for", r"float32[32, 32, 3]", "user's turn"),
-                                   strict=True):
+        for answer, problem in zip(errors, ("torn.png", "there is room for", r"float32[32, 32, 3]", "user's turn",
+                                            "not UTF-8"), strict=True):
             assert problem in answer.error
         assert all("there is room" in a.error for a in ask(assistant, [bad[1]] * 2, way=way))
 
@@ -100,6 +102,18 @@ def test_a_bad_request_spoils_no_other(assistant, images, tmp_path):
 def test_a_single_pass_needs_pixels(assistant, cache):
     with pytest.raises(InputError, match="a single pass needs the pixels of a visual, got its cache"):
         ask(assistant, [Request("what?", (cache,))], way="single pass")
+
+
+def test_visuals_are_a_tuple(tmp_path):
+    for one in ("photo.png", [tmp_path]):
+        with pytest.raises(InputError, match=r"visuals must be a tuple, got .*: write \(visual,\) for one"):
+            Request("what?", one)
+
+
+def test_slots_of_answers_waste_at_most_a_fifth():
+    slots = [SamplingStatics.of([SamplingConfig(max_new_tokens=n), SHORT]).slots for n in range(1, 2049)]
+    assert slots[3] == 4 and slots[63] == 64 and slots[1024] == 1280 and len(set(slots)) < 45
+    assert all(n <= s and (s == 4 or s - n <= s / 5) for n, s in enumerate(slots, 1))
 
 
 def test_a_system_text_replaces_the_templates(tiny_model, words, images):
@@ -168,6 +182,10 @@ def test_visuals_are_files_images_frames_or_arrays(assistant, images, tmp_path):
     frames = assistant.visual(Frames((picture(0), picture(1).convert("L"))))
     assert len(frames.units) == 2 and frames.units[0].tolist() == from_image.units[0].tolist()
     assert len(assistant.visual(np.stack(images)).units) == 5
+    write_video(tmp_path / "a.mp4", frames=30)
+    assert len(assistant.visual(Video(tmp_path / "a.mp4", frames=3)).units) == 3
+    (short,) = ask(assistant, [Request("what?", (Video(tmp_path / "a.mp4", frames=50),))])
+    assert "has 30 frames, 50 are needed" in short.error
     for one in (tmp_path / "a.png", str(tmp_path / "a.png"), picture(0), [picture(0)]):
         assert assistant.compress(one).image_digests == (from_file.digest,)
     assert assistant.recall(Store(tmp_path / "store"), picture(0)).image_digests == (from_file.digest,)

@@ -40,7 +40,14 @@ ROLE_COLOURS = {
 
 @dataclass(frozen=True)
 class Example:
-    """A test image with a question, the gold answer, and each model's answer."""
+    """A test image with a question and its answers.
+
+    Attributes:
+      image: its file.
+      question: about the image.
+      gold: the correct answer.
+      answers: each model's answer, by its name.
+    """
 
     image: Path
     question: str
@@ -49,13 +56,13 @@ class Example:
 
 
 def loss_curve(workdir: str | Path) -> list[tuple[int, float]]:
-    """(step, loss) of every step of a run, from its metrics.jsonl."""
+    """Reads (step, loss) of every step of a run from its metrics.jsonl."""
     lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
     return [(record["step"], record["loss"]) for record in map(json.loads, lines)]
 
 
 def draw_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """Loss over steps, a line per run, smoothed over a fiftieth of its steps."""
+    """Draws the loss over steps, a line per run, smoothed over a fiftieth of its steps."""
     figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
     for name, curve in curves.items():
         steps, losses = np.array(curve).T
@@ -69,7 +76,7 @@ def draw_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
 
 
 def draw_mask(sample: SampleLayout) -> Figure:
-    """Who sees whom in one sample: with the VoCo mask, and in the upper bound."""
+    """Draws who sees whom in one sample: with the VoCo mask, and in the upper bound."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
     colours = ListedColormap(["white", *ROLE_COLOURS.values()])
     paint = {role: i + 1 for i, role in enumerate(ROLE_COLOURS)}
@@ -93,7 +100,16 @@ def write_report(
     examples: Sequence[Example],
     versions: Mapping[str, str],
 ) -> None:
-    """Writes the page; `result` is what retention.json holds."""
+    """Writes the page.
+
+    Args:
+      path: of the file.
+      result: the content of retention.json.
+      losses: from `draw_losses`.
+      mask: from `draw_mask`.
+      examples: test images with answers.
+      versions: of the packages that the run used, by their names.
+    """
     two_stage, tokens = result["two_stage"], result["vision_tokens"]
     body = [
         "<h1>vocojax quickstart</h1>",

@@ -1,4 +1,4 @@
-"""Retention: how much of what vision tokens give is left behind the compression (paper §4.2).
+"""Retention: how much of the vision tokens' benefit is left after compression (paper §4.2).
 
     retention = (accuracy - lower bound) / (upper bound - lower bound)
 """
@@ -9,39 +9,51 @@ from typing import TypedDict
 
 
 def retention(accuracy: float, lower: float, upper: float) -> float | None:
-    """Share of the gap between the bounds; None where the bounds are equal and the gap says nothing."""
+    """Returns the share of the gap between the bounds that is kept; None where the bounds are equal."""
     return (accuracy - lower) / (upper - lower) if upper != lower else None
 
 
 class Row(TypedDict):
-    """A row of the table: means over seeds, accuracies in [0, 1]."""
+    """A row of the table: means over seeds.
+
+    Attributes:
+      accuracy: in [0, 1].
+      accuracy_by_question_type: in [0, 1] each.
+      retention: None where the bounds of some seed are equal.
+    """
 
     accuracy: float
     accuracy_by_question_type: dict[str, float]
-    retention: float | None  # None where the bounds are equal and the gap says nothing
+    retention: float | None
 
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy of one model, overall and for each kind of question, in [0, 1]."""
+    """Accuracy of one model.
+
+    Attributes:
+      accuracy: over all questions, in [0, 1].
+      by_kind: of each kind of question, in [0, 1].
+    """
 
     accuracy: float
     by_kind: Mapping[str, float] = field(default_factory=dict)
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
-    """The mean of the same model's scores over seeds."""
+    """Returns the mean of one model's scores over seeds."""
     kinds = scores[0].by_kind
     mean = lambda values: sum(values) / len(scores)
     return Score(mean([s.accuracy for s in scores]), {k: mean([s.by_kind[k] for s in scores]) for k in kinds})
 
 
 def table(scores: Mapping[str, Sequence[Score]], lower: str, upper: str) -> dict[str, Row]:
-    """The retention table.
+    """Makes the retention table.
 
     Args:
       scores: for every model its scores over the seeds, in the same order of seeds.
-      lower, upper: names of the bounds.
+      lower: name of the lower bound.
+      upper: name of the upper bound.
 
     Returns:
       For every model the mean accuracy, overall and by question type, and the mean over seeds of its retention.
@@ -60,12 +72,12 @@ def table(scores: Mapping[str, Sequence[Score]], lower: str, upper: str) -> dict
 
 
 def percent(share: float | None) -> str:
-    """0.5 -> '50.0 %'."""
+    """Writes a share as a percentage: 0.5 as '50.0 %'."""
     return "n/a" if share is None else f"{100 * share:.1f} %"
 
 
 def format_table(rows: Mapping[str, Row]) -> str:
-    """The table for a terminal, in per cent."""
+    """Writes the table for a terminal, in per cent."""
     kinds = list(next(iter(rows.values()))["accuracy_by_question_type"])
     header = ["model", "accuracy", *kinds, "retention"]
     lines = [header]

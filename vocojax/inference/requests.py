@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from vocojax.data.conversation import Conversation, Turn
+from vocojax.errors import InputError
 from vocojax.inference.caches.cache import VocoCache
 from vocojax.inference.decoding.sampling import GREEDY, SamplingConfig
 from vocojax.inference.decoding.text import FinishReason
 from vocojax.inference.visuals import VisualSource
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One prompt to be answered.
 
@@ -27,6 +28,10 @@ class Request:
     visuals: tuple[VisualSource | VocoCache, ...] = ()
     sampling: SamplingConfig = GREEDY
     system: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.visuals, tuple):
+            raise InputError(f"visuals must be a tuple, got {type(self.visuals).__name__}: write (visual,) for one")
 
     @property
     def turns(self) -> Conversation:

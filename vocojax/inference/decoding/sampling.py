@@ -67,9 +67,13 @@ class SamplingStatics(NamedTuple):
 
     @classmethod
     def of(cls, samplings: Sequence[SamplingConfig]) -> "SamplingStatics":
-        """Returns the statics of a batch; slots are rounded up to a power of two, so that few programs serve all."""
+        """Returns the statics of a batch.
+
+        Slots are rounded up to a quarter of the power of two below, so that few programs serve all length limits.
+        """
         longest = max(sampling.max_new_tokens for sampling in samplings)
-        return cls(1 << (longest - 1).bit_length(), any(sampling.temperature > 0 for sampling in samplings),
+        step = 1 << max(0, (longest - 1).bit_length() - 3)
+        return cls(-(-longest // step) * step, any(sampling.temperature > 0 for sampling in samplings),
                    any(sampling.repetition_penalty != 1 for sampling in samplings))
 
 
