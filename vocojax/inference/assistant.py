@@ -173,21 +173,19 @@ class Assistant:
 
     def caches_of(self, visuals: Sequence[Visual], store: Store | None = None) -> list[VocoCache]:
         """Returns the cache of each visual, from the store where it is there, else compressed and put in."""
+        different = {visual.digest: visual for visual in visuals}
         caches: dict[str, VocoCache] = {}
-        missing: dict[str, Visual] = {}
-        for visual in visuals:
-            try:
-                if store is None:
-                    missing[visual.digest] = visual
-                else:
-                    caches[visual.digest] = store.get(visual.digest, self.fingerprint, self.processor.unit.vocos)
-            except (MissingCache, DamagedCache):
-                missing[visual.digest] = visual
+        if store is not None:
+            for digest in different:
+                with contextlib.suppress(MissingCache, DamagedCache):
+                    caches[digest] = store.get(digest, self.fingerprint, self.processor.unit.vocos)
+        missing = {digest: visual for digest, visual in different.items() if digest not in caches}
         if missing:
             new = self.compress(list(missing.values())).split([len(visual.units) for visual in missing.values()])
-            for cache in new if store is not None else ():
-                store.put_visual(cache)  # type: ignore[union-attr]
             caches |= dict(zip(missing, new, strict=True))
+            if store is not None:
+                for cache in new:
+                    store.put_visual(cache)
         return [caches[visual.digest] for visual in visuals]
 
     def read(
