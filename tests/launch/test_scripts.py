@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import signal
 import stat
@@ -34,6 +35,21 @@ def shellcheck(text):
 def test_scripts_are_sound(script):
     assert bash("-n", script).returncode == 0
     assert shellcheck(script.read_text()) == ""
+
+
+def test_style_is_checked_the_same_way_whatever_lies_in_the_checkout(tmp_path):
+    """The command of launch/test.sh, where the quickstart's runs and directories named like packages are."""
+    (command,) = re.findall(r"^\.venv/bin/(ruff check .*)$", (LAUNCH / "test.sh").read_text(), re.MULTILINE)
+    names = command.split()[2:]
+    assert {"vocojax", "configs", "launch", "tests"} <= set(names)
+    for name in ("launch", "tests", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name in ("runs", "jax", "numpy", "pytest", "absl"):  # imports of theirs would be sorted as this project's own
+        executable(tmp_path / name / "faulty.py", "import os, sys")
+    ruff = [Path(sys.executable).with_name("ruff"), "check", "--no-cache", *sorted({"launch", "tests", "configs"})]
+    done = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def jobset():
@@ -165,12 +181,39 @@ def test_pod_commands_are_those_of_the_golden_file():
     (["run"], {}, "run needs launch/train.py's arguments"),
     (["run", "--config.name=x", "--workdir=w"], {}, "run needs launch/train.py's arguments"),
     (["resume", "--config=c"], {}, "resume needs launch/train.py's arguments: --config=... --workdir=..."),
+    (["run", "now", "--config=c", "--workdir=w"], {}, "unexpected argument: now"),
+    (["run", "--config=c", "--workdir=w", "--dry_run"], {}, "it is written --dry-run"),
     (["begin"], {}, "bash launch/tpu_pod.sh create"),
     ([], {}, "bash launch/tpu_pod.sh create"),
 ])
 def test_pod_mistakes(arguments, changes, message):
     done = bash("launch/tpu_pod.sh", *arguments, environment=POD | changes)
     assert done.returncode != 0 and message in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [["create"], ["install"], ["tail"], ["stop"], ["delete"],
+                                       ["run", "--config=c", "--workdir=w"], ["resume", "--config=c", "--workdir=w"]])
+def test_a_dry_run_runs_nothing_wherever_it_is_asked_for(arguments, tmp_path):
+    """Whatever would reach the cloud is a program that leaves a trace."""
+    for program in ("gcloud", "git"):
+        executable(tmp_path / "bin" / program, f"#!/usr/bin/env bash\necho {program} >> {tmp_path}/ran\n")
+    environment = {**POD, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    printed = set()
+    for place in range(len(arguments) + 1):
+        words = [*arguments[:place], "--dry-run", *arguments[place:]]
+        done = bash("launch/tpu_pod.sh", *words, environment=environment)
+        assert done.returncode == 0 and "gcloud compute tpus tpu-vm" in done.stdout, done.stderr
+        printed.add(done.stdout)
+    assert len(printed) == 1 and "--dry-run" not in printed.pop() and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("verb", ["create", "install", "tail", "stop", "delete"])
+@pytest.mark.parametrize("stray", ["now", "--force", "--dry_run", "--dry-run=1", "--dryrun", "-n"])
+def test_a_stray_argument_is_an_error_and_nothing_is_done(verb, stray, tmp_path):
+    executable(tmp_path / "bin" / "gcloud", f"#!/usr/bin/env bash\ntouch {tmp_path}/ran\n")
+    done = bash("launch/tpu_pod.sh", verb, stray, environment={
+        **POD, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    assert done.returncode == 2 and stray in done.stderr and not (tmp_path / "ran").exists()
 
 
 # What runs where gcloud would: copies to and commands on a machine whose home is $HOME.
