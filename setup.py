@@ -16,6 +16,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vocojax", "vocojax.*"]),
+    package_data={"vocojax": ["py.typed"]},
+    entry_points={"console_scripts": ["vocojax = vocojax.cli.main:main"]},
     install_requires=[
         f"jax{JAX}",
         "flax>=0.12.8,<0.13",

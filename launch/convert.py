@@ -1,47 +1,10 @@
-"""Converts weights between layouts:
-
-    python launch/convert.py --source llava-1.5-7b-hf --target runs/llava --target_layout orbax --verify
-    python launch/convert.py --source vicuna-7b-v1.5 --vision clip-vit-large-patch14-336 --projector mm_projector.bin \
-        --target runs/parts --target_layout orbax
-    python launch/convert.py --source runs/voco --target voco-hf --target_layout huggingface
-
-A source is a directory in transformers' LLaVA layout, in the original LLaVA layout (also the released VoCo-LLaMA,
-Shikra, LLaMA-VID), a LLaMA (alone, or with --vision), or a run of training.
-"""
+"""Runs `vocojax convert` of this checkout; --help describes it."""
 
 import sys
+from pathlib import Path
 
-from absl import app, flags, logging
-
-from vocojax.errors import ConvertError
-from vocojax.pretrained.conversion import convert
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("source", None, "Directory of the weights.", required=True)
-flags.DEFINE_string("target", None, "Directory to write, which must not exist.", required=True)
-flags.DEFINE_enum("target_layout", None, ["orbax", "huggingface", "llava"], "Layout to write.", required=True)
-flags.DEFINE_string("vision", None, "Vision tower: a CLIP directory or an EVA-CLIP file, if the source has none.")
-flags.DEFINE_string("projector", None, "File of the projector (mm_projector.bin), if the source has none.")
-flags.DEFINE_string("tokenizer", None, "Directory of the tokenizer, if the source has none.")
-flags.DEFINE_integer("num_vocos", None, "VoCo tokens per image, if the source doesn't say; else 1.", lower_bound=1)
-flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Dtype to write; default: as stored.")
-flags.DEFINE_multi_string("allow_missing", [], "Regex of tensors that may be missing or superfluous; repeatable.")
-flags.DEFINE_bool("verify", False, "Read the target again, report max |Δ| of every tensor and the digest of all.")
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every parameter that it reads
-    try:
-        convert(
-            FLAGS.source, FLAGS.target, FLAGS.target_layout, dtype=FLAGS.dtype, verify=FLAGS.verify,
-            vision=FLAGS.vision, projector=FLAGS.projector, tokenizer=FLAGS.tokenizer, num_vocos=FLAGS.num_vocos,
-            allow_missing=FLAGS.allow_missing,
-        )
-    except (ConvertError, OSError) as error:
-        sys.exit(f"error: {error}")
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from vocojax.cli import convert, runner
 
 if __name__ == "__main__":
-    app.run(main)
+    runner.run(convert)

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from vocojax.cli.terminal import refuse_empty, require_writable
+from vocojax.cli.flag_checks import refuse_empty, require_writable
 from vocojax.config import ConfigError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.cache import VocoCache

@@ -51,7 +51,7 @@ def test_a_search_that_is_ended_leaves_nothing_behind_and_goes_on(tmp_path):
         time.sleep(0.1)
     search.send_signal(signal.SIGTERM)
     _, errors = search.communicate(timeout=60)
-    assert search.returncode == 1 and errors.endswith("ended; the same command goes on\n"), errors
+    assert search.returncode == 1 and errors.endswith("ended; run the same command to resume\n"), errors
     assert not compiling() and not list(temporary.iterdir())
     (first,) = json.loads(path.read_text())["reports"]
     search = start(*command, TMPDIR=str(temporary))

@@ -1,0 +1,68 @@
+"""Answers questions about images from a store of VoCo caches.
+
+    vocojax answer --checkpoint=runs/voco --store=caches --image=a.jpg --question='What is in the picture?'
+    vocojax answer --checkpoint=runs/voco --store=caches --questions=questions.jsonl > answers.jsonl
+
+An image that is not in the store is compressed and added. A line of the second form is
+{"image": PATH or [PATHS], "question": TEXT}; further keys are kept, and "seed" is the question's seed. Answers come in
+the order of the questions. The answer to a single question is printed while it is generated.
+"""
+
+import json
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from vocojax.cli.flag_checks import refuse_arguments, refuse_empty
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_string("checkpoint", None, "Weights in any layout, or a run of training.", required=True)
+    flags.DEFINE_string("store", None, "Directory of the store, local or gs://.", required=True)
+    flags.DEFINE_enum("storage", "exact", ["exact", "int8"], "Kind of entry to read and write.")
+    flags.DEFINE_multi_string("image", [], "Image of the question; repeat it for several, in their order.")
+    flags.DEFINE_string("question", None, "The question.")
+    flags.DEFINE_string("questions", None, "File of questions, JSON lines; JSON lines with answers are printed.")
+    flags.DEFINE_integer("batch_size", 32, "Questions that are answered at once.", lower_bound=1)
+    flags.DEFINE_integer("vocos", None, "Number of each image's VoCo tokens to read; default: all.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 256, "Longest answer, in tokens.")
+    flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
+    flags.DEFINE_integer("top_k", 0, "Draw from this many likeliest tokens; 0 for all.")
+    flags.DEFINE_float("top_p", 1.0, "Draw from the smallest set of tokens with this probability.")
+    flags.DEFINE_float("repetition_penalty", 1.0, "Divides the logits of tokens that are there already.")
+    flags.DEFINE_multi_string("stop", [], "Text that ends an answer; repeatable.")
+    flags.DEFINE_integer("seed", 0, "Seed of the question; with --questions, of the first one: later ones count on.",
+                         lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of the model; default: as stored.")
+    flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR over this process's devices (-1 for the rest); default: one.")
+    refuse_empty("checkpoint", "store", "image", "question", "questions")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Answers."""
+    refuse_arguments(arguments)
+    given = [bool(value) for value in (FLAGS.image, FLAGS.question, FLAGS.questions)]
+    if given not in ([True, True, False], [False, False, True]):
+        raise app.UsageError("give --image and --question, or --questions=FILE.jsonl without them")
+    from vocojax.inference.assistant import Assistant
+    from vocojax.inference.caches.store import Store
+    from vocojax.inference.decoding.sampling import SamplingConfig
+    from vocojax.inference.many import answer_all, read_questions
+    from vocojax.parallel.mesh import parse_mesh
+
+    sampling = SamplingConfig(FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.top_k, FLAGS.top_p,
+                              FLAGS.repetition_penalty, tuple(FLAGS.stop))
+    questions = read_questions(FLAGS.questions, FLAGS.seed) if FLAGS.questions else []
+    assistant = Assistant.from_pretrained(FLAGS.checkpoint, mesh=parse_mesh(FLAGS.mesh), dtype=FLAGS.dtype)
+    store = Store(FLAGS.store, FLAGS.storage)
+    if questions:
+        for question, answer in answer_all(assistant, store, questions, sampling, FLAGS.batch_size, FLAGS.vocos):
+            print(json.dumps({**question.record, **answer}, ensure_ascii=False), flush=True)
+        return
+    cache = assistant.recall(store, FLAGS.image, FLAGS.vocos)
+    for (piece,) in assistant.stream(cache, [FLAGS.question], None, sampling, [FLAGS.seed]):
+        print(piece, end="", flush=True)
+    print()

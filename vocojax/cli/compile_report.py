@@ -1,0 +1,92 @@
+"""Reports what a stage's real step costs on a machine that is not there.
+
+    . launch/xla_flags.sh v5p
+    vocojax report --config=configs/voco.py --topology=v5p:4x4x4 --config.batch_size=128 --json=report.json
+    vocojax report --config=configs/voco.py --topology=v5e:16x16 --config.batch_size=256 --fast \\
+        --compare-remat --json=policies.json
+    vocojax report --config=configs/voco.py --topology=v5e:4x4 --search --policies=full,minimal --rows=1,2 \\
+        --meshes=1x16x1 --json=search.json
+    vocojax report --config=configs/voco.py --topology=h100:8 --config.batch_size=128 --config.accumulate=8
+
+The step is compiled for the topology. This needs the extra `tpu` (libtpu) or `cuda` (the CUDA plugin) and no device.
+Paths of data and weights are not read. A search or comparison that was ended resumes with the same --json file.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from vocojax.cli.flag_checks import refuse_arguments, require_writable
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, "The stage's ml_collections file.")
+    flags.DEFINE_string("topology", None, "v5p:4x4x4, v5e:16x16*2 (two slices), h100:8 ...", required=True)
+    flags.DEFINE_bool("fast", False, "Stop at the scheduled program: seconds, not minutes; times from a roofline.")
+    flags.DEFINE_bool("compare-remat", False, "Report on every rematerialisation policy.")
+    flags.DEFINE_bool("search", False, "Try rows per device x policy x mesh (fast) and rank them.")
+    flags.DEFINE_list("policies", [], "Policies to compare or search; default: all.")
+    flags.DEFINE_list("rows", [], "Rows per device, and part of a batch, to search.")
+    flags.DEFINE_list("meshes", [], "Meshes to search, data x fsdp x tensor: 1x256x1,2x128x1.")
+    flags.DEFINE_string("json", None, "File to write all figures to.")
+    require_writable("json")
+    flags.mark_flag_as_required("config")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reports."""
+    refuse_arguments(arguments)
+    _refuse_what_does_nothing()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _report()
+    except KeyboardInterrupt:
+        several = FLAGS.search or FLAGS["compare-remat"].value
+        sys.exit("ended; run the same command to resume" if FLAGS.json and several else "ended")
+
+
+def _report() -> None:
+    values = FLAGS.config.copy_and_resolve_references()  # a file that can't be read is reported here
+    import jax
+    from ml_collections import config_flags
+
+    from vocojax.costs.steps.report import compile_report
+    from vocojax.costs.steps.search import compare_remat, refuse_a_search, search
+    from vocojax.costs.steps.tables import comparison, table
+    from vocojax.costs.topologies import Topology
+    from vocojax.files import write_atomically
+    from vocojax.training.config import stage_config
+
+    jax.config.update("jax_platforms", "cpu")  # accelerators that are there are not used
+    for key in ("tokenizer", "path", "image_root"):  # required of a run, of no use here
+        values.data[key] = values.data[key] or "-"
+    config, topology = stage_config(values, config_flags.get_config_filename(FLAGS["config"])), Topology(FLAGS.topology)
+    if FLAGS.search or FLAGS["compare-remat"].value:
+        found = (
+            search(config, topology, FLAGS.policies, FLAGS.rows, FLAGS.meshes, path=FLAGS.json)
+            if FLAGS.search else compare_remat(config, topology, FLAGS.policies, fast=FLAGS.fast, path=FLAGS.json)
+        )
+        print(comparison(found.reports, found.skipped))
+        return
+    if FLAGS.json:
+        refuse_a_search(FLAGS.json)
+    figures = compile_report(config, topology, fast=FLAGS.fast)
+    print(table(figures))
+    if FLAGS.json:
+        write_atomically(FLAGS.json, json.dumps(figures, indent=2))
+
+
+def _refuse_what_does_nothing() -> None:
+    if FLAGS.search and FLAGS["compare-remat"].value:
+        raise app.UsageError("--search tries every policy, as --compare-remat does: give one of them")
+    for name, goes_with in (("rows", ["search"]), ("meshes", ["search"]), ("policies", ["search", "compare-remat"])):
+        if FLAGS[name].value and not any(FLAGS[mode].value for mode in goes_with):
+            raise app.UsageError(f"--{name} goes with {' or '.join('--' + mode for mode in goes_with)}")

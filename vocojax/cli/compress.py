@@ -1,0 +1,73 @@
+"""Compresses image files into a store of VoCo caches, for `vocojax answer`.
+
+    vocojax compress --images='photos/**/*.jpg' --checkpoint=runs/voco --store=caches
+
+Run the same command after an interruption: images that are in the store are skipped. On several hosts the same command
+runs on each, with the flags of `vocojax train` where the cluster is not detected; every process takes its share of the
+files.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from absl import flags
+
+from vocojax.cli.flag_checks import refuse_arguments, refuse_empty, require_writable
+from vocojax.errors import InputError
+
+FLAGS = flags.FLAGS
+PATIENCE = 7 * 24 * 3600.0  # seconds that a process waits for slower ones: they need not finish together
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_multi_string("images", None, "Glob of image files; repeatable.", required=True)
+    flags.DEFINE_string("checkpoint", None, "Weights in any layout, or a run of training.", required=True)
+    flags.DEFINE_string("store", None, "Directory of the store, local or gs://.", required=True)
+    flags.DEFINE_enum("storage", "exact", ["exact", "int8"],
+                      "Kind of entry; int8 takes half of bfloat16's bytes, and its loss is printed.")
+    flags.DEFINE_string("probe", "What is in the picture?", "Question that the loss of int8 is measured with.")
+    flags.DEFINE_float("max_gib", None, "Size above which the least recently used entries are removed.", lower_bound=0)
+    flags.DEFINE_integer("batch_size", 64, "Images that run at once.", lower_bound=1)
+    flags.DEFINE_integer("threads", 8, "Threads that read images.", lower_bound=1)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of the model; default: as stored.")
+    flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR over this process's devices (-1 for the rest); default: one.")
+    flags.DEFINE_string("json", None, "File to write the counts and the bad files to.")
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where it is not detected.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes, where it is not detected.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, where it is not detected.")
+    refuse_empty("images", "checkpoint", "store")
+    require_writable("json")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compresses."""
+    refuse_arguments(arguments, " (is the glob in quotes?)")
+    import jax
+
+    from vocojax.inference.assistant import Assistant
+    from vocojax.inference.caches.store import Store
+    from vocojax.inference.collection import Outcome, compress_files, find_files, int8_loss
+    from vocojax.parallel import cluster, processes
+    from vocojax.parallel.mesh import parse_mesh
+
+    cluster.initialize(cluster.find_cluster(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id))
+    paths = find_files(FLAGS.images, jax.process_index(), jax.process_count())
+    assistant = Assistant.from_pretrained(FLAGS.checkpoint, mesh=parse_mesh(FLAGS.mesh), dtype=FLAGS.dtype)
+    store = Store(FLAGS.store, FLAGS.storage, None if FLAGS.max_gib is None else int(FLAGS.max_gib * 2**30))
+    outcome = compress_files(assistant, store, paths, FLAGS.batch_size, FLAGS.threads)
+    good = [path for path in paths if path not in outcome.bad][: FLAGS.batch_size]
+    if FLAGS.storage == "int8" and good:
+        print(int8_loss(assistant, assistant.compress(good, FLAGS.batch_size), FLAGS.probe))
+    outcomes = processes.to_first("outcome", dataclasses.asdict(outcome), PATIENCE)
+    processes.from_first("all are done", None, PATIENCE)
+    if outcomes is None:
+        return
+    outcome = sum((Outcome(**one) for one in outcomes), Outcome())
+    if FLAGS.json:
+        with open(FLAGS.json, "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(outcome), file, indent=2)
+    print(f"{FLAGS.store}: {outcome}")
+    if outcome.bad and not outcome.compressed + outcome.skipped:
+        raise InputError("none of the files is an image that can be used")

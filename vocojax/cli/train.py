@@ -1,0 +1,65 @@
+"""Trains one stage, or resumes its run.
+
+    vocojax train --config=configs/voco.py --workdir=runs/voco [--config.KEY=VALUE ...]
+
+On several hosts the same command runs on each. TPU pods, SLURM and MPI tell JAX which process is which. Elsewhere give
+--coordinator_address=HOST:PORT --num_processes=N --process_id=I, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID. SIGTERM saves what is new and exits with 0, or with --stopped_status; run the same command to resume.
+(Only in the first seconds, while Python imports JAX, SIGTERM ends the process like any other.)
+"""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from vocojax.cli.flag_checks import refuse_arguments
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, "The stage's ml_collections file.")
+    flags.DEFINE_string("workdir", None, "Directory of checkpoints and logs; a run in it is resumed.")
+    flags.DEFINE_list("profile", [], "FIRST,LAST: writes a trace of these steps to WORKDIR/profile.")
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where it is not detected.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes, where it is not detected.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, where it is not detected.")
+    flags.DEFINE_float("start_seconds", 300.0, "Seconds to wait at the start for the other processes.")
+    flags.DEFINE_integer("heartbeat_seconds", 100, "Seconds after which a silent process counts as dead.")
+    flags.DEFINE_integer("stopped_status", 0, "Exit status of a run that SIGTERM stopped and that has saved; whatever "
+                                              "starts it again can tell it from a finished one.")
+    flags.register_validator("profile", lambda steps: len(steps) in (0, 2) and all(map(str.isdecimal, steps)),
+                             "must be FIRST,LAST: the numbers of two steps")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Trains."""
+    refuse_arguments(arguments)
+    values = FLAGS.config.copy_and_resolve_references()  # a file that can't be read is reported here
+    from vocojax.parallel.preemption import Preempted, leave_on_sigterm
+
+    leave_on_sigterm(FLAGS.stopped_status)
+    from ml_collections import config_flags
+
+    from vocojax.parallel import cluster
+    from vocojax.training.config import stage_config
+    from vocojax.training.stage import train
+
+    config = stage_config(values, config_flags.get_config_filename(FLAGS["config"]))
+    if FLAGS.profile:
+        first, last = map(int, FLAGS.profile)
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, profile=(first, last)))
+    try:
+        found = cluster.find_cluster(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
+        cluster.initialize(found, FLAGS.start_seconds, FLAGS.heartbeat_seconds)
+        train(config, FLAGS.workdir)
+    except Preempted as stopped:
+        logging.getLogger("vocojax").warning("%s", stopped)
+        sys.exit(FLAGS.stopped_status)
