@@ -18,8 +18,10 @@ from PIL import Image
 from transformers import LlamaTokenizer
 
 from vocojax.config import PRESETS, ModelConfig
+from vocojax.data.config import DataConfig
 from vocojax.data.tokenizer import Tokenizer, word_tokenizer
 from vocojax.models.voco import VocoLlama
+from vocojax.training.config import CheckpointConfig, OptimizerConfig, StageConfig
 
 # Many tests compile the same programs.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
@@ -87,3 +89,26 @@ def llava_data(tmp_path_factory, words):
     (root / "records.json").write_text(json.dumps(records))
     words.save(root / "tokenizer")
     return root
+
+
+@pytest.fixture
+def stage(tiny_config, llava_data) -> StageConfig:
+    """A stage of four steps on the tests' own LLaVA records."""
+    return StageConfig(
+        name="test",
+        model=tiny_config,
+        data=DataConfig(
+            path=str(llava_data / "records.json"), image_root=str(llava_data / "images"),
+            tokenizer=str(llava_data / "tokenizer"), template="short", row_length=48, images_per_row=2, pack_window=6,
+            max_targets=12, num_threads=1,
+        ),
+        learning_rates=(("projector/.*", 1.0), ("decoder/.*", 1.0), ("vision/.*", "freeze")),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        checkpoint=CheckpointConfig(every=2, keep=2),
+        batch_size=4,
+        steps=4,
+        dtype="float32",
+        frozen_dtype="float32",
+        remat="none",
+        log_every=2,
+    )

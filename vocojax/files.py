@@ -79,6 +79,19 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def local_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a local directory with the files of one that may be remote; a copy goes at the end of the `with` block."""
+    if not is_remote(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for file in epath.Path(path).iterdir():
+            if file.is_file():
+                Path(copy, file.name).write_bytes(file.read_bytes())
+        yield Path(copy)
+
+
+@contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """Yields a directory to fill, which becomes `target` at the end of the `with` block.
 

@@ -6,8 +6,6 @@ from typing import Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
-from jax.typing import DTypeLike
 
 from vocojax.errors import ConvertError
 from vocojax.models.parameters import Parameters
@@ -69,13 +67,17 @@ def check_tensors(
     return sorted(name for name in missing if may_differ(name))
 
 
-def read_parameters(weights: Weights, shardings: Mapping[str, Sharding], dtype: DTypeLike) -> Parameters:
-    """The parameters that there are of those named, each put where its sharding says; a device reads only its part."""
+def read_parameters(weights: Weights, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
+    """Reads parameters into the shardings and dtypes asked for; every device reads only its part.
+
+    Args:
+      weights: holds all of the wanted parameters, in the wanted shapes.
+      wanted: shape, dtype and sharding by name.
+    """
     parameters: Parameters = {}
-    for path, sharding in shardings.items():
-        if path in weights.shapes:
-            read = lambda index, path=path: weights.read(path, index).astype(dtype, copy=False)
-            parameters[path] = jax.make_array_from_callback(weights.shapes[path], sharding, read)
+    for path, leaf in wanted.items():
+        read = lambda index, path=path, dtype=leaf.dtype: weights.read(path, index).astype(dtype, copy=False)
+        parameters[path] = jax.make_array_from_callback(tuple(leaf.shape), leaf.sharding, read)
     return parameters
 
 

@@ -110,7 +110,7 @@ def test_configs_come_back():
         assert huggingface.read_decoder(huggingface.write_decoder(config, config.vocab_size, ids), "x") == config
     model = huggingface.read_llava(LLAVA_HF, "config.json")
     written = huggingface.write_llava(model, 32064, ids, image_id=32000)
-    assert huggingface.read_llava(written | {"voco": huggingface.write_voco(model.voco)}, "x") == model
+    assert huggingface.read_llava(written | {"voco": dataclasses.asdict(model.voco)}, "x") == model
 
 
 @functools.cache
@@ -173,13 +173,13 @@ def test_positions_and_aspect_ratio_are_carried(tmp_path):
 
     checkpoints.save_original(tmp_path / "source", checkpoints.original_tensors(), image_aspect_ratio="square")
     source = open_source(tmp_path / "source")
-    assert (source.config.decoder.max_positions, source.fit) == (256, "crop")
+    assert (source.config.decoder.max_positions, source.card.fit) == (256, "crop")
     convert(tmp_path / "source", tmp_path / "run", "orbax", report=lambda _: None)
     for layout, part in (("llava", ()), ("huggingface", ("text_config",))):
         convert(tmp_path / "run", tmp_path / layout, layout, verify=True, report=lambda _: None)
         written = json.loads((tmp_path / layout / "config.json").read_text())
         assert functools.reduce(dict.__getitem__, part, written)["max_position_embeddings"] == 256
-        assert written["prompt"]["fit"] == open_source(tmp_path / layout).fit == "crop"
+        assert written["prompt"]["fit"] == open_source(tmp_path / layout).card.fit == "crop"
     assert json.loads((tmp_path / "llava" / "config.json").read_text())["image_aspect_ratio"] == "square"
     with pytest.raises(ConvertError, match=r"c: image_aspect_ratio must be one of pad, square, got 'anyres'"):
         llava.read_fit(LLAVA | {"image_aspect_ratio": "anyres"}, "c")
@@ -201,5 +201,5 @@ def test_sentencepiece_tokenizer_alone(tmp_path):
     (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}))
     source = open_source(tmp_path / "source")
-    assert source.tokenizer.voco_id == source.config.voco.token_id == 320
+    assert source.card.tokenizer.voco_id == source.config.voco.token_id == 320
     assert (source.config.decoder.vocab_size, source.config.decoder.vocab_padding) == (512, 191)

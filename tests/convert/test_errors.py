@@ -358,7 +358,8 @@ def test_an_overflow_of_the_target_s_dtype_is_no_success(source):
 
 
 def test_template_and_fit_survive_an_export(source, tmp_path):
-    opened = dataclasses.replace(open_source(source), template="released", fit="crop")
-    export.export(opened, tmp_path / "out", "huggingface")
-    again = open_source(tmp_path / "out")
+    opened = open_source(source)
+    card = dataclasses.replace(opened.card, template="released", fit="crop")
+    export.export(dataclasses.replace(opened, card=card), tmp_path / "out", "huggingface")
+    again = open_source(tmp_path / "out").card
     assert (again.template, again.fit) == ("released", "crop")

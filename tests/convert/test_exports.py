@@ -28,7 +28,8 @@ from vocojax.models.parameters import parameters_of
 from vocojax.models.voco import Rows
 from vocojax.pretrained import export
 from vocojax.pretrained.conversion import convert
-from vocojax.pretrained.loading import load_decoder, load_model, save_model
+from vocojax.pretrained.loading import load_card, load_decoder, load_model, save_model
+from vocojax.runs.card import ModelCard
 from vocojax.runs.parameters import load_model as load_run
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import CheckpointConfig
@@ -56,7 +57,7 @@ def test_transformers_loads_the_huggingface_export(tmp_path):
     parts = checkpoints.save_parts(tmp_path)
     model = load_model(parts["source"], vision=parts["vision"], projector=parts["projector"],
                        num_vocos=2)
-    save_model(model, tmp_path / "exported", tokenizer=Tokenizer.from_directory(parts["source"]))
+    save_model(model, ModelCard(model.config, Tokenizer.from_directory(parts["source"])), tmp_path / "exported")
     loaded, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "exported", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.dtype == torch.float32
@@ -82,7 +83,7 @@ def test_transformers_loads_the_original_export(tmp_path):
     """Of the original layout, transformers itself knows the tokenizer, the image processor and the decoder."""
     checkpoints.save_original(tmp_path / "source", checkpoints.original_tensors())
     model = load_model(tmp_path / "source")
-    save_model(model, tmp_path / "exported", "llava", tokenizer=Tokenizer.from_directory(tmp_path / "source"))
+    save_model(model, load_card(tmp_path / "source"), tmp_path / "exported", "llava")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert tokenizer.convert_tokens_to_ids("<voco>") == W and len(tokenizer) == W + 1
     assert CLIPImageProcessor.from_pretrained(tmp_path / "exported").crop_size == {"height": 28, "width": 28}

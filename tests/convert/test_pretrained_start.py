@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tests.helpers import checkpoints
-from vocojax.config import ModelConfig, build
+from vocojax.config import LoraConfig, ModelConfig, build
 from vocojax.data.config import DataConfig
 from vocojax.pretrained.conversion import convert
-from vocojax.runs.orbax_files import OrbaxWeights
+from vocojax.runs.weights import RunWeights
 from vocojax.training.checkpoints import CheckpointError
 from vocojax.training.config import StageConfig
 from vocojax.training.stage import train
@@ -46,7 +46,8 @@ def test_alignment_from_a_llama_and_a_tower(tmp_path, llava_data, caplog):
     assert set(origins.values()) == {"random", str(tmp_path / "pretrained")}
     assert (f"model.decoder.rope_theta is not what {tmp_path / 'pretrained'}, where the parameters come from, was made "
             "with") in messages
-    pretrained, aligned = OrbaxWeights(tmp_path / "pretrained"), OrbaxWeights(tmp_path / "alignment")
+    pretrained, aligned = (
+        RunWeights(tmp_path / name, LoraConfig()) for name in ("pretrained", "alignment"))
     assert len(pretrained.shapes) == 51 and len(aligned.shapes) == 55
     for name in pretrained.shapes:
         np.testing.assert_array_equal(aligned.read(name), pretrained.read(name).astype(jnp.bfloat16), err_msg=name)

@@ -23,6 +23,7 @@ from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.inference.many import Question, answer_all, read_questions
 from vocojax.parallel.mesh import MeshConfig, local_mesh, parse_mesh
 from vocojax.pretrained.loading import save_model
+from vocojax.runs.card import ModelCard
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = SamplingConfig(max_new_tokens=4)
@@ -190,7 +191,7 @@ def test_launch_scripts_refuse_nonsense_at_once(script, given, message):
 def test_the_launch_scripts_on_one_device_on_a_mesh_and_on_two_processes(assistant, photos, tmp_path):
     """The same caches and answers every time; two processes with one store share the files."""
     checkpoint = tmp_path / "model"
-    save_model(assistant.model, checkpoint, "orbax", tokenizer=assistant.tokenizer)
+    save_model(assistant.model, ModelCard(assistant.model.config, assistant.tokenizer), checkpoint, "orbax")
 
     def start(script, *flags, devices=1):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +22,7 @@ from vocojax.models.parameters import parameters_of
 from vocojax.parallel.preemption import Preempted
 from vocojax.pretrained.loading import load_model as load_converted
 from vocojax.runs.checksums import checksums, host_checksum
-from vocojax.runs.parameters import load_model, saved_leaves
+from vocojax.runs.parameters import SavedParameters, load_model
 from vocojax.training.checkpoints import CheckpointError, Checkpoints
 from vocojax.training.config import CheckpointConfig, OptimizerConfig
 from vocojax.training.stage import train
@@ -73,7 +72,7 @@ def test_what_does_not_train_is_written_once(tmp_path):
         checkpoints.save(2, state, {"data": 2})
     assert frozen.stat().st_mtime_ns == before and (step, progress["data"]) == (1, 1)
     assert state.frozen["b"].tolist() == [0, 1, 2, 3] and state.trained["a"].tolist() == [1, 1, 1]
-    assert set(saved_leaves(epath.Path(tmp_path / "checkpoints" / "2" / "parameters"))) == {"a"}
+    assert {name for name, home in SavedParameters(tmp_path).homes.items() if home.name == "parameters"} == {"a"}
 
 
 @pytest.mark.parametrize("item", ["parameters", "optimizer", "progress"])

@@ -22,9 +22,9 @@ from vocojax.models.parameters import parameters_of, with_parameters
 from vocojax.models.voco import Rows
 from vocojax.parallel.mesh import MeshConfig, make_mesh
 from vocojax.pretrained.conversion import convert
-from vocojax.pretrained.loading import load_model as load_converted
-from vocojax.runs.orbax_files import OrbaxWeights
-from vocojax.runs.parameters import load_model
+from vocojax.pretrained.loading import load_model as load_any
+from vocojax.runs.checkpoint_files import read_arrays
+from vocojax.runs.parameters import SavedParameters, load_model
 from vocojax.training import checkpoints
 from vocojax.training.config import stage_config
 from vocojax.training.program import make_model, make_program
@@ -48,9 +48,12 @@ def base(stage, tmp_path):
 
 
 def saved(workdir):
-    """Every array of a run's newest checkpoint."""
-    weights = OrbaxWeights(Path(workdir))
-    return {name: np.asarray(weights.read(name), np.float32) for name in weights.shapes}
+    """Every array of a run's newest checkpoint, factors too, as they lie there."""
+    found, device = SavedParameters(workdir), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+              for name, leaf in found.leaves.items()}
+    return {name: np.asarray(read_arrays(found.homes[name], {name: leaf})[name], np.float32)
+            for name, leaf in wanted.items()}
 
 
 def merged(arrays):
@@ -90,7 +93,7 @@ def test_a_run_and_its_export(lora_stage, base, tmp_path):
         assert (arrays[name] == array).all() == (not name.startswith("projector/")), name
     assert all(np.abs(arrays[name.replace("kernel", "lora/b")]).max() > 1e-3 for name in KERNELS)
     assert_same(parameters_of(load_model(tmp_path / "lora")), merged(arrays))
-    assert_same(parameters_of(load_converted(tmp_path / "lora")), merged(arrays))
+    assert_same(parameters_of(load_any(tmp_path / "lora")), merged(arrays))
 
     convert(tmp_path / "lora", tmp_path / "exported", "huggingface", verify=True, report=lambda _: None)
     theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "exported").eval()
@@ -139,7 +142,7 @@ def test_a_killed_run_goes_on_and_the_next_stage_starts_from_the_sum(lora_stage,
     assert_same(after, expected | {"projector/linear_in/bias": after["projector/linear_in/bias"]})
     for layout in ("orbax", "llava"):
         convert(tmp_path / "lora", tmp_path / layout, layout, verify=True, report=lambda _: None)
-        written = parameters_of(load_converted(tmp_path / layout))
+        written = parameters_of(load_any(tmp_path / layout))
         rows = lora_stage.model.decoder.num_tokens
         cut = {"decoder/embedding": np.s_[:rows], "decoder/head/kernel": np.s_[:, :rows]}
         assert_same({name: value[cut.get(name, ...)] for name, value in written.items()}, expected)

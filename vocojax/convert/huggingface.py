@@ -205,11 +205,6 @@ def write_llava(config: ModelConfig, rows: int, ids: Mapping[str, int | None], i
     }
 
 
-def write_voco(config: VocoConfig) -> Json:
-    """The entry that keeps the VoCo tokens' number and id in a config file."""
-    return {"num_vocos": config.num_vocos, "token_id": config.token_id}
-
-
 def write_image_processor(config: VisionConfig) -> Json:
     """A `CLIPImageProcessor`: shortest side to the tower's size, centre crop, CLIP's mean and deviation."""
     return {

@@ -28,10 +28,9 @@ from vocojax.inference.visuals import Visual, VisualSource, listed, prepare_visu
 from vocojax.layout import SampleLayout, Visibility, lay_out_unit, unit_shape, units_stand_alone
 from vocojax.models.llama import KeyValues
 from vocojax.models.voco import VocoLlama
-from vocojax.pretrained.loading import load_model
+from vocojax.pretrained.loading import model_of
 from vocojax.pretrained.processor import Processor
-from vocojax.runs.directory import run_config
-from vocojax.runs.parameters import load_model as load_run_model
+from vocojax.pretrained.source import open_source
 
 
 class Assistant:
@@ -71,37 +70,33 @@ class Assistant:
     def from_run(
         cls, workdir: str | Path, visibility: Visibility | None = None, dtype: DTypeLike = jnp.float32
     ) -> "Assistant":
-        """Loads a run of `training.stage.train`; visibility defaults to the one it was trained with.
-
-        Raises:
-          ConfigError: the run was trained with several units per image.
-        """
-        config = run_config(workdir)
-        data = config["data"]
-        return cls(
-            model=load_run_model(workdir, dtype),
-            tokenizer=Tokenizer.from_directory(Path(workdir) / "tokenizer"),
-            template=template(data["template"]),
-            visibility=visibility or config["visibility"],
-            fit=data["fit"],
-        )
+        """Loads a run of `training.stage.train` in float32; as `from_pretrained` otherwise."""
+        return cls.from_pretrained(workdir, visibility=visibility, dtype=dtype)
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None
+        cls,
+        directory: str | Path,
+        *,
+        visibility: Visibility | None = None,
+        mesh: Mesh | None = None,
+        dtype: DTypeLike | None = None,
     ) -> "Assistant":
-        """Loads weights in any layout that `load_model` knows, runs included, to read VoCo tokens.
+        """Loads weights in any layout that `load_model` knows, runs included.
 
         Args:
-          mesh: where the parameters go (`inference.mesh.local_mesh`); None for the first device.
+          directory: of the weights.
+          visibility: who sees whom; None for what the model was trained with.
+          mesh: where the parameters go (`parallel.mesh.local_mesh`); None for the first device.
           dtype: of parameters and computation; None keeps the decoder's on disk.
 
         Raises:
-          ConvertError: names the file and the remedy.
+          ConvertError, CheckpointError: name the file and the remedy.
         """
-        processor = Processor.from_pretrained(directory)
-        model = load_model(directory, mesh=mesh, dtype=dtype)
-        return cls(model, processor.tokenizer, processor.template, fit=processor.fit, mesh=mesh)
+        source = open_source(directory)
+        card = source.card
+        model = model_of(source, directory, mesh=mesh, dtype=dtype)
+        return cls(model, card.tokenizer, template(card.template), visibility or card.visibility, card.fit, mesh=mesh)
 
     def with_model(self, model: VocoLlama) -> "Assistant":
         """Returns an assistant that answers with another model, and is the same otherwise."""

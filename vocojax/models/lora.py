@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.typing import ArrayLike
 
 from vocojax.config import ConfigError, LoraConfig
 from vocojax.models.layers import Linear, parameter
@@ -94,19 +95,21 @@ def merge_factors(parameters: Parameters, wanted: Mapping[str, jax.ShapeDtypeStr
     for name, leaf in wanted.items():
         value, (a, b) = parameters.pop(name), factor_names(name)
         if a in parameters:
-            merge = jax.jit(_merge, static_argnums=(3, 4), out_shardings=leaf.sharding)
-            value = merge(value, parameters.pop(a), parameters.pop(b), scale, jnp.dtype(leaf.dtype))
+            sharded = jax.jit(merge, static_argnums=(3, 4), out_shardings=leaf.sharding)
+            value = sharded(value, parameters.pop(a), parameters.pop(b), scale, jnp.dtype(leaf.dtype))
         merged[name] = value
     return merged
 
 
-def _merge(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, dtype: jnp.dtype) -> jax.Array:
+def merge(kernel: ArrayLike, a: ArrayLike, b: ArrayLike, scale: float, dtype: jnp.dtype) -> jax.Array:
+    """Returns W + scale A B as `dtype`, summed in fp32: kernel [..., in, out] and its factors, stacked or not."""
     def one(parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         w, a, b = (part.astype(jnp.float32) for part in parts)
         return (w + scale * jnp.matmul(a, b, precision="highest")).astype(dtype)
 
     # Layer by layer: a whole stack in fp32 is large.
-    return one((kernel, a, b)) if kernel.ndim == 2 else jax.lax.map(one, (kernel, a, b))
+    parts = jnp.asarray(kernel), jnp.asarray(a), jnp.asarray(b)
+    return one(parts) if parts[0].ndim == 2 else jax.lax.map(one, parts)
 
 
 def _whole_along(axis: int, sharding: Sharding | None, ndim: int) -> Sharding | None:

@@ -65,6 +65,10 @@ def verify_target(source: Source, target: str | Path, report: Callable[[str], No
     written = open_source(target, allow_missing=[re.escape(path) for path in absent])
     if _without_vocabulary(written.config) != _without_vocabulary(source.config):
         raise ConvertError(f"{target}: its config reads {written.config}, its source's {source.config}")
+    for entry in ("template", "fit", "visibility"):
+        here, there = getattr(written.card, entry), getattr(source.card, entry)
+        if here != there:
+            raise ConvertError(f"{target}: its {entry} reads {here!r}, its source's is {there!r}")
     if set(written.weights.shapes) != set(source.weights.shapes):
         odd = sorted(set(written.weights.shapes) ^ set(source.weights.shapes))
         raise ConvertError(f"{target}: has other parameters than its source: {', '.join(odd)}")

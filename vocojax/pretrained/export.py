@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,8 @@ from vocojax.data.tokenizer import Tokenizer
 from vocojax.errors import ConvertError
 from vocojax.files import new_directory
 from vocojax.pretrained.source import Source, parameter_shapes
-from vocojax.runs import orbax_files
+from vocojax.runs.card import write_card
+from vocojax.runs.weights import write_parameters
 from vocojax.weights import check_tensors
 
 Layout = Literal["orbax", "huggingface", "llava"]
@@ -61,15 +61,13 @@ def export(
 
 
 def _write_run(source: Source, directory: Path, dtypes: Mapping[str, np.dtype]) -> None:
-    orbax_files.write_parameters(directory, source.weights, dtypes)
-    source.tokenizer.save(directory / "tokenizer")
-    data = {"template": source.template, "fit": source.fit}
-    _write_json(directory / "config.json",
-                {"model": dataclasses.asdict(source.config), "data": data, "visibility": "voco"})
+    write_parameters(directory, source.weights, dtypes)
+    write_card(directory, source.card)
 
 
 def _write_published(source: Source, directory: Path, layout: str, dtypes: Mapping[str, np.dtype]) -> None:
-    config, tokenizer, rows = source.config, source.tokenizer, source.config.decoder.num_tokens
+    card, config, tokenizer = source.card, source.config, source.card.tokenizer
+    rows = config.decoder.num_tokens
     ids = _special_ids(tokenizer)
     if source.decoder_only and layout == "llava":
         raise ConvertError(f"{source.weights.where}: a decoder alone has no layout 'llava'; use 'huggingface'")
@@ -78,7 +76,7 @@ def _write_published(source: Source, directory: Path, layout: str, dtypes: Mappi
         values = huggingface.write_decoder(config.decoder, rows, ids)
     elif layout == "llava":
         table = tables.llava_table(config, rows)
-        values = llava.write_llava(config, rows, ids, source.fit)
+        values = llava.write_llava(config, rows, ids, card.fit)
     else:
         tokenizer = copy.deepcopy(tokenizer)  # the caller's stays as it is
         tokenizer.huggingface.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -94,8 +92,7 @@ def _write_published(source: Source, directory: Path, layout: str, dtypes: Mappi
     _write_json(directory / "generation_config.json", ids)
     most = max(dtypes.values(), key=list(dtypes.values()).count)
     _write_json(directory / "config.json",
-                {**values, "torch_dtype": most.name, "voco": huggingface.write_voco(config.voco),
-                 "prompt": {"template": source.template, "fit": source.fit}})
+                {**values, "torch_dtype": most.name, **card.published()})
 
 
 def _write_tensors(source: Source, directory: Path, table: Table, dtypes: Mapping[str, np.dtype]) -> None:

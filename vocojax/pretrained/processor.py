@@ -14,6 +14,7 @@ from vocojax.data.packing import Item
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.layout import UnitShape, lay_out_sample
 from vocojax.pretrained.source import open_source
+from vocojax.runs.card import ModelCard
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **parts: Any) -> "Processor":
-        """The processor of the weights in a directory.
+        """Returns the processor of the weights in a directory.
 
         Args:
           directory: as `open_source` takes it.
@@ -48,10 +49,12 @@ class Processor:
         Raises:
           ConvertError: no weights or no tokenizer there; names the file and the remedy.
         """
-        source = open_source(directory, **parts)
-        config = source.config
-        return cls(source.tokenizer, config.vision.image_size, UnitShape(config.unit_tokens, config.unit_vocos),
-                   template(source.template), source.fit)
+        return cls.from_card(open_source(directory, **parts).card)
+
+    @classmethod
+    def from_card(cls, card: ModelCard) -> "Processor":
+        """Returns the processor of a model with this card."""
+        return cls(card.tokenizer, card.model.vision.image_size, card.unit, template(card.template), card.fit)
 
     def load_images(self, images: Sequence[str | Path | Image.Image]) -> list[np.ndarray]:
         """Image files or RGB images -> uint8 [image_size, image_size, 3] each.

@@ -1,4 +1,4 @@
-"""Opens weights in any layout: finds out what a directory holds, and from which tensors the model is to be read."""
+"""Opens weights in any layout: finds out what a directory holds and which tensors the model is made of."""
 
 import functools
 import re
@@ -9,19 +9,20 @@ from pathlib import Path
 from flax import nnx
 from transformers import AutoTokenizer
 
-from vocojax.config import DecoderConfig, ModelConfig, VocoConfig, build
+from vocojax.config import DecoderConfig, LoraConfig, ModelConfig, VocoConfig
 from vocojax.convert import huggingface, llava, tables
 from vocojax.convert.mapped import MappedWeights
 from vocojax.convert.mapping import Table
 from vocojax.convert.tensor_files import MergedTensors, open_directory, open_file
-from vocojax.data.images import Fit
 from vocojax.data.tokenizer import VOCO_TOKEN, Tokenizer
 from vocojax.errors import ConvertError
+from vocojax.layout import Visibility
 from vocojax.models.llama import Decoder
 from vocojax.models.parameters import abstract, variables_of
 from vocojax.models.voco import VocoLlama
-from vocojax.runs import orbax_files
-from vocojax.runs.lora import merged
+from vocojax.runs.card import ModelCard, read_card, read_published
+from vocojax.runs.directory import is_run, run_path
+from vocojax.runs.weights import RunWeights
 from vocojax.weights import Shape, Weights, check_tensors
 
 # Vocabularies grow to a multiple of this: tensor-parallel devices share them evenly, and libtpu reduce-scatters the
@@ -37,33 +38,33 @@ MODEL_TYPES = ("llama", "llava", "llava_llama", "shikra")
 class Source:
     """A model on disk.
 
-    config: of the decoder alone, vision and projector have no meaning.
-    weights: the parameters by path.
-    tokenizer: with `<voco>`.
-    template, fit: how its prompts are written out and its images become square; LLaVA-1.5's ways unless a run of
-      training says otherwise.
+    Attributes:
+      card: everything about it but its weights. Factors of LoRA are merged in `weights`.
+      weights: the parameters by path.
     """
 
-    config: ModelConfig
+    card: ModelCard
     weights: Weights
-    tokenizer: Tokenizer
-    template: str = "vicuna_v1"
-    fit: Fit = "pad"
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.card.model
 
     @property
     def decoder_only(self) -> bool:
-        """Whether there is no vision tower."""
+        """Returns whether there is no vision tower."""
         return is_decoder_only(self.weights)
 
 
 def is_decoder_only(weights: Weights) -> bool:
-    """Whether these are the weights of a decoder without vision tower and projector."""
+    """Returns whether these are the weights of a decoder without vision tower and projector."""
     return all(path.startswith("decoder/") for path in weights.shapes)
 
 
 @functools.cache
 def parameter_shapes(config: ModelConfig, decoder_only: bool = False) -> Mapping[str, Shape]:
-    """Shapes of a model's parameters by path, of all or of its decoder's."""
+    """Returns the shapes of a model's parameters by path: of all, or of its decoder's alone."""
     if not decoder_only:
         variables = variables_of(abstract(lambda: VocoLlama(config, nnx.Rngs(0))))
         return {path: tuple(variable.shape) for path, variable in variables.items()}
@@ -87,7 +88,7 @@ def open_source(
         - a `LlavaForConditionalGeneration` of transformers (key names of versions 4 and 5);
         - the original layout: LLaVA-1.5, the released VoCo-LLaMA, Shikra, LLaMA-VID;
         - a `LlamaForCausalLM` (LLaMA, Vicuna, ...): with `vision` the parts of a model, without it a decoder alone;
-        - a work directory of training, or one that a conversion wrote: the newest Orbax checkpoint in it.
+        - a run of training, or a directory that a conversion wrote for it: its newest Orbax checkpoint.
       vision: directory of a CLIP vision tower or file of an EVA-CLIP one, where the tensors have none.
       projector: file of a projector, where the tensors have none.
       tokenizer: directory of the tokenizer, where there is none beside the weights.
@@ -95,25 +96,23 @@ def open_source(
       allow_missing: regexes of tensors that may be missing, or superfluous.
 
     Raises:
-      ConvertError: names the file, the tensors and the remedy.
+      ConvertError, CheckpointError: name the file, the tensors and the remedy.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
+    if not run_path(directory).is_dir():
         raise ConvertError(f"{directory}: no such directory")
+    if is_run(directory):
+        _refuse_parts(directory, vision, projector)
+        return _open_run(directory, tokenizer, num_vocos, allow_missing)
+    directory = Path(directory)
     values = huggingface.read_json(directory / "config.json")
     where = str(directory / "config.json")
-    is_run = orbax_files.is_run(directory)
-    if (vision or projector) and (is_run or "text_config" in values):
-        raise ConvertError(f"{directory}: has a vision tower and a projector of its own; leave out --vision and "
-                           "--projector")
-    if is_run:
-        return _open_run(directory, values, tokenizer, num_vocos, allow_missing)
     if values.get("model_type", "llama") not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise ConvertError(f"{where}: model_type {values['model_type']!r} is not supported; {known} are")
     tensors = open_directory(directory)
     make_table: Callable[[ModelConfig, int, int | None], Table]
     if "text_config" in values:
+        _refuse_parts(directory, vision, projector)
         config, make_table = huggingface.read_llava(values, where), tables.huggingface_table
     elif "mm_hidden_size" in values or vision or projector:
         tensors = _with_parts(tensors, vision, projector)
@@ -134,9 +133,17 @@ def open_source(
     )
     table = make_table(config, rows, None if knows_voco and voco_id < rows else voco_id)
     shapes = parameter_shapes(config, decoder_only=make_table is _llama_table)
-    said = huggingface.typed(values, "prompt", dict, {}, where)  # what an export of ours says of its prompts and images
-    return Source(config, MappedWeights(table, tensors, shapes, allow_missing), own_tokenizer,
-                  said.get("template", "vicuna_v1"), said.get("fit") or llava.read_fit(values, where))
+    # A vocabulary without `<voco>` is that of a model which never learnt to compress: plain LLaVA.
+    trained_with: Visibility = "voco" if knows_voco or "voco" in values else "causal"
+    said = huggingface.checked(where, lambda: read_published(values, llava.read_fit(values, where), trained_with))
+    card = ModelCard(model=config, tokenizer=own_tokenizer, **said)
+    return Source(card, MappedWeights(table, tensors, shapes, allow_missing))
+
+
+def _refuse_parts(directory: str | Path, *parts: str | Path | None) -> None:
+    if any(parts):
+        raise ConvertError(f"{directory}: has a vision tower and a projector of its own; leave out --vision and "
+                           "--projector")
 
 
 def _llama_table(config: ModelConfig, rows: int, new_id: int | None) -> Table:
@@ -186,21 +193,14 @@ def _read_original(values: huggingface.Json, tensors: Weights, vision: str | Pat
 
 
 def _open_run(
-    directory: Path, values: huggingface.Json, tokenizer: str | Path | None, num_vocos: int | None,
-    allow_missing: Collection[str],
+    directory: str | Path, tokenizer: str | Path | None, num_vocos: int | None, allow_missing: Collection[str]
 ) -> Source:
-    where = str(directory / "config.json")
-    if "model" not in values:
-        raise ConvertError(f"{where}: has no entry 'model'; a run of training has one")
-    config = huggingface.checked(where, lambda: build(ModelConfig, values["model"], "model"))
-    weights = merged(orbax_files.OrbaxWeights(directory), values, where)
+    card = read_card(directory, tokenizer)
+    weights = RunWeights(directory, card.lora)
     allowed = [re.compile(pattern) for pattern in allow_missing]
-    check_tensors(parameter_shapes(config, is_decoder_only(weights)), weights.shapes, weights.where, allowed)
-    home = Path(tokenizer or orbax_files.tokenizer_directory(directory, values))
-    own_tokenizer, _ = _read_tokenizer(home)
-    _require_same_voco(config.voco, own_tokenizer, num_vocos, where)
-    data = {key: values["data"][key] for key in ("template", "fit") if key in values.get("data", {})}
-    return Source(config, weights, own_tokenizer, **data)
+    check_tensors(parameter_shapes(card.model, is_decoder_only(weights)), weights.shapes, weights.where, allowed)
+    _require_same_voco(card.model.voco, card.tokenizer, num_vocos, f"{directory}/config.json")
+    return Source(replace(card, lora=LoraConfig()), weights)
 
 
 def _require_same_voco(voco: VocoConfig, tokenizer: Tokenizer, num_vocos: int | None, where: str) -> None:

@@ -130,9 +130,25 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def is_run(directory: str | os.PathLike) -> bool:
+    """Returns whether a directory looks like a run of training."""
+    return (run_path(directory) / "checkpoints").is_dir()
+
+
 def run_config(workdir: str | Path) -> dict[str, Any]:
-    """Returns the resolved config of a run in today's keys; `CheckpointError` if the directory holds none."""
+    """Returns the resolved config of a run, in today's keys.
+
+    Raises:
+      CheckpointError: the directory holds none, or one that is damaged.
+    """
     path = run_path(workdir) / "config.json"
     if not path.exists():
         raise CheckpointError(f"{workdir} holds no run: {path.name} is missing")
-    return upgraded(json.loads(path.read_text()))
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is damaged, it is not JSON ({error}); copy it back from a checkpoint's "
+                              "progress file or another copy of the run") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: is damaged, it holds no JSON object; copy it back from another copy of the run")
+    return upgraded(values)

@@ -1,8 +1,10 @@
-"""What a run's checkpoints hold, read and compared with the checksums it was saved with; see `checkpoints.py`."""
+"""The parameters of a run's newest checkpoint: read into shardings, checked against their checksums.
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
+A run writes what it trains with every checkpoint and what it does not train (`WORKDIR/frozen`) once; each parameter is
+in one of the two. Factors of LoRA are merged as they are read. `checkpoint_files.py` reads and checks single files.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,53 @@ from vocojax.models.lora import merge_factors, with_factors
 from vocojax.models.parameters import Parameters, abstract, variables_of, with_parameters
 from vocojax.models.voco import VocoLlama
 from vocojax.parallel import processes
+from vocojax.runs.checkpoint_files import damaged, described, not_saved, read_arrays, read_progress
 from vocojax.runs.checksums import checksums
 from vocojax.runs.directory import CheckpointError, run_config, run_path
 
 
+class SavedParameters:
+    """Where the parameters of a run's newest checkpoint lie and as what they were saved. No array is read.
+
+    Args:
+      workdir: the run's directory, local or remote.
+
+    Attributes:
+      directory: the checkpoint's.
+      leaves: name -> metadata with `shape` and `dtype`, factors of LoRA included.
+      homes: name -> the directory that holds it.
+      checksums: `parameters/NAME` or `frozen/NAME` -> checksum as saved; empty for a converted checkpoint.
+
+    Raises:
+      CheckpointError: there is no complete checkpoint, or parts of it are damaged or gone.
+    """
+
+    def __init__(self, workdir: str | Path):
+        path = run_path(workdir)
+        steps = ocp.utils.checkpoint_steps(path / "checkpoints") if (path / "checkpoints").is_dir() else []
+        if not steps:
+            raise CheckpointError(f"{workdir} holds no complete checkpoint")
+        self.directory = path / "checkpoints" / str(max(steps))
+        self.leaves: dict[str, Any] = {}
+        self.homes: dict[str, epath.Path] = {}
+        for directory in (path / "frozen", self.directory / "parameters"):
+            if directory.exists():
+                leaves = _saved_leaves(directory)
+                self.leaves |= leaves
+                self.homes |= dict.fromkeys(leaves, directory)
+        self.checksums = _saved_checksums(self.directory)
+        frozen = [key.removeprefix("frozen/") for key in self.checksums if key.startswith("frozen/")]
+        if lost := [name for name in frozen if name not in self.leaves]:
+            raise damaged(path / "frozen", f"{', '.join(lost[:5])}{' ...' * (len(lost) > 5)} missing")
+
+
 def load_model(workdir: str | Path, dtype: DTypeLike = jnp.float32) -> VocoLlama:
-    """The model of a run's newest checkpoint; computes in and holds its parameters in `dtype`."""
+    """Loads the model of a run's newest checkpoint on the first device.
+
+    Args:
+      workdir: the run's directory.
+      dtype: of its parameters and of its computation.
+    """
     try:
         config = build(ModelConfig, run_config(workdir)["model"], "model")
     except (KeyError, ConfigError) as error:
@@ -36,42 +79,44 @@ def load_model(workdir: str | Path, dtype: DTypeLike = jnp.float32) -> VocoLlama
 
 
 def load_parameters(workdir: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """Parameters of a run's newest checkpoint, in the shapes, dtypes and shardings asked for; those that LoRA adapted
-    come merged with their factors.
+    """Loads parameters of a run's newest checkpoint; those that LoRA adapted come merged with their factors.
+
+    All processes of a cluster call this alike.
+
+    Args:
+      workdir: the run's directory.
+      wanted: shapes, dtypes and shardings by name.
 
     Raises:
-      CheckpointError: no checkpoint; parameters that are missing or shaped otherwise (all are named); what is read is
+      CheckpointError: no checkpoint; parameters that are missing or have another shape (all are named); what is read is
         not what was saved, or is gone.
     """
-    parts = [(directory, saved_leaves(directory)) for directory in parameter_directories(workdir)]
-    saved = {name: leaf for _, leaves in reversed(parts) for name, leaf in leaves.items()}
-    sums = saved_checksums(parts[0][0].parent)
-    require_frozen(run_path(workdir) / "frozen", sums, (name for name in wanted if name not in saved))
-    problems = [f"{name} is missing" for name in wanted if name not in saved]
-    problems += [f"{name} has shape {tuple(saved[name].shape)}, expected {leaf.shape}"
-                 for name, leaf in wanted.items() if name in saved and tuple(saved[name].shape) != leaf.shape]
+    saved = SavedParameters(workdir)
+    problems = [f"{name} is missing" for name in wanted if name not in saved.leaves]
+    problems += [f"{name} has shape {tuple(saved.leaves[name].shape)}, expected {leaf.shape}"
+                 for name, leaf in wanted.items()
+                 if name in saved.leaves and tuple(saved.leaves[name].shape) != leaf.shape]
     if problems:
-        raise CheckpointError(f"{parts[0][0].parent} does not fit the model: {'; '.join(problems)} "
+        raise CheckpointError(f"{saved.directory} does not fit the model: {'; '.join(problems)} "
                               "(init_new names what a stage does not take from it)")
-    item = with_factors(wanted, saved)
+    reading = with_factors(wanted, saved.leaves)
     found: Parameters = {}
-    for directory, leaves in parts:
-        here = {name: leaf for name, leaf in item.items() if name in leaves and name not in found}
-        as_saved = {name: leaf for name, leaf in here.items() if leaf.dtype == leaves[name].dtype}
-        # What is held in another dtype than it was saved in is read alone, so that only one array is there in both.
+    for directory in dict.fromkeys(saved.homes.values()):
+        here = {name: leaf for name, leaf in reading.items() if saved.homes[name] == directory}
+        as_saved = {name: leaf for name, leaf in here.items() if leaf.dtype == saved.leaves[name].dtype}
+        # Arrays that change their dtype are read one by one, so that only one at a time exists in both.
         for group in filter(None, (as_saved, *({name: here[name]} for name in here if name not in as_saved))):
-            found |= _read_sound(directory, group, leaves, sums)
-    if item.keys() == wanted.keys():
+            found |= _read_sound(directory, group, saved)
+    if reading.keys() == wanted.keys():
         return {name: found[name] for name in wanted}
     return merge_factors(found, wanted, build(LoraConfig, run_config(workdir)["lora"], "lora").scale)
 
 
 def _read_sound(
-    directory: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], leaves: Mapping[str, Any],
-    sums: Mapping[str, int],
+    directory: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], saved: SavedParameters
 ) -> Parameters:
-    """Parameters in a directory, cast to the dtypes asked for once they are found to be those that were saved."""
-    as_saved = {name: jax.ShapeDtypeStruct(leaf.shape, leaves[name].dtype, sharding=leaf.sharding)
+    """Reads parameters of one directory, and casts them once their checksums are those that were saved."""
+    as_saved = {name: jax.ShapeDtypeStruct(leaf.shape, saved.leaves[name].dtype, sharding=leaf.sharding)
                 for name, leaf in wanted.items()}
     found: Parameters = {}
     problem = ""
@@ -80,37 +125,15 @@ def _read_sound(
     except Exception as error:  # whatever a damaged file makes of Orbax and TensorStore
         problem = described(error)
     problem = next(filter(None, processes.from_all("parameters", problem)), "")
-    if not problem and sums:
+    if not problem and saved.checksums:
         own = checksums({directory.name: found})
-        problem = not_saved(own, sums, own)
+        problem = not_saved(own, saved.checksums, own)
     if problem:
         raise damaged(directory, problem)
     return {name: value.astype(wanted[name].dtype) for name, value in found.items()}
 
 
-def parameter_directories(workdir: str | Path) -> list[epath.Path]:
-    """Where the parameters of a run's newest checkpoint lie: each is in one of them.
-
-    Raises:
-      CheckpointError: there is no complete checkpoint.
-    """
-    path = run_path(workdir)
-    steps = ocp.utils.checkpoint_steps(path / "checkpoints")
-    if not steps:
-        raise CheckpointError(f"{workdir} holds no checkpoint")
-    own = path / "checkpoints" / str(max(steps)) / "parameters"
-    return [own, path / "frozen"] if (path / "frozen").exists() else [own]
-
-
-def require_frozen(directory: epath.Path | Path, sums: Mapping[str, int], names: Iterable[str]) -> None:
-    """Raises `CheckpointError` if some parameters that are not there were saved among what a run does not train."""
-    lost = [name for name in names if f"frozen/{name}" in sums]
-    if lost:
-        raise damaged(directory, f"{', '.join(lost[:5])}{' ...' * (len(lost) > 5)} missing")
-
-
-def saved_leaves(directory: epath.Path) -> dict[str, Any]:
-    """Name -> metadata with shape and dtype of every parameter in a directory; `CheckpointError` if it is damaged."""
+def _saved_leaves(directory: epath.Path) -> dict[str, Any]:
     try:
         metadata = ocp.PyTreeCheckpointHandler().metadata(directory)
     except Exception as error:  # whatever a damaged file makes of Orbax
@@ -118,61 +141,11 @@ def saved_leaves(directory: epath.Path) -> dict[str, Any]:
     return dict(getattr(metadata, "tree", metadata))
 
 
-def saved_checksums(directory: epath.Path) -> dict[str, int]:
-    """`parameters/PATH` or `frozen/PATH` -> checksum, of a run's checkpoint; of a converted one there are none.
-
-    Raises:
-      CheckpointError: its progress file is missing or damaged.
-    """
+def _saved_checksums(directory: epath.Path) -> dict[str, int]:
+    """Reads the checksums of a run's checkpoint; a converted one has none."""
     if not (directory / "progress").exists() and not (directory / "optimizer").exists():
         return {}
     try:
         return read_progress(directory)["checksums"]
     except Exception as error:  # whatever a damaged file makes of JSON
         raise damaged(directory, described(error)) from error
-
-
-def read_arrays(directory: epath.Path, wanted: Any) -> Any:
-    """Arrays in the shapes, dtypes and shardings asked for; a dict may leave out some that are there."""
-    return ocp.PyTreeCheckpointHandler().restore(directory, args=ocp.args.PyTreeRestore(
-        item=wanted, partial_restore=isinstance(wanted, dict),
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-    ))
-
-
-def read_progress(directory: epath.Path) -> dict[str, Any]:
-    progress = json.loads((directory / "progress" / "metadata").read_text())
-    if progress["sha256"] != sha256(progress):
-        raise CheckpointError("progress is not what was saved")
-    return progress
-
-
-def sha256(progress: Mapping[str, Any]) -> str:
-    """Of everything in a progress file but this."""
-    rest = {name: value for name, value in progress.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def not_saved(sums: Mapping[str, int], saved: Mapping[str, int], names: Iterable[str]) -> str:
-    """What is wrong if some arrays do not have the checksums that they were saved with, else ''."""
-    changed = [name for name in names if sums.get(name) != saved.get(name)]
-    return f"not what was saved (checksum): {', '.join(changed[:5])}{' ...' * (len(changed) > 5)}" if changed else ""
-
-
-def damaged(directory: epath.Path | Path, problem: str) -> CheckpointError:
-    """What to tell of a part of a checkpoint that others than its own run were to read, or of what all steps share."""
-    remedy = ("Its own run, started again, puts that checkpoint aside and goes on from the one before; weights that "
-              "launch/convert.py wrote must be converted again")
-    if directory.name == "frozen":
-        remedy = ("Every checkpoint of the run needs it, so that none before helps: copy it back, from a copy of the "
-                  "run or from another run of the same config and init_from, which writes the same")
-    return CheckpointError(f"{directory} IS DAMAGED: {problem}. {remedy}")
-
-
-def described(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:300] if lines else ""

@@ -27,9 +27,9 @@ from orbax.checkpoint import checkpoint_managers as keep
 from vocojax.files import is_remote
 from vocojax.models.parameters import Parameters
 from vocojax.parallel import processes
+from vocojax.runs.checkpoint_files import damaged, described, first_line, not_saved, read_arrays, read_progress, sha256
 from vocojax.runs.checksums import checksums
 from vocojax.runs.directory import CheckpointError, changed_keys, fixed_keys, run_path
-from vocojax.runs.parameters import damaged, described, first_line, not_saved, read_arrays, read_progress, sha256
 from vocojax.training.config import CheckpointConfig
 from vocojax.training.step import TrainState
 

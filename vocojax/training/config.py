@@ -42,8 +42,9 @@ class OptimizerConfig:
 class DistillConfig:
     """Paper Eq. 1: a KL divergence to a frozen teacher that sees the vision tokens.
 
-    teacher: work directory of the teacher's run (an upper bound); '' is no teacher and no KL. weight: of the KL beside
-    the cross-entropy. temperature: divides both models' logits, and the KL is scaled by its square.
+    teacher: directory of the teacher (an upper bound's run, or a LLaVA in any layout); '' is no teacher and no KL.
+    weight: of the KL, which is added to the cross-entropy.
+    temperature: divides both models' logits; the KL is scaled by its square.
     """
 
     teacher: str = ""
@@ -131,7 +132,8 @@ class StageConfig:
       --config.learning_rates='[["vision/.*", "freeze"], [".*", 1.0]]'
     visibility: who sees whom in training: `voco`, or `causal` for the bounds and the baselines.
     batch_size: rows per optimizer step, cut into `accumulate` parts that run one after the other.
-    init_from: work directory of an earlier stage whose parameters this one starts from; '' starts from random ones.
+    init_from: directory of the parameters that this stage starts from, in any layout: an earlier stage's run, a Hugging
+      Face or an original LLaVA directory; '' starts from random ones.
     init_new: regexes of parameters that are new, and so not taken from `init_from`.
     lora: factors for some kernels, which must be frozen; factors that `init_from` was trained with are merged there.
     dtype: what the model computes in; frozen_dtype: what frozen parameters are held in (trained ones are fp32).

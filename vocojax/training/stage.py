@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from vocojax.config import ConfigError, ModelConfig, build, config_to_dict, differing_keys
+from vocojax.config import ConfigError, VisionConfig, build, config_to_dict, differing_keys
 from vocojax.data.loader import BatchStream, merge_states
 from vocojax.files import write_files
 from vocojax.models.lora import is_factor
@@ -21,8 +21,8 @@ from vocojax.models.parameters import Parameters, parameters_of
 from vocojax.parallel import processes
 from vocojax.parallel.mesh import BATCH, make_mesh, shard_batch
 from vocojax.parallel.shardings import row_share
-from vocojax.runs.directory import run_config, run_path, write_run_files
-from vocojax.runs.parameters import load_parameters
+from vocojax.pretrained.loading import load_card, load_parameters
+from vocojax.runs.directory import is_run, run_config, run_path, write_run_files
 from vocojax.training import loop
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import StageConfig
@@ -103,9 +103,10 @@ def _train(
 def _check_teacher(config: StageConfig) -> None:
     if not config.distill.teacher:
         return
-    saved = run_config(config.distill.teacher).get("model", {})
-    if build(ModelConfig, saved, "distill.teacher: model") != config.model:
-        raise ConfigError("distill.teacher", f"must be a run of the same model, {config.distill.teacher} is of another")
+    teacher = load_card(config.distill.teacher).model
+    if odd := differing_keys(config_to_dict(teacher), config_to_dict(config.model)):
+        raise ConfigError("distill.teacher", f"must be of the same model, but {config.distill.teacher} differs in "
+                          f"{', '.join(odd)}")
 
 
 def _initial_state(config: StageConfig, program: Program) -> TrainState:
@@ -144,12 +145,17 @@ def _is_new(config: StageConfig, name: str) -> bool:
 
 def _warn_of_differences(config: StageConfig) -> None:
     """Warns where `init_from`'s model differs from the stage's in what no shape tells."""
-    values = run_config(config.init_from)
-    parts = values["model"] if "model" in values else {"vision": values["vision"]}  # a vision tower's own run
-    saved, mine = config_to_dict(build(ModelConfig, parts, "model")), config_to_dict(config.model)
+    saved, mine = _saved_config(config.init_from), config_to_dict(config.model)
     for part in ("vision", "decoder"):
-        for key in differing_keys(saved[part], mine[part], f"model.{part}.") if part in parts else ():
+        for key in differing_keys(saved[part], mine[part], f"model.{part}.") if part in saved else ():
             LOG.warning("%s is not what %s, where the parameters come from, was made with", key, config.init_from)
+
+
+def _saved_config(directory: str) -> dict[str, Any]:
+    """Returns the model's config in a directory of any layout; of a vision tower's own run, the tower's alone."""
+    if is_run(directory) and "vision" in (values := run_config(directory)):
+        return {"vision": config_to_dict(build(VisionConfig, values["vision"], "vision"))}
+    return config_to_dict(load_card(directory).model)
 
 
 def _teacher_parameters(config: StageConfig, program: Program) -> Parameters:

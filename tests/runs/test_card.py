@@ -1,0 +1,86 @@
+"""The card of a model: the same facts from a run, a conversion and every export, and never silently another's."""
+
+import dataclasses
+import json
+
+import pytest
+
+from vocojax.config import ConfigError
+from vocojax.inference.assistant import Assistant
+from vocojax.models.voco import VocoLlama
+from vocojax.pretrained.conversion import convert
+from vocojax.pretrained.loading import load_card, save_model
+from vocojax.runs.card import ModelCard, read_card, read_published
+from vocojax.runs.directory import CheckpointError
+from vocojax.training.stage import train
+
+
+def facts(card: ModelCard) -> dict[str, object]:
+    return {"template": card.template, "fit": card.fit, "visibility": card.visibility,
+            "num_vocos": card.model.voco.num_vocos, "token_id": card.tokenizer.voco_id}
+
+
+@pytest.fixture(scope="module")
+def upper_bound(tiny_model: VocoLlama, words, tmp_path_factory):
+    """An upper bound in all layouts, as it would be exported after training."""
+    root = tmp_path_factory.mktemp("upper_bound")
+    card = ModelCard(tiny_model.config, words, template="short", fit="crop", visibility="causal")
+    for layout in ("orbax", "huggingface", "llava"):
+        save_model(tiny_model, card, root / layout, layout)
+    return card, root
+
+
+@pytest.mark.parametrize("layout", ["orbax", "huggingface", "llava"])
+def test_every_layout_says_what_the_model_is(upper_bound, layout):
+    card, root = upper_bound
+    assert facts(load_card(root / layout)) == facts(card) == {
+        "template": "short", "fit": "crop", "visibility": "causal", "num_vocos": 2, "token_id": card.tokenizer.voco_id}
+
+
+def test_an_upper_bound_is_never_read_through_the_voco_mask(upper_bound):
+    _, root = upper_bound
+    for layout in ("orbax", "huggingface"):
+        assert Assistant.from_pretrained(root / layout).visibility == "causal"
+    lower_bound = Assistant.from_pretrained(root / "orbax", visibility="voco")  # on purpose
+    assert lower_bound.visibility == "voco"
+
+
+def test_a_conversion_carries_the_card_on(upper_bound, tmp_path):
+    card, root = upper_bound
+    convert(root / "huggingface", tmp_path / "again", "orbax", verify=True, report=lambda _: None)
+    assert facts(read_card(tmp_path / "again")) == facts(card)
+
+
+def test_a_run_has_the_card_of_its_stage(stage, tmp_path):
+    train(dataclasses.replace(stage, steps=1, visibility="causal"), tmp_path / "run")
+    assert facts(read_card(tmp_path / "run")) == {
+        "template": "short", "fit": "pad", "visibility": "causal", "num_vocos": 2,
+        "token_id": stage.model.voco.token_id}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"visibility": "vodo"}, "prompt.visibility must be one of 'voco', 'causal', got 'vodo'"),
+        ({"model": {}, "data": {"template": "vicuna"}}, "prompt.template must be one of"),
+        ({"model": {"decoder": {"depht": 3}}}, "model.decoder.depht is not a key"),
+    ],
+)
+def test_a_card_that_says_what_cannot_be_is_refused(upper_bound, tmp_path, change, message):
+    values = json.loads((upper_bound[1] / "orbax" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/config.json: {message}"):
+        read_card(tmp_path)
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    for content in ('{"model":', "[]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=rf"^{tmp_path}/config\.json: is damaged, it .*; copy it back from"):
+            read_card(tmp_path)
+
+
+def test_an_unknown_entry_of_an_export_is_refused():
+    with pytest.raises(ConfigError, match=r"^prompt\.fitt is not a key.*did you mean 'fit'"):
+        read_published({"prompt": {"fitt": "pad"}}, "pad", "voco")
+    assert read_published({}, "crop", "causal") == {"template": "vicuna_v1", "fit": "crop", "visibility": "causal"}
