@@ -105,8 +105,8 @@ def test_what_all_checkpoints_share_is_named_once_if_it_is_damaged(lost, tmp_pat
         with pytest.raises(CheckpointError) as told:
             checkpoints.restore(tiny_state(0))
         assert re.fullmatch(re.escape(str(frozen)) + r" IS DAMAGED: .*\. Every checkpoint of the run needs it, so that "
-                            r"none before helps: copy it back, from a copy of the run or from another run of the same "
-                            r"config and init_from, which writes the same", str(told.value))
+                            r"no earlier one helps: copy it back from a copy of the run, or from another run of the "
+                            r"same config and init_from, which writes the same", str(told.value))
         assert not caplog.records and on_disk(tmp_path / "run") == [1, 2]
         shutil.copytree(tmp_path / "same" / "frozen", frozen, dirs_exist_ok=True)
         assert checkpoints.restore(tiny_state(0))[0] == 2
