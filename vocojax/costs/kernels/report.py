@@ -14,7 +14,7 @@ from vocojax.costs.kernels import tpu
 from vocojax.costs.kernels.layouts import Layout, layouts
 from vocojax.costs.kernels.tpu import Compiled, Job, TileCosts
 from vocojax.devices import known_tpu
-from vocojax.kernels.interval_attention import IntervalMask, pallas_tpu, tpu_blocks, tpu_tiles
+from vocojax.kernels.interval_attention import IntervalMask, tpu_blocks, tpu_tiles, tpu_windows
 from vocojax.kernels.interval_attention.block_info import DIRTY, EMPTY, FULL, PARTIAL, TileCode, padded_vectors
 
 HEADS, WIDTH = 32, 128
@@ -112,9 +112,9 @@ def _tile_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: boo
     generation = tpu_blocks.generation(kernel.device_kind)
     table = tpu_blocks.GENERATIONS[generation]
     blocks = tpu_blocks.fitted(table.backward if backward else table.forward, layout.length, layout.length)
-    heads, spans = pallas_tpu.heads_per_step(HEADS, blocks.columns // WIDTH, 1), None
+    heads, spans = tpu_windows.heads_per_step(HEADS, blocks.columns // WIDTH, 1), None
     if backward:
-        heads, spans = pallas_tpu.backward_plan(layout.length, HEADS, 1, WIDTH, blocks, 2, table.dq_bytes)
+        heads, spans = tpu_windows.backward_plan(layout.length, HEADS, 1, WIDTH, blocks, 2, table.dq_bytes)
     codes = tile_codes(layout, blocks.q, blocks.k, spans)
     kinds = codes & TileCode.KIND
     full, partial, dirty = costs.tiles

@@ -1,0 +1,213 @@
+"""The bodies of the TPU kernels: what one grid step does with the tile that it sees.
+
+Code of a tile, full, partial or dirty (see `block_info`), decides how it is computed. A full tile runs without any mask
+arithmetic; a partial one builds its mask in registers from the vectors. A dirty one also replaces what nobody sees
+before its products, because 0 * NaN would carry it into every sum: around the kernels that would take a pass over each
+operand.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from vocojax.kernels.interval_attention.block_info import DIRTY, FULL, PARTIAL, TileCode
+from vocojax.kernels.interval_attention.tpu_blocks import LANES
+from vocojax.kernels.interval_attention.tpu_tiles import along_lanes, any_of, only, part, product, widened
+
+HIDDEN = -2.0e38  # the score of an invisible pair
+LOWEST = -1.0e30  # where running maxima begin: far above HIDDEN, so that exp2(HIDDEN - maximum) is exactly 0
+LOG2_E = math.log2(math.e)
+
+
+def forward_kernel(
+    codes, q_ref, k_ref, v_ref, start_ref, stop_ref, out_ref, lse_ref, highest_ref, total_ref, sum_ref,
+    *, at: TileCode, scale: float, heads: int, kv_heads: int, prefix: int,
+) -> None:  # fmt: skip
+    """Adds one tile to the running softmax of its query block, for the heads of the step.
+
+    Args:
+      codes: int32 [T] in scalar memory, the list of tiles.
+      q_ref: [bq, heads * width].
+      k_ref: [bk, kv_heads * width].
+      v_ref: [bk, kv_heads * width].
+      start_ref: int32 [bq, 128] with equal lanes.
+      stop_ref: int32 [1, bk].
+      out_ref: [bq, heads * width], written with the last tile of the query block.
+      lse_ref: fp32 [heads, 1, bq], likewise.
+      highest_ref: fp32 [bq, heads * 128], the running maxima with equal lanes.
+      total_ref: fp32 [bq, heads * 128], the running sums of weights.
+      sum_ref: fp32 [bq, heads * width], the running sums of weighted values.
+      at: how tiles are coded.
+      scale: of the scores, for a base-2 softmax.
+      heads: query heads of the step.
+      kv_heads: key/value heads that they read.
+      prefix: keys before the first query.
+    """
+    code = codes[pl.program_id(1)]
+    bq, bk = q_ref.shape[0], k_ref.shape[0]
+    width = q_ref.shape[1] // heads
+
+    @pl.when(code & TileCode.FIRST != 0)
+    def open_block() -> None:
+        highest_ref[...] = jnp.full_like(highest_ref, LOWEST)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    def accumulate(visible: jax.Array | None, seen: jax.Array | None = None) -> None:
+        for h in range(heads):
+            head, stats, kv = part(h, width), part(h, LANES), part(h * kv_heads // heads, width)
+            v = only(seen, v_ref[:, kv])
+            scores = product(q_ref[:, head], k_ref[:, kv], ((1,), (1,))) * scale
+            if visible is not None:
+                scores = jnp.where(visible, scores, HIDDEN)
+            before = highest_ref[:, stats]
+            highest = jnp.maximum(before, scores.max(axis=1, keepdims=True))
+            weights = jnp.exp2(scores - widened(highest, bk))
+            decay = jnp.exp2(before - highest)
+            highest_ref[:, stats] = highest
+            total_ref[:, stats] = total_ref[:, stats] * decay + weights.sum(axis=1, keepdims=True)
+            gain = product(weights.astype(v.dtype), v, ((1,), (0,)))
+            sum_ref[:, head] = sum_ref[:, head] * widened(decay, width) + gain
+
+    @pl.when(code & TileCode.KIND == FULL)
+    def full_tile() -> None:
+        accumulate(None)
+
+    def visible() -> jax.Array:
+        i = prefix + at.query_block(code) * bq + lax.broadcasted_iota(jnp.int32, (bq, bk), 0)
+        j = at.key_block(code) * bk + lax.broadcasted_iota(jnp.int32, (bq, bk), 1)
+        return (widened(start_ref[...], bk) <= j) & (j <= i) & (i < stop_ref[...])
+
+    @pl.when(code & TileCode.KIND == PARTIAL)
+    def partial_tile() -> None:
+        accumulate(visible())
+
+    @pl.when(code & TileCode.KIND == DIRTY)
+    def dirty_tile() -> None:
+        pairs = visible()
+        accumulate(pairs, seen=any_of(pairs, of_rows=False))
+
+    @pl.when(code & TileCode.LAST != 0)
+    def close_block() -> None:
+        for h in range(heads):
+            head, stats = part(h, width), part(h, LANES)
+            total = total_ref[:, stats]
+            divisor = jnp.where(total > 0, total, 1.0)
+            out_ref[:, head] = (sum_ref[:, head] * widened(1 / divisor, width)).astype(out_ref.dtype)
+            lse = jnp.where(total > 0, highest_ref[:, stats] + jnp.log2(divisor), 0.0)
+            lse_ref[h] = along_lanes(lse)
+
+
+def backward_kernel(
+    codes, q_ref, k_ref, v_ref, dout_ref, lse_ref, mean_ref, start_ref, stop_ref, dq_ref, dk_ref, dv_ref,
+    dq_sum, dk_sum, dv_sum,
+    *, at: TileCode, scale: float, heads: int, kv_heads: int, prefix: int, transposed_dq: bool,
+) -> None:  # fmt: skip
+    """Adds one tile to the three gradients, for the heads of the step. Scores are computed transposed, keys by queries.
+
+    Args:
+      codes: int32 [T] in scalar memory, the list of tiles.
+      q_ref: [bq, heads * width].
+      k_ref: [bk, kv_heads * width].
+      v_ref: [bk, kv_heads * width].
+      dout_ref: [bq, heads * width].
+      lse_ref: fp32 [heads, 1, bq], base-2 log-sum-exp.
+      mean_ref: fp32 [heads, 1, bq], see `mean_kernel`.
+      start_ref: int32 [1, bq].
+      stop_ref: int32 [bk, 128] with equal lanes.
+      dq_ref: [span, group * width], written with the last tile of the span of queries.
+      dk_ref: [bk, kv_heads * width], written with the last tile of the key block.
+      dv_ref: [bk, kv_heads * width], likewise.
+      dq_sum: fp32 [turns, span, heads * width], or with `transposed_dq` [turns, heads * width, span].
+      dk_sum: fp32 [bk, kv_heads * width].
+      dv_sum: fp32 [bk, kv_heads * width].
+      at: how tiles are coded.
+      scale: of the scores.
+      heads: query heads of the step.
+      kv_heads: key/value heads that they read.
+      prefix: keys before the first query.
+      transposed_dq: see `tpu_blocks.Blocks`.
+    """
+    code, turn = codes[pl.program_id(1)], pl.program_id(2)
+    first_turn, last_turn = turn == 0, turn == pl.num_programs(2) - 1
+    bq, bk = q_ref.shape[0], k_ref.shape[0]
+    width = q_ref.shape[1] // heads
+    blocks_of_span = dq_ref.shape[0] // bq
+    rows = pl.ds(pl.multiple_of(lax.rem(at.query_block(code), blocks_of_span) * bq, bq), bq)
+
+    @pl.when((code & TileCode.OPEN != 0) & first_turn)
+    def open_span() -> None:
+        dq_sum[...] = jnp.zeros_like(dq_sum)
+
+    @pl.when((code & TileCode.FIRST != 0) & first_turn)
+    def open_block() -> None:
+        dk_sum[...] = jnp.zeros_like(dk_sum)
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+
+    def accumulate(
+        visible: jax.Array | None, seeing: jax.Array | None = None, seen: jax.Array | None = None
+    ) -> None:
+        for h in range(heads):
+            head, kv = part(h, width), part(h * kv_heads // heads, width)
+            q, k, dout = only(seeing, q_ref[:, head]), only(seen, k_ref[:, kv]), only(seeing, dout_ref[:, head])
+            scores = product(k, q, ((1,), (1,))) * (scale * LOG2_E)
+            if visible is not None:
+                scores = jnp.where(visible, scores, HIDDEN)
+            weights = jnp.exp2(scores - lse_ref[h])
+            dv_sum[:, kv] += product(weights.astype(dout.dtype), dout, ((1,), (0,)))
+            dweights = product(v_ref[:, kv], dout, ((1,), (1,)))
+            dscores = weights * (dweights - mean_ref[h])
+            if visible is not None and seen is not None:  # what nobody sees is in `dweights` and `mean_ref` too
+                dscores = jnp.where(visible, dscores, 0.0)
+            dscores = dscores.astype(q.dtype)
+            dk_sum[:, kv] += product(dscores, q, ((1,), (0,)))
+            if transposed_dq:
+                dq_sum[turn, head, rows] += product(k, dscores, ((0,), (0,)))
+            else:
+                dq_sum[turn, rows, head] += product(dscores, k, ((0,), (0,)))
+
+    @pl.when(code & TileCode.KIND == FULL)
+    def full_tile() -> None:
+        accumulate(None)
+
+    def visible() -> jax.Array:
+        i = prefix + at.query_block(code) * bq + lax.broadcasted_iota(jnp.int32, (bk, bq), 1)
+        j = at.key_block(code) * bk + lax.broadcasted_iota(jnp.int32, (bk, bq), 0)
+        return (start_ref[...] <= j) & (j <= i) & (i < widened(stop_ref[...], bq))
+
+    @pl.when(code & TileCode.KIND == PARTIAL)
+    def partial_tile() -> None:
+        accumulate(visible())
+
+    @pl.when(code & TileCode.KIND == DIRTY)
+    def dirty_tile() -> None:
+        pairs = visible()
+        accumulate(pairs, seeing=any_of(pairs, of_rows=False), seen=any_of(pairs, of_rows=True))
+
+    @pl.when((code & TileCode.LAST != 0) & last_turn)
+    def close_block() -> None:
+        dk_ref[...] = (dk_sum[...] * scale).astype(dk_ref.dtype)
+        dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+    @pl.when((code & TileCode.CLOSE != 0) & last_turn)
+    def close_span() -> None:
+        for r in range(dq_sum.shape[0]):
+            dq = dq_sum[r].T if transposed_dq else dq_sum[r]
+            dq_ref[:, part(r, heads * width)] = (dq * scale).astype(dq_ref.dtype)
+
+
+def mean_kernel(out_ref, dout_ref, mean_ref, *, width: int) -> None:
+    """Writes `[heads, 1, rows]`: the product of a query's output and the output's gradient, for the heads of the step.
+
+    By its softmax weights, it is the mean of the query's gradients with respect to its weights.
+    """
+    for h in range(mean_ref.shape[0]):
+        out, dout = (ref[:, part(h, width)].astype(jnp.float32) for ref in (out_ref, dout_ref))
+        # Multiplied and summed, not a matrix product: those may round float32 operands.
+        mean = (out * dout).sum(axis=1, keepdims=True)
+        mean_ref[h] = along_lanes(jnp.broadcast_to(mean, (mean.shape[0], LANES)))
