@@ -240,6 +240,7 @@ def test_a_stage_s_rows_have_its_shape_and_its_slots_for_targets():
     assert attention.stage_targets(dataclasses.replace(config, data=data), rows) == 100
 
 
+@pytest.mark.parametrize("model", ["clip_l_336_vicuna_7b", "clip_l_336_vicuna_13b"])
 def test_stages_on_a_pod_have_the_released_hyper_parameters(model):
     voco, alignment = load_for_a_pod("voco", model), load_for_a_pod("alignment", model)
     assert voco.model == alignment.model == preset(model)

@@ -46,3 +46,16 @@ def test_flops_of_a_convolution_skip_the_padding():
     text = "%a, %b), window={size=4 stride=3 pad=3_3 lhs_dilate=4}, dim_labels=0bf_0io->0bf"
     product = hlo.Instruction("c", "f32[4,8,32]", "convolution", ("a", "b"), text, True)
     assert hlo.product_flops(product, {"a": "f32[4,8,16]", "b": "f32[4,16,32]"}) == 2 * 4 * 8 * 16 * 32
+
+
+@pytest.mark.parametrize(("window", "outputs", "pairs"), [
+    ("size=3 pad=1_1", 4, 3 + 4 + 3),  # the outer positions of the kernel meet padding once each
+    ("size=3 pad=0_0 stride=2", 1, 1 + 1 + 1),
+    ("size=3 rhs_dilate=2 pad=2_2", 4, 2 + 4 + 2),
+    ("size=3 lhs_dilate=2 pad=1_1", 7, 3 + 4 + 3),  # every other position is a zero between elements
+])
+def test_flops_of_a_convolution_count_the_pairs_that_meet(window, outputs, pairs):
+    """Four elements and a kernel of three; for each position of the kernel the outputs at which it meets an element."""
+    text = f"%a, %b), window={{{window}}}, dim_labels=b0f_0io->b0f"
+    product = hlo.Instruction("c", f"f32[5,{outputs},32]", "convolution", ("a", "b"), text, True)
+    assert hlo.product_flops(product, {"a": "f32[5,4,16]", "b": "f32[3,16,32]"}) == 2 * 5 * 16 * 32 * pairs
