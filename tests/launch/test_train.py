@@ -44,7 +44,7 @@ def test_a_stopped_run_ends_with_the_status_asked_for():
 
 def test_so_does_one_told_before_its_first_step():
     done = python("-c", BUSY, "--stopped_status=75")
-    assert done.returncode == 75 and "SIGTERM: there is nothing new to save" in done.stderr, done.stderr
+    assert done.returncode == 75 and "SIGTERM: nothing new to save" in done.stderr, done.stderr
 
 
 def test_a_profile_is_two_numbers():

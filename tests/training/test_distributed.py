@@ -86,7 +86,7 @@ def test_a_start_names_who_is_missing():
 
 def test_a_start_names_who_is_there_twice():
     assert set(meet((3, 0), (3, 1), (3, 1))) == {"two processes have the id 1, one of them at ::ffff:127.0.0.1"}
-    assert "was told of 3 processes, process 0 of 2" in meet((2, 0), (3, 1))[0]
+    assert "was started with 3 processes, process 0 with 2" in meet((2, 0), (3, 1))[0]
 
 
 def test_a_start_names_who_left_and_takes_back_who_came_again():

@@ -95,7 +95,7 @@ def test_it_ends_at_once_with_the_status_asked_for_whatever_the_main_thread_is_a
         assert process.stdout.readline() == "ready\n", process.stderr.read()
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 75
-        assert "SIGTERM: there is nothing new to save; the same command starts again" in process.stderr.read()
+        assert "SIGTERM: nothing new to save; run the same command to start again" in process.stderr.read()
 
 
 @pytest.mark.parametrize("to", ["run", "jax"])

@@ -3,12 +3,12 @@
 Every row is a prompt of one image and T tokens of text, laid out by `layout.py` and read by `decode.first_token`:
 
     no cache       the image and [BOS] [V x P] [newline] in front of the text, as LLaVA reads it
-    full cache     the text behind the keys and values of those P + 2 tokens
-    VoCo cache     the text behind the keys and values of N VoCo tokens
+    full cache     the text after the keys and values of those P + 2 tokens
+    VoCo cache     the text after the keys and values of N VoCo tokens
     text only      the same number of text tokens without any image: the floor
 
-FLOPs are counted in the program of exactly that call, compiled for the CPU on every device: its text spells out every
-matrix product, where a GPU's or TPU's calls kernels. Attention is dense, so that masked pairs count too.
+FLOPs are counted in the program of exactly that call, compiled for the CPU on every machine: its text spells out every
+matrix product, whereas a GPU's or TPU's calls kernels. Attention is dense, so masked pairs count too.
 Cache bytes are those of the arrays that `compress.run_units` returns. Times are measured, all rows in turns.
 """
 
@@ -38,14 +38,20 @@ from vocojax.models.parameters import abstract
 from vocojax.models.voco import Rows, VocoLlama
 
 Tree = TypeVar("Tree")
-Create = Callable[[Callable[[], Any]], Any]  # makes what a function returns: `jax.eval_shape` its shapes alone
-ANSWER_TOKENS = 16  # of the answers that are timed whole
+Create = Callable[[Callable[[], Any]], Any]  # makes what a function returns; `jax.eval_shape` makes shapes only
+ANSWER_TOKENS = 16  # of the answers that are timed as a whole
 REPEATS = 7
 NO_END = -1  # no token has this id, so that every timed answer has its full length
 
 
 class Case(NamedTuple):
-    """A row of the table: `method`, its number of VoCo tokens (0 where it has none) and of text tokens."""
+    """A row of the table.
+
+    Attributes:
+      method: "no cache", "full cache", "VoCo cache" or "text only".
+      vocos: number of VoCo tokens, 0 if the method has none.
+      text: number of text tokens.
+    """
 
     method: str
     vocos: int
@@ -55,18 +61,18 @@ class Case(NamedTuple):
 def efficiency(
     config: ModelConfig, vocos: Sequence[int], texts: Sequence[int], measured: ModelConfig | None = None
 ) -> dict[str, Any]:
-    """The report: `{"rows": [...], "summary": {...}, "model": ..., "measured": ...}`.
+    """Makes the report.
 
     Args:
-      config: whose bytes and FLOPs are counted; its parameters are never made.
+      config: the model whose bytes and FLOPs are counted. Its parameters are never made.
       vocos: numbers of VoCo tokens, a row each.
       texts: numbers of text tokens.
-      measured: whose time is measured on this machine, with random parameters; None for `measurable(config)`.
+      measured: the model whose time is measured on this machine, with random parameters; None for `measurable(config)`.
 
     Returns:
-      `summary` is of the first number of VoCo tokens and of text tokens: `cache_saved` and `flops_saved` are shares
-      of the full cache and of no cache, `flops_over_text_only` and `measured_first_token_ratio` are ratios to text
-      only and to no cache.
+      `{"rows": [...], "summary": {...}, "model": ..., "measured": ...}`. The summary is that of the first number of
+      VoCo tokens and of text tokens. `cache_saved` and `flops_saved` are shares of the full cache and of no cache,
+      `flops_over_text_only` and `measured_first_token_ratio` are ratios to text only and to no cache.
     """
     measured = measurable(config) if measured is None else measured
     cases = [case for text in texts for case in _cases(vocos, text)]
@@ -96,7 +102,7 @@ def efficiency(
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], vocos: int, text: int) -> dict[str, float]:
-    """The figures of one number of VoCo tokens and of text tokens."""
+    """Returns the figures of one number of VoCo tokens and of text tokens."""
     at = {row["method"]: row for row in rows if row["text"] == text and row["vocos"] in (0, vocos)}
     voco, full, none, floor = (at[m] for m in ("VoCo cache", "full cache", "no cache", "text only"))
     first = "measured_first_token_seconds"
@@ -111,8 +117,10 @@ def summarise(rows: Sequence[Mapping[str, Any]], vocos: int, text: int) -> dict[
 
 
 def measurable(config: ModelConfig) -> ModelConfig:
-    """The model itself where there is an accelerator, else one of its shape that a CPU runs in seconds: width 512, 8
-    layers and a small tower, with as many vision tokens."""
+    """Returns a model that this machine runs in seconds: with an accelerator the model itself.
+
+    For a CPU it is one of the same shape with width 512, 8 layers and a small tower, and as many vision tokens.
+    """
     if jax.default_backend() != "cpu" or config.decoder.width <= 512:
         return config
     decoder = dataclasses.replace(config.decoder, width=512, depth=8, num_heads=8, num_kv_heads=8, head_width=64,
@@ -122,7 +130,7 @@ def measurable(config: ModelConfig) -> ModelConfig:
 
 
 def count_flops(config: ModelConfig, case: Case) -> int:
-    """FLOPs of reading a prompt up to the first token's logits, from the compiled program; nothing is executed."""
+    """Counts the FLOPs of a prompt up to the first token's logits, in the compiled program; nothing is executed."""
     prompts, prefix = _inputs(config, case, jnp.bfloat16, jax.eval_shape)
     sampling = SamplingConfig(max_new_tokens=1)
     model = _model(config, case.vocos, jnp.bfloat16, _state(config, jnp.bfloat16, jax.eval_shape))
@@ -133,7 +141,7 @@ def count_flops(config: ModelConfig, case: Case) -> int:
 
 
 def _compressed(config: ModelConfig, vocos: int) -> dict[str, int]:
-    """Bytes of an image's cache, and FLOPs of making it."""
+    """Returns the bytes of an image's cache, and the FLOPs of making it."""
     model, rows, keep = _unit(config, vocos)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         flops = matmul_flops(run_units.lower(model, rows, keep, "reference").compile())
@@ -141,14 +149,14 @@ def _compressed(config: ModelConfig, vocos: int) -> dict[str, int]:
 
 
 def cache_bytes(config: ModelConfig, vocos: int) -> int:
-    """Bytes of an image's cache in bfloat16: of its VoCo tokens, or with none of the whole unit."""
+    """Returns the bytes of an image's cache in bfloat16: of its VoCo tokens, or with `vocos` 0 of the whole unit."""
     model, rows, keep = _unit(config, vocos)
     cache = jax.eval_shape(lambda model, rows: run_units(model, rows, keep), model, rows)
     return sum(x.size * x.dtype.itemsize for x in cache)
 
 
 def _unit(config: ModelConfig, vocos: int) -> tuple[VocoLlama, Rows, int]:
-    """Shapes of a model and of one image's unit, and how many of its tokens are kept."""
+    """Returns the shapes of a model and of one image's unit, and how many of its tokens are kept."""
     unit = lay_out_unit("unit", LetterTokenizer(config.voco.token_id), UnitShape(config.unit_tokens, vocos))
     rows = jax.eval_shape(lambda: _on_device(whole_rows([unit], [[_image(config)]], config, "voco", len(unit))))
     model = _model(config, vocos, jnp.bfloat16, _state(config, jnp.bfloat16, jax.eval_shape))
@@ -156,8 +164,10 @@ def _unit(config: ModelConfig, vocos: int) -> tuple[VocoLlama, Rows, int]:
 
 
 def _measure(config: ModelConfig, cases: Sequence[Case]) -> dict[Case, tuple[float, float]]:
-    """Median seconds to the first token and of a whole answer; the cases take turns, so that a change of the
-    machine's pace meets all of them."""
+    """Measures the median seconds to the first token and of a whole answer.
+
+    The cases take turns, so that a change of the machine's speed affects all of them.
+    """
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     sampling = SamplingConfig(max_new_tokens=ANSWER_TOKENS)
     statics, inputs = SamplingStatics.of([sampling]), SamplingInputs.of([sampling])
@@ -186,7 +196,7 @@ def _cases(vocos: Sequence[int], text: int) -> list[Case]:
 
 
 def _inputs(config: ModelConfig, case: Case, dtype: DTypeLike, create: Create) -> tuple[Prompts, KeyValues | None]:
-    """A case's prompt and prefix, as arrays or as shapes."""
+    """Makes a case's prompt and prefix, as arrays or as shapes."""
     num_units = 0 if case.method == "text only" else 1
     own_token = bool(case.vocos) or not num_units  # BOS, or the newline in front of the text: one of the text's tokens
     text = [[Span("a" * (case.text - own_token))]]
@@ -204,7 +214,7 @@ def _inputs(config: ModelConfig, case: Case, dtype: DTypeLike, create: Create) -
 
 
 def _state(config: ModelConfig, dtype: DTypeLike, create: Create) -> nnx.State:
-    """Random parameters, or their shapes; the number of VoCo tokens does not matter to them."""
+    """Makes random parameters, or their shapes. They do not depend on the number of VoCo tokens."""
     def make() -> nnx.State:
         return jax.tree.map(lambda x: x.astype(dtype), nnx.state(VocoLlama(config, nnx.Rngs(0), dtype)))
 
@@ -212,7 +222,7 @@ def _state(config: ModelConfig, dtype: DTypeLike, create: Create) -> nnx.State:
 
 
 def _model(config: ModelConfig, vocos: int, dtype: DTypeLike, state: nnx.State) -> VocoLlama:
-    """The model of so many VoCo tokens (0: it is read without any) around the parameters."""
+    """Returns a model of so many VoCo tokens (0: it is read without any) with these parameters."""
     config = dataclasses.replace(config, voco=dataclasses.replace(config.voco, num_vocos=max(1, vocos)))
     return nnx.merge(nnx.graphdef(abstract(lambda: VocoLlama(config, nnx.Rngs(0), dtype))), state)
 
@@ -226,7 +236,7 @@ def _on_device(tree: Tree) -> Tree:
 
 
 def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table for a terminal."""
+    """Returns the rows as a table for a terminal."""
     head = ("text", "method", "N", "cache MiB", "TFLOPs", "to compress", "first token ms", "answer ms")
     lines = [head]
     for row in rows:

@@ -1,4 +1,4 @@
-"""What the pipeline costs, measured on synthetic data; `launch/data_report.py` prints it."""
+"""What the input pipeline costs, measured on synthetic data; `launch/data_report.py` prints it."""
 
 import json
 import multiprocessing
@@ -19,11 +19,11 @@ from vocojax.data.loader import BatchStream
 from vocojax.data.tokenizer import word_tokenizer
 
 WORDS = ("a", "photo", "of", "the", "bus", "dog", "tree", "red", "small", "person", "near", "left", "what", "how", "is")
-PIXELS = ((640, 480), (480, 640), (640, 427), (500, 375), (1024, 768))  # sizes as COCO's and OCR-VQA's
+PIXELS = ((640, 480), (480, 640), (640, 427), (500, 375), (1024, 768))  # sizes like COCO's and OCR-VQA's
 
 
 def write_images(folder: Path, count: int) -> list[str]:
-    """Noisy pictures as JPEG files of ordinary size; their names."""
+    """Writes noisy pictures as JPEG files of ordinary size and returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for index in range(count):
@@ -36,7 +36,7 @@ def write_images(folder: Path, count: int) -> list[str]:
 
 
 def write_records(path: Path, count: int, images: Sequence[str], words: int) -> None:
-    """A LLaVA JSON of `count` records with about so many words each; every 16th has no image."""
+    """Writes a LLaVA JSON of `count` records with about so many words each; every 16th has no image."""
     random = np.random.default_rng(0)
     texts = [" ".join(random.choice(WORDS, words // 6)) for _ in range(1000)]
     with path.open("w", encoding="utf-8") as file:
@@ -52,7 +52,7 @@ def write_records(path: Path, count: int, images: Sequence[str], words: int) -> 
 
 
 def stage(folder: Path) -> tuple[ModelConfig, DataConfig]:
-    """The configs of a 7B stage on the data in a folder (`records.json`, `images`), with a word tokenizer."""
+    """Returns the configs of a 7B stage on the data in a folder (`records.json`, `images`), with a word tokenizer."""
     tokenizer = word_tokenizer([" ".join(WORDS) + " USER: ASSISTANT: "])
     tokenizer.save(folder / "tokenizer")
     model = preset("clip_l_336_vicuna_7b")
@@ -62,7 +62,7 @@ def stage(folder: Path) -> tuple[ModelConfig, DataConfig]:
 
 
 def stream_rate(folder: Path, images: int) -> Callable[[], float]:
-    """A function that takes batches with about so many images; it returns images per second of CPU time."""
+    """Returns a function that takes batches with about so many images and returns images per second of CPU time."""
     stream = BatchStream(*stage(folder), 8, 0, "voco")
     next(stream)  # compiles, fills the windows
     _settled()
@@ -77,7 +77,7 @@ def stream_rate(folder: Path, images: int) -> Callable[[], float]:
 
 
 def _settled() -> float:
-    """CPU seconds of this process once the batches made ahead are complete and its threads wait."""
+    """Waits until the batches made ahead are complete. Returns the CPU seconds of this process."""
     last = time.process_time()
     while True:
         time.sleep(0.3)
@@ -94,7 +94,7 @@ def fill_ratio(rows: int) -> float:
 
 
 def first_batch(folder: Path, rows: int = 8) -> tuple[float, float]:
-    """Seconds from opening the data to the first batch, and the peak resident memory in GiB, in a fresh process."""
+    """Measures the seconds from opening the data to the first batch, and the peak resident GiB, in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_first_batch, folder, rows).result()
 
@@ -110,6 +110,6 @@ def _first_batch(folder: Path, rows: int) -> tuple[float, float]:
 
 
 def _peak_resident_gib() -> float:
-    """Of this process; `getrusage` would give the parent's where that is larger."""
+    """Returns the peak of this process; `getrusage` would give the parent's if that is larger."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**20  # type: ignore[index]

@@ -1,7 +1,7 @@
-"""FLOPs of the matrix products in a compiled program, loops counted as often as they run.
+"""FLOPs of the matrix products in a compiled program, with loops counted as often as they run.
 
-XLA's own `cost_analysis` counts a loop's body once, so a scan over 32 layers costs as much as one layer. This walks the
-optimised HLO instead and multiplies every body with its trip count. Elementwise work is left out, as is usual.
+XLA's own `cost_analysis` counts a loop's body once, so a scan over 32 layers costs as much as one layer. `matmul_flops`
+walks the optimised HLO and multiplies every body by its trip count. Elementwise work is left out, as is usual.
 """
 
 import jax
@@ -13,12 +13,13 @@ _UNCOUNTED = ("convolution", "custom-call", "ragged-dot")
 
 
 class CannotCount(VocojaxError, ValueError):
-    """A program with work whose FLOPs its text does not say."""
+    """The program has work whose FLOPs its text does not tell."""
 
 
 def matmul_flops(program: jax.stages.Compiled) -> int:
-    """FLOPs (two per multiply-add) of all matrix products that one run of the program computes; of the branches of a
-    conditional the most expensive runs.
+    """Counts the FLOPs (two per multiply-add) of all matrix products that one run of the program computes.
+
+    Of the branches of a conditional the most expensive one counts.
 
     Raises:
       CannotCount: a loop without a known trip count, or an operation that hides its products (a custom call).

@@ -1,1 +1,1 @@
-"""Accelerator kernels. Each sub-package is one operation with every implementation of it behind one function."""
+"""Accelerator kernels. Each sub-package is one operation: one function, and every implementation of it."""

@@ -18,15 +18,23 @@ HEAD_AXES = ("tensor",)
 def per_shard(
     function: Callable[..., Any], inputs: list[str], outputs: list[str], rows: int, heads: int, kv_heads: int
 ) -> Callable[..., Any]:
-    """`function` run by `shard_map` on the rows and heads of each device, or as it is where no mesh is set.
+    """Returns `function` run by `shard_map` on the rows and heads of each device, or unchanged if no mesh is set.
 
-    `inputs` and `outputs` name the axes of each argument and result: 'B' is spread over the batch axes of the mesh,
-    'H' and 'G' over its head axis, anything else is whole on every device. XLA can't cut a kernel into shards by
-    itself, and in plain XLA code the skipping of empty chunks would ask all devices about every chunk.
+    XLA can't cut a kernel into shards by itself, and in plain XLA code the skipping of empty chunks would ask all
+    devices about every chunk. All axes of the mesh become manual, also those that nothing is spread over, because a TPU
+    kernel accepts no other.
 
-    All axes of the mesh become manual, those that nothing is spread over too, because a TPU kernel accepts no other.
     Axes that do not divide the number of rows (one prompt on many devices) or of key/value heads are left out: the
     devices along them repeat the same work. That is right but wasteful, so it is logged.
+
+    Args:
+      function: of arrays that are all on one device.
+      inputs: the axes of each argument. 'B' is spread over the batch axes of the mesh, 'H' and 'G' over its head axis,
+        anything else is whole on every device.
+      outputs: the axes of each result, likewise.
+      rows: of the batch.
+      heads: query heads.
+      kv_heads: key/value heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = {
@@ -44,13 +52,13 @@ def per_shard(
     mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(free), check_vma=False)
     if AxisType.Explicit not in mesh.axis_types:
         return mapped
-    # On explicit axes a type says where an array lies, and shard_map takes it from nowhere else.
+    # On explicit axes an array must already lie where shard_map wants it.
     placed = lambda x, spec: jax.tree.map(lambda leaf: jax.reshard(leaf, spec), x)
     return lambda *arguments: mapped(*map(placed, arguments, in_specs))
 
 
 def _dividing(axes: list[str], sizes: dict[str, int], count: int, what: str) -> tuple[str, ...]:
-    """The longest run of `axes` whose devices divide `count` things evenly."""
+    """Returns the longest run of `axes` whose devices divide `count` things evenly."""
     kept: tuple[str, ...] = ()
     for axis in axes:
         if count % math.prod(sizes[a] for a in (*kept, axis)):

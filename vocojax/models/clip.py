@@ -16,18 +16,18 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalise(images_UHWC: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """uint8 RGB images -> CLIP's normalised pixels."""
+    """Returns CLIP's normalised pixels of uint8 RGB images."""
     scaled = images_UHWC.astype(jnp.float32) / 255.0
     return ((scaled - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)).astype(dtype)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """OpenAI's approximation of the GELU."""
+    """Returns OpenAI's approximation of the GELU."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 class ClipBlock(nnx.Module):
-    """Pre-norm attention and MLP, each added to its input."""
+    """A layer of pre-norm attention and MLP, each added to its input."""
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         width = config.width
@@ -46,8 +46,8 @@ class ClipBlock(nnx.Module):
 class ClipVision(nnx.Module):
     """The vision tower.
 
-    The blocks up to the selected hidden state (`blocks`) are stacked apart from those behind it (`final_blocks`),
-    which only `pooled` runs: features cost no layer that nobody reads, and a checkpoint stays complete.
+    The blocks up to the selected hidden state (`blocks`) are stacked apart from those after it (`final_blocks`), which
+    only `pooled` runs. So features cost no layer that nobody reads, and a checkpoint stays complete.
     """
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
@@ -67,7 +67,14 @@ class ClipVision(nnx.Module):
         self.post_norm = LayerNorm(width, config.norm_eps, rngs=rngs)
 
     def hidden(self, pixels_UHWC: jax.Array) -> jax.Array:
-        """Normalised pixels -> the selected hidden state [U, 1 + P, E], class token first."""
+        """Returns the selected hidden state [U, 1 + P, E], class token first.
+
+        Args:
+          pixels_UHWC: normalised pixels.
+
+        Raises:
+          ValueError: images of another size than the tower's.
+        """
         size = self.config.image_size
         if pixels_UHWC.shape[1:] != (size, size, 3):
             raise InputError(f"the vision tower takes images of {size}x{size}x3, got {pixels_UHWC.shape[1:]}: "
@@ -80,11 +87,11 @@ class ClipVision(nnx.Module):
         return scan(_run_block, self.pre_norm(x_USE), self.blocks)[0]
 
     def __call__(self, pixels_UHWC: jax.Array) -> jax.Array:
-        """Normalised pixels [U, H, W, 3] -> features [U, P, E]: the selected hidden state without class token."""
+        """Returns the features [U, P, E] of normalised pixels: the selected hidden state without class token."""
         return self.hidden(pixels_UHWC)[:, 1:]
 
     def pooled(self, pixels_UHWC: jax.Array) -> jax.Array:
-        """Normalised pixels -> CLIP's image feature [U, E]: the normed class token behind the last block."""
+        """Returns CLIP's image feature [U, E] of normalised pixels: the normed class token after the last block."""
         x_USE = self.hidden(pixels_UHWC)
         if self.final_blocks is not None:
             x_USE = scan(_run_block, x_USE, self.final_blocks)[0]

@@ -10,7 +10,7 @@ from vocojax.models.stack import scan, stack
 
 
 class AveragePool(nnx.Module):
-    """All vision tokens of an image -> their mean: [U, P, E] -> [U, 1, E]."""
+    """The mean of an image's vision tokens: [U, P, E] -> [U, 1, E]."""
 
     def __init__(self, vision_width: int):
         self.out_width = vision_width
@@ -20,7 +20,7 @@ class AveragePool(nnx.Module):
 
 
 class QFormerBlock(nnx.Module):
-    """BERT's post-norm layer over the queries, with cross attention to the vision features where it has one."""
+    """BERT's post-norm layer over the queries; some of the layers have cross attention to the vision features."""
 
     def __init__(self, config: CompressorConfig, vision_width: int, has_cross_attention: bool, rngs: nnx.Rngs):
         width, norm = config.width, lambda: LayerNorm(config.width, config.norm_eps, rngs=rngs)
@@ -83,7 +83,7 @@ class QFormer(nnx.Module):
 
 
 def make_compressor(config: CompressorConfig, vision_width: int, rngs: nnx.Rngs) -> AveragePool | QFormer | None:
-    """The compressor a config names; None where the decoder itself compresses."""
+    """Builds the compressor that a config names; None if the decoder itself compresses."""
     if config.kind == "avg_pool":
         return AveragePool(vision_width)
     if config.kind == "qformer":

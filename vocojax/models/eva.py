@@ -1,5 +1,8 @@
-"""EVA-CLIP's vision transformer as BLIP-2 and LLaMA-VID use it (arXiv 2303.15389): no norm before or behind the blocks,
-attention whose keys have no bias, exact GELU. By default of published weights: ViT-g/14, 39 blocks of width 1408."""
+"""EVA-CLIP's vision transformer as BLIP-2 and LLaMA-VID use it (arXiv 2303.15389).
+
+No norm before or after the blocks, attention whose keys have no bias, exact GELU. Published weights are of ViT-g/14
+with 39 blocks of width 1408.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +35,7 @@ class EvaAttention(nnx.Module):
 
 
 class EvaBlock(nnx.Module):
-    """Pre-norm attention and MLP, each added to its input."""
+    """A layer of pre-norm attention and MLP, each added to its input."""
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         width = config.width
@@ -48,7 +51,7 @@ class EvaBlock(nnx.Module):
 
 
 class EvaVision(nnx.Module):
-    """The vision tower; takes CLIP's normalised pixels (`vocojax.models.clip.normalise`)."""
+    """The vision tower. It takes CLIP's normalised pixels (`vocojax.models.clip.normalise`)."""
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         width, patch = config.width, config.patch_size
@@ -60,7 +63,7 @@ class EvaVision(nnx.Module):
         self.blocks = stack(lambda layer_rngs: EvaBlock(config, layer_rngs), config.depth, rngs)
 
     def hidden(self, pixels_UHWC: jax.Array) -> jax.Array:
-        """Normalised pixels [U, H, W, 3] -> the last block's output [U, 1 + P, E], class token first.
+        """Returns the last block's output [U, 1 + P, E] of normalised pixels [U, H, W, 3], class token first.
 
         Raises:
           ValueError: images of another size than the tower's.
@@ -77,5 +80,5 @@ class EvaVision(nnx.Module):
         return scan(lambda x, block, _: (block(x), None), x_USE, self.blocks)[0]
 
     def __call__(self, pixels_UHWC: jax.Array) -> jax.Array:
-        """Normalised pixels [U, H, W, 3] -> features [U, P, E] without class token."""
+        """Returns the features [U, P, E] of normalised pixels [U, H, W, 3], without class token."""
         return self.hidden(pixels_UHWC)[:, 1:]

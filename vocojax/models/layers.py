@@ -3,7 +3,7 @@
 Parameters are stored in the dtype they were created or loaded in (fp32 masters, bf16 where frozen) and cast to the
 activation's dtype where they are used; norms compute in fp32.
 
-Every parameter carries logical axis names; `training/sharding.py` maps them to mesh axes. Creating a parameter never
+Every parameter carries logical axis names; `parallel/shardings.py` maps them to mesh axes. Creating a parameter never
 shards it (`eager_sharding=False`): whoever creates a model jits the creation with the shardings it wants.
 """
 
@@ -19,7 +19,7 @@ Axes = tuple[str | None, ...]
 
 
 def parameter(init: Initializer, shape: tuple[int, ...], axes: Axes, rngs: nnx.Rngs) -> nnx.Param:
-    """An fp32 parameter of that shape with one logical axis name per dimension."""
+    """Creates an fp32 parameter of that shape, with one logical axis name per dimension."""
     return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False)
 
 
@@ -72,8 +72,11 @@ class RMSNorm(nnx.Module):
 
 @jax.custom_vjp
 def _settled(x: jax.Array) -> jax.Array:
-    """x, whose gradient is written out before it is used: a TPU's compiler would make one of the product behind a norm
-    and the norm's gradient, which takes more time than both."""
+    """Returns x. Its gradient is written to memory before it is used.
+
+    Without this, XLA on TPU fuses the norm's gradient with the product that made its input, which takes longer than
+    both.
+    """
     return x
 
 

@@ -18,7 +18,12 @@ from vocojax.models.stack import scan, stack
 
 
 class KeyValues(NamedTuple):
-    """Keys (after RoPE) and values of some tokens in every layer, each [L, B, K, G, D]."""
+    """Keys and values of some tokens in every layer.
+
+    Attributes:
+      k_LBKGD: keys after RoPE.
+      v_LBKGD: values.
+    """
 
     k_LBKGD: jax.Array
     v_LBKGD: jax.Array
@@ -30,14 +35,19 @@ class KeyValues(NamedTuple):
 
 
 class StaticCache(NamedTuple):
-    """Keys and values of a decoding loop, each [L, B, G, K, D]: K slots, most of them filled while it runs."""
+    """Keys and values of a decoding loop, with K slots that are filled while it runs.
+
+    Attributes:
+      k_LBGKD: keys after RoPE.
+      v_LBGKD: values.
+    """
 
     k_LBGKD: jax.Array
     v_LBGKD: jax.Array
 
     @classmethod
     def starting_with(cls, parts: Sequence[KeyValues], room: int, dtype: DTypeLike) -> "StaticCache":
-        """The parts one after the other, then `room` empty slots."""
+        """Returns a cache of the parts one after the other, and then `room` empty slots."""
         join = lambda *arrays: jnp.pad(
             jnp.concatenate([x.astype(dtype).swapaxes(2, 3) for x in arrays], axis=3),
             [(0, 0)] * 3 + [(0, room), (0, 0)],
@@ -51,7 +61,7 @@ class StaticCache(NamedTuple):
 
 
 def rope_frequencies(head_width: int, theta: float, scaling: RopeScalingConfig | None) -> np.ndarray:
-    """Radians per position of each of the D/2 rotated pairs, fp32.
+    """Returns the radians per position of each of the D/2 rotated pairs, fp32.
 
     With `linear` scaling every frequency is divided by `factor`. With `llama3` scaling, wavelengths beyond
     `original_max_positions / low_freq_factor` are stretched by `factor`, those below
@@ -106,7 +116,11 @@ class DecoderBlock(nnx.Module):
         self, x_B1E: jax.Array, rotation: Rotation, cache: StaticCache, layer: jax.Array, index: jax.Array,
         stop_BK: jax.Array,
     ) -> tuple[jax.Array, StaticCache]:
-        """One token per row: writes its key and value into slot `index` of the cache's layer, then attends."""
+        """Runs the layer on one token per row: writes its key and value into slot `index` of the cache, then attends.
+
+        Returns:
+          The layer's output [B, 1, E], and the cache.
+        """
         q_B1HD, *fresh = self._project(x_B1E, rotation, None)
         write = lambda old, new_B1GD: jax.lax.dynamic_update_slice(
             old, new_B1GD.swapaxes(1, 2)[None].astype(old.dtype), (layer, 0, 0, index, 0)
@@ -121,7 +135,7 @@ class DecoderBlock(nnx.Module):
     def _project(
         self, x_BSE: jax.Array, rotation: Rotation, implementation: str | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries and keys, and values: [B, S, H or G, D]."""
+        """Returns rotated queries and keys, and values: [B, S, H or G, D]."""
         split = lambda y: y.reshape(*y.shape[:-1], -1, self.config.head_width)
         normed = self.attention_norm(x_BSE)
         q_BSHD = rotate(split(self.query(normed)), rotation, implementation=implementation)
@@ -129,14 +143,14 @@ class DecoderBlock(nnx.Module):
         return q_BSHD, k_BSGD, split(self.value(normed))
 
     def _finish(self, x_BSE: jax.Array, attended_BSHD: jax.Array) -> jax.Array:
-        """The residuals of the attention's output and of the MLP."""
+        """Adds the attention's output and the MLP to the residual stream."""
         x_BSE = x_BSE + self.out(attended_BSHD.reshape(*x_BSE.shape[:2], -1))
         normed = self.mlp_norm(x_BSE)
         return x_BSE + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
 
 
 class Decoder(nnx.Module):
-    """Embeddings in, hidden states out; `logits` reads hidden states where somebody wants tokens."""
+    """The decoder: embeddings in, hidden states out. `logits` reads hidden states where tokens are wanted."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
@@ -150,7 +164,7 @@ class Decoder(nnx.Module):
         )
 
     def embed(self, ids_BS: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Token ids -> embeddings [B, S, E]."""
+        """Returns the embeddings [B, S, E] of token ids."""
         return self.embedding[...][ids_BS].astype(dtype)  # cast last: a token's gradient is summed before it is rounded
 
     @jax.named_scope("decoder")
@@ -172,7 +186,7 @@ class Decoder(nnx.Module):
           positions_BS: int32 rotary positions.
           mask: over [B, S] queries and [B, P + S] keys.
           prefix: keys and values of P earlier tokens.
-          keep: of how many of the last tokens keys and values are returned.
+          keep: how many of the last tokens' keys and values are returned.
           attention: implementation of `interval_attention`; None picks by platform.
           remat: a key of `stack.REMAT_POLICIES`.
 
@@ -199,7 +213,7 @@ class Decoder(nnx.Module):
           cache: the tokens before it; its own key and value are written into slot `index`, in place where the caller
             carries the cache through a loop.
           index: int32 scalar.
-          stop_BK: int32 interval mask of the cache's slots; slots behind `index` are never seen.
+          stop_BK: int32 interval mask of the cache's slots; slots after `index` are never seen.
 
         Returns:
           Hidden states [B, 1, E] before the final norm, and the cache.
@@ -212,13 +226,15 @@ class Decoder(nnx.Module):
         return scan(run, (x_B1E, cache), self.blocks, jnp.arange(self.config.depth))[0]
 
     def rotation(self, positions_BS: jax.Array) -> Rotation:
-        """What every layer rotates the queries and keys of tokens at these positions by."""
+        """Returns the rotation of queries and keys at these positions, the same in every layer."""
         config = self.config
         return Rotation.of(positions_BS, rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., E] -> fp32 logits [..., V]; rows of the vocabulary that stand for no token get -1e30, so
-        that they take no part in a softmax or an argmax."""
+        """Returns the fp32 logits [..., V] of hidden states [..., E].
+
+        Rows of the vocabulary that stand for no token get -1e30, so that they take no part in a softmax or an argmax.
+        """
         hidden = self.norm(hidden)
         kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
         logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)

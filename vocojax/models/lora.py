@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, arXiv 2106.09685): a frozen kernel W acts as W + scale A B, of which A and B train.
+"""Low-rank adaptation (LoRA, arXiv 2106.09685): a frozen kernel W acts as W + scale A B, where A and B train.
 
 A layer computes `x W + scale (x A) B`, so that neither the sum nor its gradient ever exists in training. The factors of
 `X/kernel` are the parameters `X/lora/a` [in, rank] and `X/lora/b` [rank, out], stacked like the kernel.
@@ -18,14 +18,14 @@ from vocojax.config import ConfigError, LoraConfig
 from vocojax.models.layers import Linear, parameter
 from vocojax.models.parameters import Parameters
 
-# As PEFT draws A: uniform within 1 / sqrt(in). B is zero, so that the model begins as it was.
+# A is drawn as PEFT draws it: uniform within 1 / sqrt(in). B is zero, so the model begins unchanged.
 _INIT_A = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _INIT_STACKED_A = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=(0,))
-_HEAD = "decoder/head/kernel"  # read by `Decoder.logits` itself, as in PEFT no target
+_HEAD = "decoder/head/kernel"  # no target, as in PEFT: `Decoder.logits` reads it directly
 
 
 class LowRank(nnx.Module):
-    """`scale (x A) B`, what LoRA adds to a linear layer's output.
+    """The term that LoRA adds to a linear layer's output, `scale (x A) B`.
 
     The rank takes the place, and the logical axis, of the side of the kernel that a factor does not have: factors are
     sharded like their kernel, over every mesh axis that divides the rank.
@@ -44,7 +44,7 @@ class LowRank(nnx.Module):
 
 
 def add_lora(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
-    """Gives every linear layer of a model whose kernel's path matches a target its factors; with rank 0 none.
+    """Adds factors to every linear layer of a model whose kernel's path matches a target; with rank 0 to none.
 
     Raises:
       ConfigError: a target matches no linear layer but the head.
@@ -64,21 +64,27 @@ def add_lora(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
 
 
 def factor_names(kernel: str) -> tuple[str, str]:
-    """Paths of the factors A and B that a parameter has if it is the kernel of a layer with LoRA."""
+    """Returns the paths of the factors A and B that belong to a kernel, if its layer has LoRA."""
     layer = kernel.removesuffix("kernel")
     return f"{layer}lora/a", f"{layer}lora/b"
 
 
 def is_factor(name: str) -> bool:
-    """Whether a parameter is one of the factors."""
+    """Returns whether a parameter is one of the factors."""
     return name.endswith(("/lora/a", "/lora/b"))
 
 
 def with_factors(
     wanted: Mapping[str, jax.ShapeDtypeStruct], saved: Mapping[str, Any]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What to read for `merge_factors`: the wanted parameters, and of those that were saved with factors (anything with
-    shape and dtype) these too, kernels and factors in the precision they were saved in."""
+    """Returns what to read for `merge_factors`: the wanted parameters, and the factors that were saved with them.
+
+    Kernels with factors, and the factors, are read in the precision they were saved in.
+
+    Args:
+      wanted: shapes, dtypes and shardings by name.
+      saved: anything with shape and dtype, by name.
+    """
     reading = dict(wanted)
     for name, leaf in wanted.items():
         for axis, factor in zip((-1, -2), factor_names(name), strict=True):
@@ -90,7 +96,7 @@ def with_factors(
 
 
 def merge_factors(parameters: Parameters, wanted: Mapping[str, jax.ShapeDtypeStruct], scale: float) -> Parameters:
-    """The wanted parameters, every kernel that was read with its factors merged with them: W + scale A B, in fp32."""
+    """Returns the wanted parameters, with every kernel that has factors merged with them in fp32: W + scale A B."""
     merged = {}
     for name, leaf in wanted.items():
         value, (a, b) = parameters.pop(name), factor_names(name)
@@ -113,7 +119,7 @@ def merge(kernel: ArrayLike, a: ArrayLike, b: ArrayLike, scale: float, dtype: jn
 
 
 def _whole_along(axis: int, sharding: Sharding | None, ndim: int) -> Sharding | None:
-    """A kernel's sharding without the split of one axis, which in its factor is the rank."""
+    """Returns a kernel's sharding without the split of one axis, which in its factor is the rank."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     parts = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]

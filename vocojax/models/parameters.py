@@ -11,22 +11,22 @@ Parameters = dict[str, jax.Array]
 
 
 def abstract(make: Callable[[], Model]) -> Model:
-    """The model that `make` would build, with shapes instead of arrays."""
+    """Returns the model that `make` would build, with shapes instead of arrays."""
     return jax.eval_shape(make)
 
 
 def parameters_of(model: nnx.Module) -> Parameters:
-    """Every parameter by its path name, in sorted order."""
+    """Returns every parameter by its path name, in sorted order."""
     return {name: variable[...] for name, variable in variables_of(model).items()}
 
 
 def variables_of(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """Every parameter's `nnx.Variable`, which also knows its logical axes."""
+    """Returns every parameter's `nnx.Variable`, which also knows its logical axes."""
     return {_name(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def with_parameters(model: Model, parameters: Mapping[str, Any]) -> Model:
-    """A copy of a (possibly abstract) model that holds the given parameters.
+    """Returns a copy of a (possibly abstract) model that holds the given parameters.
 
     Raises:
       ValueError: names are missing or unknown.

@@ -8,7 +8,7 @@ from vocojax.models.layers import Linear
 
 
 class Projector(nnx.Module):
-    """[U, P, in_width] -> [U, P, out_width]."""
+    """The projector: [U, P, in_width] -> [U, P, out_width]."""
 
     def __init__(self, config: ProjectorConfig, in_width: int, out_width: int, rngs: nnx.Rngs):
         self.linear_in = Linear(in_width, out_width, ("vision", "embed"), use_bias=True, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Stacked layers and how a scan goes through them, with rematerialisation policies by name."""
+"""Stacked layers, the scan that runs them, and rematerialisation policies by name."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,8 +13,8 @@ from vocojax.models.gathering import gathered, in_parts
 Block = TypeVar("Block", bound=nnx.Module)
 Carry = TypeVar("Carry")
 
-# What the forward pass of a block keeps for the backward pass; everything else is computed again. The input of every
-# block is kept by all of them: `offload` does so in the host's memory, and is `full` otherwise.
+# What the forward pass of a block keeps for the backward pass; everything else is computed again. All policies keep the
+# input of every block. `offload` is `full`, but keeps them in the host's memory.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),  # parts are gathered again
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -28,14 +28,18 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 
 
 def remat_policy(name: str) -> Callable[..., Any] | None:
-    """The policy of that name; `ValueError` lists the names there are."""
+    """Returns the policy of that name.
+
+    Raises:
+      ValueError: there is none; the message lists the names.
+    """
     if name not in REMAT_POLICIES:
         raise InputError(f"remat must be one of {sorted(REMAT_POLICIES)}, got {name!r}")
     return REMAT_POLICIES[name]
 
 
 def stack(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
-    """One module whose parameters are those of `depth` blocks, stacked on a leading `layers` axis.
+    """Builds one module whose parameters are those of `depth` blocks, stacked on a leading `layers` axis.
 
     Args:
       make: builds one block from its own `nnx.Rngs`.

@@ -21,11 +21,13 @@ from vocojax.models.projector import Projector
 class Rows(NamedTuple):
     """Rows of tokens as the decoder takes them; `data/packing.py` makes them from sample layouts.
 
-    ids_BS: int32 token ids.
-    positions_BS: int32 rotary positions.
-    start_BS, stop_BK: int32 interval mask; K - S leading keys of `stop` belong to a key/value prefix.
-    vision_BS: int32, at a vision token its index among the row's U*P, -1 elsewhere.
-    images_BUHWC: uint8 RGB images of the row, zeros in slots without one; U may be 0.
+    Attributes:
+      ids_BS: int32 token ids.
+      positions_BS: int32 rotary positions.
+      start_BS: int32, of the interval mask.
+      stop_BK: int32, of the interval mask; its first K - S keys belong to a key/value prefix.
+      vision_BS: int32, at a vision token its index among the row's U*P, -1 elsewhere.
+      images_BUHWC: uint8 RGB images of the row, zeros in slots without one; U may be 0.
     """
 
     ids_BS: jax.Array
@@ -61,14 +63,14 @@ class VocoLlama(nnx.Module):
 
     @jax.named_scope("vision")
     def encode_images(self, images_UHWC: jax.Array) -> jax.Array:
-        """uint8 RGB images -> their tokens as decoder embeddings [U, config.unit_tokens, E]."""
+        """Returns the tokens of uint8 RGB images as decoder embeddings [U, config.unit_tokens, E]."""
         features_UPE = self.vision(normalise(images_UHWC, self.dtype))
         if self.compressor is not None:
             features_UPE = self.compressor(features_UPE)
         return self.projector(features_UPE)
 
     def embed(self, rows: Rows) -> jax.Array:
-        """Embeddings [B, S, E] of the rows' tokens, vision tokens in their places."""
+        """Returns the embeddings [B, S, E] of the rows' tokens, vision tokens in their places."""
         x_BSE = self.decoder.embed(rows.ids_BS, self.dtype)
         num_rows, num_images = rows.images_BUHWC.shape[:2]
         if num_images == 0:
@@ -87,8 +89,7 @@ class VocoLlama(nnx.Module):
         attention: str | None = None,
         remat: str = "none",
     ) -> tuple[jax.Array, KeyValues]:
-        """Hidden states [B, S, E] before the final norm, and the last `keep` tokens' keys and values; arguments as
-        `Decoder.__call__`'s."""
+        """Runs the model. Arguments and results are those of `Decoder.__call__`."""
         return self.decoder(
             self.embed(rows), rows.positions_BS, rows.mask, prefix=prefix, keep=keep, attention=attention, remat=remat
         )
@@ -104,7 +105,7 @@ def append_voco_row(decoder: Decoder, token_id: int) -> None:
 
 
 def rows_from_batch(batch: Mapping[str, jax.Array], view: str = "") -> Rows:
-    """The rows of a batch of `data/packing.py`; `view` is the prefix of another visibility's arrays in it."""
+    """Returns the rows of a batch of `data/packing.py`; `view` is the prefix of another visibility's arrays in it."""
     return Rows(
         batch["ids"], batch[view + "positions"], batch[view + "start"], batch[view + "stop"], batch["vision"],
         batch["images"],

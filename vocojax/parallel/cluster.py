@@ -1,4 +1,4 @@
-"""Several processes as one run: who they are, and a start that names those missing."""
+"""Several processes as one run: who they are, and a start that names the processes that are missing."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax._src import clusters  # what `jax.distributed.initialize` detects a cluster by; there is no public name for it
+from jax._src import clusters  # how `jax.distributed.initialize` detects a cluster; it has no public name
 
 from vocojax.errors import VocojaxError
 from vocojax.parallel.preemption import handed_to_jax
@@ -21,12 +21,19 @@ START_SECONDS = 300.0
 
 
 class ClusterError(VocojaxError, ValueError):
-    """What was said of the cluster can't be."""
+    """The description of the cluster contradicts itself or is incomplete."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """coordinator: host:port of process 0. local_device_ids: the devices of this process; None is all it sees."""
+    """This process's place among the processes of a run.
+
+    Attributes:
+      coordinator: host:port of process 0.
+      num_processes: of the run.
+      process_id: of this process, from 0 on.
+      local_device_ids: the devices of this process; None for all that it sees.
+    """
 
     coordinator: str
     num_processes: int
@@ -47,10 +54,16 @@ def find_cluster(
     process_id: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Cluster | None:
-    """The cluster that this process belongs to, or None if it is on its own.
+    """Returns the cluster that this process belongs to, or None if it is on its own.
 
-    The arguments come first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (beside the first two a
-    Kubernetes job's JOB_COMPLETION_INDEX serves as the id), then what JAX detects: TPU metadata, SLURM, MPI.
+    Arguments come first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (a Kubernetes job's
+    JOB_COMPLETION_INDEX serves as the id if the other two are set), then what JAX detects: TPU metadata, SLURM, MPI.
+
+    Args:
+      coordinator: host:port of process 0.
+      num_processes: of the run.
+      process_id: of this process.
+      environment: the environment variables.
 
     Raises:
       ClusterError: some of the three are given and the rest can't be found, or a variable holds no number.
@@ -58,7 +71,7 @@ def find_cluster(
     def number(name: str) -> int | None:
         value = environment.get(name)
         if value and not value.isdecimal():
-            raise ClusterError(f"{name} must be a whole number, got {value!r}: set it right or unset it")
+            raise ClusterError(f"{name} must be a whole number, got {value!r}: correct it or unset it")
         return int(value) if value else None
 
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS") or None
@@ -74,17 +87,18 @@ def find_cluster(
         return Cluster(address, count, index, None if devices is None else tuple(devices))
     if coordinator or num_processes is not None or process_id is not None:
         raise ClusterError("coordinator_address, num_processes and process_id must be given together, got "
-                           f"{coordinator!r}, {num_processes} and {process_id}: say all three, by flag or as "
+                           f"{coordinator!r}, {num_processes} and {process_id}: set all three, by flag or as "
                            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or none")
     return None
 
 
 def initialize(cluster: Cluster | None, limit: float = START_SECONDS, heartbeat: int = 100) -> None:
-    """Joins the processes of a cluster; to be called before anything touches a device.
+    """Joins the processes of a cluster. Has to be called before anything uses a device.
 
     Args:
+      cluster: of this process; None for a process on its own.
       limit: seconds to wait for the others.
-      heartbeat: seconds without a sign of life after which a process counts as dead and the others stop.
+      heartbeat: seconds without a message after which a process counts as dead and the others stop.
 
     Raises:
       MissingProcesses: names those that did not arrive within the limit, or left before all had arrived.
@@ -106,8 +120,8 @@ def initialize(cluster: Cluster | None, limit: float = START_SECONDS, heartbeat:
 def _rendezvous(cluster: Cluster, limit: float) -> None:
     """Waits until all processes are there.
 
-    JAX's own start ends the program when one is missing, and does not say which. Process 0 listens where JAX's service
-    will; the others tell it their id; it answers when all have, or with what is wrong.
+    JAX's own start ends the program if one is missing, and does not say which. Process 0 listens where JAX's service
+    will listen later. The others send it their id. It answers once all have done so, or with what is wrong.
     """
     deadline = time.monotonic() + limit
     verdict = (_receive_all if cluster.process_id == 0 else _report)(cluster, deadline, limit)
@@ -142,8 +156,8 @@ def _receive_all(cluster: Cluster, deadline: float, limit: float) -> dict[str, A
                 continue
             index = said["process_id"]
             if said["num_processes"] != cluster.num_processes:
-                problem = (f"process {index} at {address[0]} was told of {said['num_processes']} processes, "
-                           f"process 0 of {cluster.num_processes}")
+                problem = (f"process {index} at {address[0]} was started with {said['num_processes']} processes, "
+                           f"process 0 with {cluster.num_processes}")
             elif index == 0 or (index in arrived and not _has_left(arrived[index])):
                 problem = f"two processes have the id {index}, one of them at {address[0]}"
             if problem:
@@ -165,7 +179,7 @@ def _receive_all(cluster: Cluster, deadline: float, limit: float) -> dict[str, A
 def _report(cluster: Cluster, deadline: float, limit: float) -> dict[str, Any]:
     host, _, port = cluster.coordinator.rpartition(":")
     said = {"process_id": cluster.process_id, "num_processes": cluster.num_processes}
-    # Process 0 answers by its own deadline, which may be later than ours.
+    # Process 0 answers by its own deadline, which may be later than this one.
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as connection:
@@ -180,7 +194,7 @@ def _report(cluster: Cluster, deadline: float, limit: float) -> dict[str, Any]:
 
 
 def _has_left(connection: socket.socket) -> bool:
-    """Whether a process that has said who it is, and says nothing more, has closed its end."""
+    """Returns whether a process that has sent its id has closed the connection since."""
     try:
         connection.settimeout(0)
         return connection.recv(1) == b""
@@ -193,7 +207,7 @@ def _has_left(connection: socket.socket) -> bool:
 
 
 def _read_line(connection: socket.socket, limit: float = 5.0) -> dict[str, Any] | None:
-    """A JSON object on a line of its own, or None where there is none."""
+    """Reads a JSON object from one line; None if there is none."""
     connection.settimeout(limit)
     try:
         with connection.makefile("rb") as file:

@@ -1,12 +1,12 @@
-"""The request to stop: SIGTERM, which is also how a TPU's preemption, Kubernetes and SLURM announce themselves.
+"""The request to stop: SIGTERM, which TPU preemption, Kubernetes and SLURM send as well.
 
-A run meets it in one of three ways:
+A run handles it in one of three ways:
 
-* until its first step there is nothing new to save, and `leave_on_sigterm` ends the process at once;
-* a run of one process then notes it and stops behind the step in progress (`StopRequest`);
-* several processes agree: from `jax.distributed.initialize` on JAX's own service takes the signal, wherever it arrives,
-  and finds a moment that none has passed yet, at which all stop. Threads of the runtimes settle it over the network:
-  no device and no step waits for them.
+* Before its first step there is nothing new to save. `leave_on_sigterm` ends the process at once.
+* After that a run of one process notes the signal and stops after the step in progress (`StopRequest`).
+* Several processes agree on a step. Once `jax.distributed.initialize` has run, JAX's own service takes the signal in
+  any process and finds a step that none has passed yet, after which all stop. Threads of the runtimes do this over the
+  network: no device and no step waits for them.
 """
 
 import contextlib
@@ -27,19 +27,20 @@ _unanswered: list[int] = []  # signals that came while `leave_on_sigterm` held a
 
 
 class Preempted(RuntimeError):
-    """The run was told to stop and what there is to save is saved; the same command goes on with it."""
+    """The run was asked to stop and has saved a checkpoint; the same command resumes it."""
 
 
 def leave_on_sigterm(status: int) -> None:
-    """Lets SIGTERM end this process with `status`, whatever it is at, until something else takes the signal.
+    """Lets SIGTERM end this process with `status` at any moment, until something else takes the signal.
 
-    For a run that has nothing new to save: what it writes before its first step is whole or not there. A thread watches
-    for the signal, since Python's own handlers wait until a compilation or a transfer returns. Main thread only.
+    This is for a run that has nothing new to save: what it writes before its first step is whole or absent. A thread
+    watches for the signal, because Python's own handlers wait until a compilation or a transfer returns. Main thread
+    only.
     """
     def watch() -> None:
         while True:
             if ours.recv(1)[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _leaving:
-                LOG.warning("SIGTERM: there is nothing new to save; the same command starts again")
+                LOG.warning("SIGTERM: nothing new to save; run the same command to start again")
                 logging.shutdown()
                 os._exit(status)
 
@@ -56,20 +57,20 @@ def leave_on_sigterm(status: int) -> None:
 
 
 def _leaving(number: int, frame: FrameType | None) -> None:
-    """Stands for the thread: where it is no longer the handler, something else has taken the signal over.
+    """Marks that the thread is in charge: if this is no longer the handler, something else has taken the signal over.
 
-    That may be so before the thread has got to a signal, which what took over then finds in `_unanswered`.
+    That may happen before the thread has handled a signal. What took over then finds it in `_unanswered`.
     """
     _unanswered.append(number)
 
 
 def _ignored(number: int, frame: FrameType | None) -> None:
-    LOG.warning("SIGTERM: the run has failed and ends anyway")
+    LOG.warning("SIGTERM: ignored, the run has failed and is ending")
 
 
 @contextlib.contextmanager
 def handed_to_jax() -> Iterator[None]:
-    """In this context JAX's service comes to take SIGTERM; it is also told of one that arrived too early for it."""
+    """In this context JAX's service starts to take SIGTERM. A signal that arrives too early for it is sent again."""
     if not _is_main():
         yield
         return
@@ -85,18 +86,18 @@ def handed_to_jax() -> Iterator[None]:
 
 
 class StopRequest:
-    """Whether a run was told to stop."""
+    """The request to stop a run, if there is one."""
 
     def __init__(self) -> None:
         self._asked = False
         self._calls = 0
 
     def reached(self) -> bool:
-        """Whether the run is to stop here; to be asked by all processes, in the same places."""
+        """Returns whether the run has to stop here. All processes call this in the same places."""
         if jax.process_count() == 1:
             return self._asked
-        # The service takes a process that has not asked yet to be at 0. Numbers of steps would not do: of a run that
-        # goes on behind step 100 it would choose 1 then, which never comes.
+        # Calls are counted, not steps: for the service a process that has not called yet is at 0, and for a run that
+        # resumes after step 100 it could choose step 1, which never comes.
         self._calls += 1
         return multihost_utils.reached_preemption_sync_point(self._calls)
 
@@ -104,8 +105,8 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """In this context SIGTERM asks a run of one process to stop.
 
-        Behind a failure the process ends with that one's status, though checkpoints are still being written then: what
-        `leave_on_sigterm` holds does not get the signal back, and it is ignored.
+        After a failure the signal is ignored, so that the process ends with the failure's status although checkpoints
+        may still be written then: `leave_on_sigterm` does not get the signal back.
         """
         if jax.process_count() > 1 or not _is_main():
             yield
@@ -126,9 +127,9 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        LOG.warning("SIGTERM: saving behind the step in progress")
+        LOG.warning("SIGTERM: saving after the step in progress")
 
 
 def _is_main() -> bool:
-    """Whether this is the main thread, which alone may set handlers of signals."""
+    """Returns whether this is the main thread, the only one that may set handlers of signals."""
     return threading.current_thread() is threading.main_thread()

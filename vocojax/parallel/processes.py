@@ -1,7 +1,7 @@
 """Small values passed between the processes of a run.
 
-What is passed here are decisions and states of a few kilobytes, over the hosts' network by JAX's key-value store: no
-device waits for it. A process on its own needs none of it, and every function then returns at once.
+These are decisions and states of a few kilobytes. They go over the hosts' network by JAX's key-value store: no device
+waits for them. For a process on its own every function returns at once.
 """
 
 import json
@@ -23,7 +23,7 @@ class MissingProcesses(VocojaxError, RuntimeError):
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Returns whether this process writes what only one process writes."""
     return jax.process_index() == 0
 
 
@@ -31,7 +31,7 @@ _rounds: defaultdict[str, int] = defaultdict(int)
 
 
 def from_first(topic: str, value: Any, limit: float = EXCHANGE_SECONDS) -> Any:
-    """Process 0's value (JSON-able) on all processes, which call this in the same order for a topic."""
+    """Returns process 0's value (JSON-able) on all processes, which call this in the same order for a topic."""
     if jax.process_count() == 1:
         return value
     key = _next_key(topic)
@@ -42,7 +42,7 @@ def from_first(topic: str, value: Any, limit: float = EXCHANGE_SECONDS) -> Any:
 
 
 def to_first(topic: str, value: Any, limit: float = EXCHANGE_SECONDS) -> list[Any] | None:
-    """Every process's value (JSON-able) in order on process 0, None on the others.
+    """Returns every process's value in order on process 0, None on the others. Values must fit JSON.
 
     Raises:
       MissingProcesses: on process 0, naming those whose value did not come within `limit` seconds.
@@ -68,12 +68,12 @@ def to_first(topic: str, value: Any, limit: float = EXCHANGE_SECONDS) -> list[An
 
 
 def from_all(topic: str, value: Any, limit: float = EXCHANGE_SECONDS) -> list[Any]:
-    """Every process's value (JSON-able), in order, on all processes."""
+    """Returns every process's value, in order, on all processes. Values must fit JSON."""
     return from_first(topic, to_first(topic, value, limit), 2 * limit)
 
 
 def _store() -> Any:
-    """JAX's key-value store, which process 0 holds for all."""
+    """Returns JAX's key-value store, which process 0 holds for all."""
     return global_state.client
 
 
@@ -92,8 +92,10 @@ def _get(key: str, limit: float, awaited: Sequence[int], topic: str) -> str:
 
 
 def missing_message(missing: Sequence[int], count: int, topic: str, limit: float) -> str:
+    """Returns the message of `MissingProcesses`."""
     return f"{topic}: {named(missing, count)} did not arrive within {limit:g} s; look at the log there"
 
 
 def named(processes: Sequence[int], count: int) -> str:
+    """Returns how messages name processes: `processes 1, 3 of 4`."""
     return f"process{'es' * (len(processes) > 1)} {', '.join(map(str, processes))} of {count}"

@@ -1,4 +1,4 @@
-"""The project's TPU attention beside JAX's splash attention on four layouts: figures of `launch/kernel_report.py`."""
+"""The project's TPU attention compared with JAX's splash attention on four layouts (`launch/kernel_report.py`)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ class Cost:
     """What one pass costs on one layout.
 
     Attributes:
-        block: queries and keys of its tiles.
-        seconds: for all rows and heads.
-        matrix_seconds: of them, those that the matrix units are busy.
-        full_tile_cycles, partial_tile_cycles, dirty_tile_cycles: one tile of one head.
-        spills: registers stored for want of room, per full tile and head.
-        vmem_bytes: windows and scratch.
+      block: queries and keys of its tiles.
+      seconds: for all rows and heads.
+      matrix_seconds: of them, those that the matrix units are busy.
+      full_tile_cycles: of a full tile of one head.
+      partial_tile_cycles: of a partial one.
+      dirty_tile_cycles: of a dirty one.
+      spills: registers stored for want of room, per full tile and head.
+      vmem_bytes: of windows and scratch.
     """
 
     block: tuple[int, int]
@@ -45,12 +47,14 @@ class Cost:
 
 
 def tpu_report(topologies: list[str]) -> dict[str, Any]:
-    """`{layout: {"live_tiles", "tiles_with_a_visible_pair", topology: {"ours", "splash", "ratio"}}}`.
+    """Compares both kernels on every layout: forward plus backward of all its rows, 32 heads of 128 in bfloat16.
 
-    `seconds` is forward plus backward of all rows of a layout with 32 heads of 128 in bfloat16, `ratio` is splash's
-    over ours. Ours holds the products of outputs and their gradients, which splash leaves to XLA. Splash gets the best
-    of `SPLASH_BLOCKS` for each pass, ours the blocks of its table. The tile counts are those of the forward pass on the
-    first topology.
+    Splash gets the best of `SPLASH_BLOCKS` for each pass, ours the blocks of its table. Ours includes the products of
+    outputs and their gradients, which splash leaves to XLA.
+
+    Returns:
+      `{layout: {"live_tiles", "tiles_with_a_visible_pair", topology: {"ours", "splash", "ratio"}}}`. `ratio` is
+      splash's seconds over ours. The tile counts are those of the forward pass on the first topology.
     """
     report: dict[str, Any] = {}
     for topology in topologies:
@@ -81,7 +85,7 @@ def _entry(passes: Sequence[Cost]) -> dict[str, Any]:
 
 
 def live_tiles(layout: Layout, device_kind: str) -> dict[str, int]:
-    """How many tiles the forward kernel computes, and how many hold a visible pair."""
+    """Counts the tiles that the forward kernel computes, and those that hold a visible pair."""
     table = tpu_blocks.GENERATIONS[tpu_blocks.generation(device_kind)]
     blocks = tpu_blocks.fitted(table.forward, layout.length, layout.length)
     kinds = tile_codes(layout, blocks.q, blocks.k, None) & TileCode.KIND
@@ -92,14 +96,14 @@ def live_tiles(layout: Layout, device_kind: str) -> dict[str, int]:
 
 
 def ours_costs(layout: Layout, kernels: dict[str, Compiled]) -> tuple[Cost, Cost]:
-    """Of the forward and the backward pass; the latter holds the mean gradients, which come before its tiles."""
+    """Returns the costs of both passes; the backward one includes the mean gradients, which come before its tiles."""
     forward, backward = tile_costs(layout, kernels)
     before = tpu.streaming_seconds(kernels["interval_attention_mean"])
     return forward, dataclasses.replace(backward, seconds=backward.seconds + before)
 
 
 def tile_costs(layout: Layout, kernels: dict[str, Compiled]) -> tuple[Cost, Cost]:
-    """Of the kernels that walk tiles, forward and backward."""
+    """Returns the costs of the kernels that walk tiles, forward and backward."""
     forward, backward = (kernels[f"interval_attention_{name}"] for name in ("forward", "backward"))
     return (
         _tile_cost(layout, forward, tpu.tile_costs(forward), backward=False),
@@ -108,7 +112,7 @@ def tile_costs(layout: Layout, kernels: dict[str, Compiled]) -> tuple[Cost, Cost
 
 
 def _tile_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: bool) -> Cost:
-    """Walks the kernel's own tile list: every step costs what its tile and flags say, or its DMA if that is more."""
+    """Walks the kernel's own tile list: a step costs what its tile and flags say, or its DMA if that takes longer."""
     generation = tpu_blocks.generation(kernel.device_kind)
     table = tpu_blocks.GENERATIONS[generation]
     blocks = tpu_blocks.fitted(table.backward if backward else table.forward, layout.length, layout.length)
@@ -127,9 +131,9 @@ def _tile_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: boo
 
     chip = known_tpu(kernel.device_kind)
     cores = kernel.cores if kernel.parallel else 1
-    per_cycle = chip.bandwidth / chip.cores / chip.ghz / 1e9  # bytes that one core's share of HBM moves in a cycle
-    # Every step reads two operands on the side that it walks; on the other side a group reads one or two and writes as
-    # many (forward: q and out; backward: k, v, dk and dv).
+    per_cycle = chip.bandwidth / chip.cores / chip.ghz / 1e9  # bytes per cycle of one core's share of HBM
+    # Every step reads two operands on the side that it walks. On the other side a group reads and writes arrays once: q
+    # and out in the forward pass, k, v, dk and dv in the backward pass.
     walked, kept = (blocks.q, 4 * blocks.k) if backward else (blocks.k, 2 * blocks.q)
     dma = (2 * walked + kept * (codes & TileCode.FIRST != 0)) * 2 * heads * WIDTH / per_cycle
     groups = HEADS // heads
@@ -148,14 +152,15 @@ def _tile_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: boo
 
 
 def best_splash(layout: Layout, measured: list[tuple[Compiled, TileCosts]]) -> Cost:
-    """The cheapest of `SPLASH_BLOCKS` for one pass on one layout."""
+    """Returns the cheapest of `SPLASH_BLOCKS` for one pass on one layout."""
     blocks = [block for block, _ in SPLASH_BLOCKS]
     costs = [splash_cost(layout, *kernel, block) for kernel, block in zip(measured, blocks, strict=True)]
     return min(costs, key=lambda cost: cost.seconds)
 
 
 def splash_cost(layout: Layout, kernel: Compiled, costs: TileCosts, block: int) -> Cost:
-    """Every tile of the causal triangle is computed and every other one is a step of the grid; DMA is not counted."""
+    """Returns the cost of splash: it computes every tile of the causal triangle, and every other tile is a step of the
+    grid. DMA is not counted."""
     n = -(-layout.length // block)
     live = n * (n + 1) // 2
     cycles = live * costs.tiles[0] + (n * n - live) * costs.idle + n * (sum(costs.before) + sum(costs.after))
@@ -174,7 +179,7 @@ def splash_cost(layout: Layout, kernel: Compiled, costs: TileCosts, block: int) 
 
 
 def tile_codes(layout: Layout, block_q: int, block_k: int, spans: int | None) -> np.ndarray:
-    """The used part of the list that the kernel would walk for a layout."""
+    """Returns the list of tiles that the kernel would walk for a layout."""
 
     @jax.jit
     def made(start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:

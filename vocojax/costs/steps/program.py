@@ -1,4 +1,4 @@
-"""Adds up a scheduled program: cycles, FLOPs, HBM traffic, kernel calls and collectives, with loops multiplied out."""
+"""Adds up a scheduled program: cycles, FLOPs, HBM traffic, kernel calls and collectives, loops as often as they run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ _NO_TRAFFIC = {
 
 @dataclass
 class Costs:
-    """Of one device and one step.
+    """What one step costs one device.
 
-    cycles: XLA's estimate for everything but kernels and collectives, by scope; empty before code is generated.
-    roofline: (FLOPs, HBM bytes) of every instruction, with how often it runs, by scope.
-    kernels: calls of Pallas kernels by name.
-    synchronous, asynchronous: bytes that collectives inside a slice move, by kind, alone or beside computation.
-    waits: the synchronous ones' by scope, a sum's twice.
-    between_slices: bytes of arrays that slices exchange over the data centre's network, by kind.
+    Attributes:
+      cycles: XLA's estimate for everything but kernels and collectives, by scope; empty before code is generated.
+      roofline: (scope, FLOPs, HBM bytes, how often it runs) of every instruction.
+      kernels: calls of Pallas kernels by name.
+      synchronous: bytes that collectives inside a slice move while nothing else runs, by kind.
+      asynchronous: bytes that they move while computation runs, by kind.
+      waits: bytes of the synchronous ones by scope, those of a sum twice.
+      between_slices: bytes of arrays that slices exchange over the data centre's network, by kind.
     """
 
     cycles: Counter[str] = field(default_factory=Counter)
@@ -39,14 +41,16 @@ class Costs:
 
     @property
     def flops(self) -> float:
+        """FLOPs of all products."""
         return sum(flops * runs for _, flops, _, runs in self.roofline)
 
     @property
     def hbm_bytes(self) -> float:
+        """Bytes that are read from HBM and written to it."""
         return sum(moved * runs for _, _, moved, runs in self.roofline)
 
     def roofline_seconds(self, flops_per_second: float, bytes_per_second: float) -> dict[str, float]:
-        """By scope, if every instruction took what its products or its traffic take, whichever is more."""
+        """Returns the seconds by scope if every instruction takes as long as its products or its traffic."""
         seconds: dict[str, float] = {}
         for scope, flops, moved, runs in self.roofline:
             spent = runs * max(flops / flops_per_second, moved / bytes_per_second)
@@ -55,7 +59,7 @@ class Costs:
 
 
 def add_up(module: Module, devices: int) -> Costs:
-    """The costs of a program on one of its devices."""
+    """Returns the costs of a program on one of its devices."""
     costs = Costs()
     shapes = {i.name: i.shape for instructions in module.computations.values() for i in instructions}
     for name, instructions in module.computations.items():
@@ -79,7 +83,7 @@ def add_up(module: Module, devices: int) -> Costs:
 
 
 def scope_of(instruction: Instruction, module: Module) -> str:
-    """The named scope of an instruction, or of the first instruction in it that has one."""
+    """Returns the named scope of an instruction, or of the first instruction inside it that has one."""
     inside = [i.scope for called in instruction.called for i in module.computations.get(called, ())]
     for path in (instruction.scope, *inside):
         for scope in SCOPES:
@@ -89,7 +93,7 @@ def scope_of(instruction: Instruction, module: Module) -> str:
 
 
 def _pallas_kernel(instruction: Instruction) -> str:
-    """The name of the kernel that is called: on TPU the instruction's own."""
+    """Returns the name of the kernel that is called (on TPU the instruction's own), or ''."""
     if instruction.op != "custom-call":
         return ""
     if "tpu_custom_call" in instruction.text:
@@ -99,7 +103,7 @@ def _pallas_kernel(instruction: Instruction) -> str:
 
 
 def _is_exchange(instruction: Instruction, module: Module) -> bool:
-    """Whether it starts or ends a collective, also one in a computation of its own."""
+    """Returns whether it starts or ends a collective, also one in a computation of its own."""
     if instruction.op == "async-start":
         return any(_collective(i) for called in instruction.called for i in module.computations.get(called, ()))
     return bool(_collective(instruction)) or instruction.op.removesuffix("-done") in COLLECTIVES
@@ -115,7 +119,7 @@ def _add_collective(
 ) -> None:
     """Counts a collective once, by the bytes of the whole array that it gathers, reduces or exchanges.
 
-    Of one that XLA cut into pieces and fused with computation, every fusion on the way holds a copy: the one in
+    If XLA cut it into pieces and fused these with computation, every such fusion holds a copy: only the one in
     `async-collective-start` counts. A reduce-scatter may be written as an all-reduce inside a fusion of that name.
     """
     kind = _collective(instruction)
@@ -145,8 +149,11 @@ def _add_collective(
 
 
 def _add_exchange(costs: Costs, instruction: Instruction, runs: int) -> None:
-    """libtpu leaves what goes between slices to its runtime on the hosts: the program sends an array there, which says
-    what is to become of it (`ALL_REDUCE`), and receives the result. Inside a slice it is reduced or gathered before."""
+    """Counts an array that is exchanged between slices.
+
+    libtpu leaves this to its runtime on the hosts: the program sends them an array, marked with what they have to do
+    (`ALL_REDUCE`), and receives the result. Inside a slice the array is reduced or gathered before.
+    """
     if instruction.op == "send" and (kind := re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)):
         sent = array_bytes(arrays(instruction.shape)[0])
         costs.between_slices[kind[1].lower().replace("_", "-")] += int(runs * sent)
@@ -161,7 +168,7 @@ def _flops(module: Module, instruction: Instruction, shapes: dict[str, str]) -> 
 
 
 def _traffic(module: Module, instruction: Instruction, shapes: dict[str, str]) -> float:
-    """HBM bytes that an instruction reads and writes; slices of a large array count as slices."""
+    """Returns the HBM bytes that an instruction reads and writes; slices of a large array count as slices."""
     body = module.computations.get(instruction.called[0], []) if instruction.op == "fusion" else [instruction]
     inner = {i.name: i for i in body}
     root = next((i for i in body if i.root), instruction)
@@ -192,7 +199,7 @@ def _parameter(body: list[Instruction], number: int) -> Instruction | None:
 
 
 def _read(module: Module, body: list[Instruction], source: Instruction) -> float:
-    """Bytes that a fused computation reads of one of its operands, or of another name of it."""
+    """Returns the bytes that a fused computation reads of one of its operands, also under another name."""
     whole, read = array_bytes(source.shape, hbm_only=True), 0.0
     for user in (i for i in body if source.name in i.operands):
         if user.op in ("dynamic-slice", "slice", "gather"):

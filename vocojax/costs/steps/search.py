@@ -1,7 +1,7 @@
 """Many settings of a stage on one topology: rows per device x rematerialisation policy x mesh, compiled one by one.
 
-What cannot fit, as less did not, is not compiled. Every report is on disk as soon as it is there, and a search of the
-same question that is given the same file goes on behind it.
+A setting that cannot fit, because one that needs less did not, is not compiled. Every report is written to disk at
+once. The same search with the same file resumes from there.
 """
 
 from __future__ import annotations
@@ -29,19 +29,26 @@ from vocojax.parallel.mesh import MeshConfig
 from vocojax.training.config import StageConfig
 
 ROWS = (1, 2, 4, 8, 16, 32)  # per device and part of a batch
-# Policies, those that keep less first, with the others that keep all of what they keep on the device and more. What
-# `offload` takes depends on how transfers are scheduled: nothing follows from it.
+# Policies in the order of what they keep, and for each the policies that keep all of it on the device and more. The
+# memory of `offload` depends on how transfers are scheduled, so nothing follows from it for others.
 KEEP_MORE = {
     "full": ("attention_out", "minimal", "none"), "attention_out": ("none",), "minimal": ("none",), "none": (),
     "offload": (),
 }  # fmt: skip
 
-_NOTHING = {"peak_bytes": None, "estimated_seconds": None}  # of what was not compiled
+_NOTHING = {"peak_bytes": None, "estimated_seconds": None}  # figures of a setting that was not compiled
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting: the rest is the stage's config."""
+    """One setting; the stage's config has the rest.
+
+    Attributes:
+      mesh: without -1.
+      remat: rematerialisation policy.
+      rows: per device and part of a batch.
+      accumulate: parts of a batch.
+    """
 
     mesh: MeshConfig
     remat: str
@@ -49,20 +56,25 @@ class Trial:
     accumulate: int
 
     def applied(self, config: StageConfig) -> StageConfig:
+        """Returns the stage's config with this setting."""
         return dataclasses.replace(config, mesh=self.mesh, remat=self.remat, accumulate=self.accumulate)
 
     def known(self, topology: Topology) -> dict[str, Any]:
-        """What its report will say of it."""
+        """Returns the keys of its report that are known before it is compiled."""
         return {"topology": topology.name, "devices": topology.count, "remat": self.remat, "rows_per_device": self.rows,
                 "accumulate": self.accumulate, "mesh": dataclasses.asdict(self.mesh)}
 
 
 @dataclass
 class Findings:
-    """Reports so far, and the settings that were not compiled, each with its reason as `skipped`.
+    """The results of a search so far.
 
-    path: where they are kept; None for nowhere. Those that are `unfinished` are not: they say nothing of a setting.
-    question: what they answer, so that none are mixed.
+    Attributes:
+      path: the file that keeps them; None for none. Reports that are `unfinished` are not kept, because they say
+        nothing about a setting.
+      question: what was searched, so that results of different searches are not mixed.
+      reports: of settings that were compiled, the fastest that fits first.
+      skipped: settings that were not compiled, each with its reason as `skipped`.
     """
 
     path: str | None
@@ -83,11 +95,13 @@ class Findings:
                               f"(differing: {', '.join(changed)[:500]})")
 
     def add(self, report: dict[str, Any]) -> None:
+        """Adds a report and writes the file."""
         self._no_longer_skipped(report)
         self.reports = ranked([*self.reports, report])
         self.write()
 
     def skip(self, trial: dict[str, Any], reason: str) -> None:
+        """Adds a setting that is not compiled."""
         self._no_longer_skipped(trial)
         self.skipped.append(trial | {"skipped": reason})
 
@@ -96,12 +110,14 @@ class Findings:
         self.skipped = [other for other in self.skipped if not same(other)]
 
     def write(self) -> None:
+        """Writes the file."""
         if self.path:
             reports = [report for report in self.reports if not report.get("unfinished")]
             figures = {"question": self.question, "reports": reports, "skipped": self.skipped}
             write_atomically(self.path, json.dumps(figures, indent=2))
 
     def holds(self, trial: dict[str, Any]) -> bool:
+        """Returns whether there is a report on a setting."""
         return any(all(report[key] == value for key, value in trial.items()) for report in self.reports)
 
 
@@ -119,7 +135,14 @@ def compare_remat(
     config: StageConfig, topology: Topology, policies: Sequence[str] = (), *, fast: bool = False,
     path: str | None = None,
 ) -> Findings:
-    """The report of every rematerialisation policy, the fastest that fits first, whether the others fit or not.
+    """Reports on every rematerialisation policy, the fastest that fits first, whether the others fit or not.
+
+    Args:
+      config: the stage.
+      topology: the machine.
+      policies: those to compare, by default all.
+      fast: see `compile_step`.
+      path: the file that keeps the results, and that is resumed from.
 
     Raises:
       ConfigError: as `search`.
@@ -141,11 +164,15 @@ def search(
     """Reports without code generation on rows per device x policy x mesh, the fastest that fits first.
 
     Args:
-      policies, rows, meshes: those to try, all there are by default; a mesh is data x fsdp x tensor, `1x256x1`.
-      path: where findings are kept, and taken up again.
+      config: the stage.
+      topology: the machine.
+      policies: those to try, by default all.
+      rows: per device, those to try, by default `ROWS`.
+      meshes: those to try, as data x fsdp x tensor (`1x256x1`), by default `default_meshes`.
+      path: the file that keeps the results, and that is resumed from.
 
     Raises:
-      ConfigError: one of them is none, the batch divides over no mesh, or the file is of another question.
+      ConfigError: one of these can't be read, the batch divides over no mesh, or the file is of another search.
       CompilerError: the compiler can't be used.
     """
     findings = Findings(path, _question(config, topology, True))
@@ -167,7 +194,7 @@ def search(
 
 
 def default_meshes(topology: Topology) -> list[MeshConfig]:
-    """All parameters spread over all devices of a slice, twice over half of them, and heads split in two."""
+    """Returns three meshes: parameters in parts on all devices of a slice, twice on half of them, or heads in two."""
     devices = topology.count // topology.slices
     choices = [(data, tensor) for data, tensor in ((1, 1), (2, 1), (1, 2)) if devices % (data * tensor) == 0]
     return [MeshConfig(slice=topology.slices, data=data, fsdp=devices // (data * tensor), tensor=tensor)
@@ -207,7 +234,7 @@ def _compile(
             continue
         try:
             report = compile_report(trial.applied(config), topology, fast=fast)
-        except ConfigError as error:  # of this setting: heads that don't divide, a parameter that can't be cut
+        except ConfigError as error:  # about this setting: heads that don't divide, a parameter that can't be cut
             report = _NOTHING | {"fits": False, "error": str(error)}
         except Unfinished as error:
             report = _NOTHING | {"fits": None, "error": str(error), "unfinished": True}
@@ -217,11 +244,11 @@ def _compile(
 
 
 def _reasons(trial: Trial, reports: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Why a setting cannot fit, by those that did not, or cannot be built."""
+    """Yields reasons why a setting cannot fit, or be built, from the reports of others."""
     for report in reports:
         if report["mesh"] != dataclasses.asdict(trial.mesh) or report.get("unfinished"):
             continue
-        if "hbm_limit" not in report:  # there was no program to compile; rows and policies change nothing about that
+        if "hbm_limit" not in report:  # there was no program to compile, with any rows and policy
             yield f"this mesh can't be built: {report['error']}"
         if not _is_too_large(report):
             continue
@@ -229,7 +256,7 @@ def _reasons(trial: Trial, reports: Sequence[dict[str, Any]]) -> Iterator[str]:
         held = sum(size for kind, size in kinds if kind not in ("temporaries", "batch"))
         if held > report["hbm_limit"]:
             yield f"parameters and optimizer alone take {held / 1e9:.1f} GB on this mesh"
-        # Where a batch is not cut, no sum of gradients is held: that may take less with more rows.
+        # A batch that is not cut needs no sum of gradients, so more rows may take less memory.
         holds_sum = trial.accumulate > 1 or report["accumulate"] == 1
         keeps = trial.remat == report["remat"] or trial.remat in KEEP_MORE[report["remat"]]
         if keeps and holds_sum and trial.rows >= report["rows_per_device"]:
@@ -237,20 +264,20 @@ def _reasons(trial: Trial, reports: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _is_too_large(report: dict[str, Any]) -> bool:
-    """Whether it is for want of memory that a setting does not fit."""
+    """Returns whether a setting does not fit because it needs too much memory."""
     if report["peak_bytes"] is not None:
         return report["peak_bytes"] > report["hbm_limit"]
     return "hbm_limit" in report and "RESOURCE_EXHAUSTED" in report["error"]
 
 
 def ranked(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The fastest that fits first."""
+    """Sorts reports, the fastest that fits first."""
     speed = lambda report: report.get("tokens_per_second_per_device") or 0.0
     return sorted(reports, key=lambda report: (not report["fits"], -speed(report)))
 
 
 def _question(config: StageConfig, topology: Topology, fast: bool) -> dict[str, Any]:
-    """All that a report depends on besides its trial."""
+    """Returns all that a report depends on besides its setting."""
     same = dataclasses.replace(config, mesh=MeshConfig(), remat="full", accumulate=1)
     code = hashlib.sha256()
     for path in sorted(Path(vocojax.__file__).parent.rglob("*.py")):

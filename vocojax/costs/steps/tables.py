@@ -9,7 +9,7 @@ GB = 1e9
 
 
 def table(report: dict[str, Any]) -> str:
-    """Everything that one report says."""
+    """Returns everything that one report says."""
     lines = [f"{report['topology']}: {report['devices']} x {report['device_kind']}, {_mesh(report)}, remat "
              f"{report['remat']}, {report['accumulate']} x {report['rows_per_device']} rows per device, "
              f"{report['tokens_per_device']:,} tokens per device and step"]
@@ -44,7 +44,7 @@ HEADS = (f"{'mesh':30} {'remat':14} {'rows':>9} {'peak GB':>8} {'fits':>5} {'s/s
 
 
 def line(report: dict[str, Any]) -> str:
-    """One report under `HEADS`; what the compiler said of one that failed."""
+    """Returns one report as a line under `HEADS`, with what the compiler said if it failed."""
     rows = f"{report['accumulate']} x {report['rows_per_device']}"
     peak = "-" if report["peak_bytes"] is None else f"{report['peak_bytes'] / GB:.2f}"
     speed = f"{'-':>8} {'-':>9} {'-':>6}" if report["estimated_seconds"] is None else (
@@ -56,7 +56,7 @@ def line(report: dict[str, Any]) -> str:
 
 
 def comparison(reports: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]] = ()) -> str:
-    """One line per report, then what was not compiled, by reason."""
+    """Returns one line per report, then what was not compiled, by reason."""
     lines = [HEADS, *map(line, reports)]
     reasons: dict[str, list[str]] = {}
     for trial in skipped:

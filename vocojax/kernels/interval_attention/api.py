@@ -1,4 +1,4 @@
-"""`interval_attention`: the one door to every implementation of attention under an `IntervalMask`."""
+"""`interval_attention`: attention under an `IntervalMask`, by any of its implementations."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def interval_attention(
     'tensor' does, without any communication; see `sharding.per_shard`.
 
     Args:
-        q_BQHD: queries, any float dtype.
-        k_BKGD: keys, the dtype of q; H must be a multiple of G.
-        v_BKGD: values, the shape and dtype of k.
-        mask: `start` int32 `[B, Q]` and `stop` int32 `[B, K]`.
-        scale: what the scores are multiplied with before the softmax; `D ** -0.5` if not given.
-        implementation: 'reference' (dense), 'chunked' (XLA, no Q x K array), 'pallas_tpu' or 'pallas_gpu'. None picks
-            the kernel of the default backend, 'chunked' where there is none, and logs once what it picked. A named
-            one is used or an error is raised, never another one.
+      q_BQHD: queries, any float dtype.
+      k_BKGD: keys, the dtype of q. H must be a multiple of G.
+      v_BKGD: values, the shape and dtype of k.
+      mask: `start` int32 `[B, Q]` and `stop` int32 `[B, K]`.
+      scale: factor of the scores before the softmax; `D ** -0.5` if not given.
+      implementation: 'reference' (dense), 'chunked' (XLA, no Q x K array), 'pallas_tpu' or 'pallas_gpu'. None picks the
+        kernel of the default backend, or 'chunked' if it has none, and logs once what it picked. A named one is used or
+        an error is raised, never another one.
 
     Returns:
-        `out_BQHD` in the dtype of q. Scores, softmax and sums are float32 inside.
+      `out_BQHD` in the dtype of q. Scores, softmax and sums are float32 inside.
 
     Raises:
-        ValueError: shapes, dtypes or names that do not fit; the message names the argument.
+      ValueError: shapes, dtypes or names that do not fit. The message names the argument.
     """
     _check(q_BQHD, k_BKGD, v_BKGD, mask)
     scale = float(q_BQHD.shape[-1] ** -0.5 if scale is None else scale)
@@ -66,10 +66,10 @@ def interval_attention(
         raise ValueError(f"implementation={implementation!r} is unknown: use one of {IMPLEMENTATIONS} or None")
 
     if implementation == "pallas_tpu":
-        return _fused(implementation, scale, q_BQHD, k_BKGD, v_BKGD, mask)  # it looks after what nobody sees itself
-    # What nobody sees is replaced before the products, because 0 * NaN would carry it into every sum. It is done
-    # here, where XLA fuses the selection into whatever computes q, k and v. The selection on the output keeps the
-    # cotangent of blind queries, which is just as arbitrary, out of the gradients.
+        return _fused(implementation, scale, q_BQHD, k_BKGD, v_BKGD, mask)  # its kernels replace what nobody sees
+    # What nobody sees is replaced by zeros before the products, because 0 * NaN would carry it into every sum. Here XLA
+    # fuses the selection into whatever computes q, k and v. The selection on the output keeps the gradient of queries
+    # that see nothing, which is just as arbitrary, out of the other gradients.
     only = lambda live_BS, x_BSHD: jnp.where(live_BS[:, :, None, None], x_BSHD, jnp.zeros((), x_BSHD.dtype))
     (B, _, H, _), G = q_BQHD.shape, k_BKGD.shape[2]
     liveness = per_shard(lambda mask: (mask.live_queries(), mask.live_keys()), ["BQ"], ["BQ", "BK"], B, H, G)
@@ -86,7 +86,7 @@ def interval_attention(
 def _fused(
     implementation: str, scale: float, q_BQHD: jax.Array, k_BKGD: jax.Array, v_BKGD: jax.Array, mask: IntervalMask
 ) -> jax.Array:
-    """A fused forward and backward pass that keep nothing but their operands, the output and its log-sum-exp."""
+    """Runs a fused forward pass. For the backward pass it keeps its operands, the output and its log-sum-exp only."""
     return _fused_forward(implementation, scale, q_BQHD, k_BKGD, v_BKGD, mask)[0]
 
 
@@ -115,15 +115,20 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 
 class Kernel(NamedTuple):
-    """`(q, k, v, mask, scale) -> out, lse` and `(q, k, v, mask, out, lse, dout, scale) -> dq, dk, dv`."""
+    """The two passes of an implementation.
+
+    Attributes:
+      forward: `(q, k, v, mask, scale) -> out, lse`.
+      backward: `(q, k, v, mask, out, lse, dout, scale) -> dq, dk, dv`.
+    """
 
     forward: Callable[..., tuple[jax.Array, jax.Array]]
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
 def _kernel(implementation: str) -> Kernel:
-    """The two passes of a fused implementation, with the tuning of the device that the program is built for."""
-    # Imported on demand: Pallas takes a good part of a second that a program without it need not wait for.
+    """Returns the two passes of a fused implementation, with the blocks of the device that the program is built for."""
+    # Imported on demand: Pallas takes a good part of a second to load.
     if implementation == "pallas_tpu":
         from vocojax.kernels.interval_attention import pallas_tpu, tpu_blocks
 
@@ -142,17 +147,18 @@ def _kernel(implementation: str) -> Kernel:
 
 
 def _device_kind() -> str:
-    """The device the program is built for: that of the mesh in force (it may be another machine's), else the local."""
+    """Returns the device kind the program is built for: that of the mesh in force, which may be another machine's, else
+    the local one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
 @functools.cache
 def _for_platform(backend: str) -> str:
-    """The implementation for a backend; cached, so that the log says it once."""
+    """Returns the implementation for a backend. Cached, so that it is logged once."""
     picked = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(backend, "chunked")
     logging.getLogger(__name__).info(
-        "interval_attention: %s, because the default backend is %s; implementation=... chooses another", picked, backend
+        "interval_attention: %s, because the default backend is %s; implementation=... selects another", picked, backend
     )
     return picked
 

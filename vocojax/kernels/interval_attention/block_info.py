@@ -1,8 +1,8 @@
-"""Which blocks of the attention square hold visible pairs: from the two mask vectors, on the device, never S x S.
+"""Tiles of the attention square that hold visible pairs: found from the two mask vectors, on the device, never S x S.
 
-A kernel cuts the `[Q, K]` square into tiles of `block_q x block_k` pairs. `block_kinds` calls each tile empty, partial
-or full, and the `TileList`s are what the kernels walk: only tiles with a visible pair are on them, so an empty tile
-costs nothing at all. Both are exact for every pair of vectors, not only for the layouts of this project.
+A kernel cuts the `[Q, K]` square into tiles of `block_q x block_k` pairs. `block_kinds` says of each tile whether it is
+empty, partial or full. Kernels walk a `TileList`, which holds only tiles with a visible pair: an empty tile costs
+nothing at all. Both are exact for every pair of vectors, not only for the layouts of this project.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ EMPTY, PARTIAL, FULL, DIRTY = 0, 1, 2, 3
 
 
 def padded_vectors(mask: IntervalMask, multiple_q: int, multiple_k: int) -> tuple[jax.Array, jax.Array]:
-    """`start` and `stop` up to multiples of the blocks: added queries see nothing and added keys nobody sees."""
+    """Pads `start` and `stop` to multiples of the blocks: added queries see nothing, nobody sees added keys."""
     (_, Q), (_, K) = mask.start.shape, mask.stop.shape
     start = jnp.pad(mask.start, ((0, 0), (0, -Q % multiple_q)), constant_values=NEVER)
     return start, jnp.pad(mask.stop, ((0, 0), (0, -K % multiple_k)))
 
 
 def block_kinds(start_BQ: jax.Array, stop_BK: jax.Array, prefix: int, block_q: int, block_k: int) -> jax.Array:
-    """int32 `[B, Q / block_q, K / block_k]`: EMPTY (no visible pair), FULL (every pair visible), else PARTIAL.
+    """Returns the kind of every tile, int32 `[B, Q / block_q, K / block_k]`.
 
-    The vectors are those of an `IntervalMask` whose first query has index `prefix`, padded to multiples of the blocks.
+    EMPTY tiles have no visible pair, in FULL ones every pair is visible, all others are PARTIAL. The vectors are those
+    of an `IntervalMask` whose first query has index `prefix`, padded to multiples of the blocks. This takes
     O(K log Q + K * Q / block_q) work, and nothing larger than a flag per key and query block.
 
     A key `j` is visible to the rows of its span `[max(j, P), stop[j])` whose `start` is at most `j`. Where the span
@@ -72,11 +73,13 @@ def block_kinds(start_BQ: jax.Array, stop_BK: jax.Array, prefix: int, block_q: i
 def with_dirty(
     kinds_BNM: jax.Array, start_BQ: jax.Array, stop_BK: jax.Array, prefix: int, block_q: int, block_k: int
 ) -> jax.Array:
-    """The kinds with DIRTY for those partial tiles that may hold a query which sees nothing or a key that nobody sees,
-    of which a kernel has to expect anything, NaN included: who sees itself is none of them, and where that holds for
-    all of a tile it stays PARTIAL."""
+    """Returns the kinds with DIRTY in place of PARTIAL for tiles that a kernel has to clean.
+
+    Such a tile may hold a query that sees nothing or a key that nobody sees. Their values may be anything, also NaN. A
+    tile stays PARTIAL if each of its queries sees its own key and each of its keys is seen by its own query.
+    """
     (B, Q), K = start_BQ.shape, stop_BK.shape[1]
-    # Every query beside its own key, and every key beside the first query that may see it.
+    # For every query the `stop` of its own key, and for every key the `start` of the first query that may see it.
     own_stop_BQ = jnp.pad(stop_BK, ((0, 0), (0, max(0, prefix + Q - K))))[:, prefix : prefix + Q]
     first_start_BK = jnp.pad(start_BQ, ((0, 0), (prefix, 0)), mode="edge")
     first_start_BK = jnp.pad(first_start_BK, ((0, 0), (0, max(0, K - prefix - Q))), constant_values=NEVER)[:, :K]
@@ -91,10 +94,15 @@ def with_dirty(
 
 @dataclasses.dataclass(frozen=True)
 class TileCode:
-    """How a tile is packed in one int32 for scalar memory: row, query block, key block, flags and kind, high to low.
+    """How a tile is packed in one int32 for scalar memory.
 
-    `FIRST` and `LAST` open and close a group of tiles that accumulate into the same output block; `OPEN` and `CLOSE`
-    do the same for the outer group (`key_major` only): all tiles of one row, or of one span of its queries.
+    From high to low bits: row, query block, key block, flags and kind. `FIRST` and `LAST` open and close a group of
+    tiles that accumulate into the same output block. `OPEN` and `CLOSE` do the same for the outer group of the backward
+    pass: all tiles of one row, or of one span of its queries.
+
+    Attributes:
+      bits_q: for the number of the query block.
+      bits_k: for the number of the key block.
     """
 
     bits_q: int
@@ -118,7 +126,13 @@ class TileCode:
 
 @dataclasses.dataclass(frozen=True)
 class TileList:
-    """The tiles a kernel walks, in order: `codes` int32 `[T]`, of which the first `count` (int32 scalar) are used."""
+    """The tiles that a kernel walks, in order.
+
+    Attributes:
+      codes: int32 `[T]`.
+      count: int32 scalar, how many of the codes are used, from the first on.
+      layout: how a code is packed.
+    """
 
     codes: jax.Array
     count: jax.Array
@@ -126,11 +140,14 @@ class TileList:
 
 
 def tile_list(kinds_BNM: jax.Array, prefix: int, block_q: int, block_k: int, spans: int | None = None) -> TileList:
-    """The live tiles of every row, grouped by the output block that they accumulate into.
+    """Lists the tiles with a visible pair of every row, grouped by the output block that they accumulate into.
 
     With `spans=None` a group is a row's query block (the forward pass). Otherwise a group is a key block within one of
-    `spans` equal spans of a row's query blocks (the backward pass). A group without a live tile is represented by one
-    EMPTY tile, because its output block has to be written all the same.
+    `spans` equal spans of a row's query blocks (the backward pass). A group without a visible pair has one EMPTY tile
+    on the list, because its output block has to be written all the same.
+
+    Raises:
+      ValueError: a tile's place does not fit into an int32.
     """
     B, N, M = kinds_BNM.shape
     layout = TileCode(max(N - 1, 1).bit_length(), max(M - 1, 1).bit_length())
@@ -163,7 +180,7 @@ def tile_list(kinds_BNM: jax.Array, prefix: int, block_q: int, block_k: int, spa
 
 
 def _candidates(N: int, M: int, prefix: int, block_q: int, block_k: int, spans: int | None) -> tuple[np.ndarray, ...]:
-    """Query block, key block, group and outer group of every tile of a row that may hold a visible pair, in order."""
+    """Returns the query block, key block, group and outer group of every tile of a row that may hold a visible pair."""
     causal = lambda a, b: b * block_k < prefix + (a + 1) * block_q
     if spans is None:
         tiles = [(a, b, a, a) for a in range(N) for b in range(M) if b == 0 or causal(a, b)]

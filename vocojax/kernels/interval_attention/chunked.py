@@ -1,7 +1,7 @@
 """Interval attention in plain XLA without an S x S array: for the CPU, and for any device without a kernel of its own.
 
-Queries and keys are cut into chunks; the softmax is accumulated over key chunks with a running maximum, and the
-backward pass recomputes the scores of a chunk pair from the saved log-sum-exp (FlashAttention, arXiv 2205.14135).
+Queries and keys are cut into chunks. The softmax is accumulated over key chunks with a running maximum, and the
+backward pass computes the scores of a chunk pair again from the saved log-sum-exp (FlashAttention, arXiv 2205.14135).
 A sequence that fits in one chunk becomes one dense block without any loop.
 """
 
@@ -17,7 +17,7 @@ CHUNK = 512
 
 
 class _Chunks(NamedTuple):
-    """The operands with a leading axis of chunks: lower-case `q` and `k` are positions inside a chunk."""
+    """The operands with a leading axis of chunks; lower-case `q` and `k` are positions inside a chunk."""
 
     q_BqGRD: jax.Array
     start_Bq: jax.Array
@@ -28,24 +28,24 @@ class _Chunks(NamedTuple):
     j_k: jax.Array
 
     def visible(self, a: Any, b: Any) -> jax.Array:
-        """The mask of query chunk `a` and key chunk `b`, bool `[B, 1, 1, q, k]`."""
+        """Returns the mask of query chunk `a` and key chunk `b`, bool `[B, 1, 1, q, k]`."""
         i, j = self.i_q[a][:, None], self.j_k[b]
         seen = (self.start_Bq[a][:, :, None] <= j) & (j <= i) & (i < self.stop_Bk[b][:, None, :])
         return seen[:, None, None]
 
     def key_range(self, a: Any) -> tuple[Any, Any]:
-        """The key chunks that are not wholly in the future of query chunk `a`."""
+        """Returns the range of key chunks that are not wholly in the future of query chunk `a`."""
         return 0, 1 if len(self.j_k) == 1 else (self.j_k[:, 0] <= self.i_q[a][-1]).sum()
 
     def query_range(self, b: Any) -> tuple[Any, Any]:
-        """The query chunks that are not wholly in the past of key chunk `b`."""
+        """Returns the range of query chunks that are not wholly in the past of key chunk `b`."""
         return 0 if len(self.i_q) == 1 else (self.i_q[:, -1] < self.j_k[b][0]).sum(), len(self.i_q)
 
 
 def _cut(
     q_BQHD: jax.Array, k_BKGD: jax.Array, v_BKGD: jax.Array, mask: IntervalMask
 ) -> tuple[_Chunks, Callable[[jax.Array], jax.Array]]:
-    """The chunks of the operands, and the function that cuts any other `[B, Q, ...]` array like the queries."""
+    """Returns the chunks of the operands, and a function that cuts any other `[B, Q, ...]` array like the queries."""
 
     def cutter(length: int) -> Callable[..., jax.Array]:
         size = min(CHUNK, length)
@@ -74,33 +74,33 @@ def _cut(
 
 
 def _joined(x_nBq: jax.Array, length: int) -> jax.Array:
-    """The inverse of cutting: `[n, B, q, ...]` -> `[B, length, ...]`."""
+    """Puts chunks together again: `[n, B, q, ...]` -> `[B, length, ...]`."""
     x = jnp.moveaxis(x_nBq, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def _loop(low: Any, high: Any, body: Callable[[Any, Any], Any], state: Any) -> Any:
-    """`fori_loop`, but a loop of one known step is that step: short sequences pay for no control flow."""
+    """Runs a `fori_loop`, or just the step if there is one: short sequences pay for no control flow."""
     once = isinstance(low, int) and isinstance(high, int) and high - low == 1
     return body(low, state) if once else jax.lax.fori_loop(low, high, body, state)
 
 
 def _for_each(count: int, body: Callable[[Any], Any]) -> Any:
-    """The stacked results of `body(0) ... body(count - 1)`."""
+    """Returns the stacked results of `body(0) ... body(count - 1)`."""
     if count == 1:
         return jax.tree.map(lambda x: x[None], body(0))
     return jax.lax.map(body, jnp.arange(count))
 
 
 def _skip_empty(visible: jax.Array, busy: Callable[[], Any], idle: Callable[[], Any], alone: bool) -> Any:
-    """`busy()`, or `idle()` where the chunk pair has no visible pair; a sequence of one chunk is always busy."""
+    """Returns `busy()`, or `idle()` if the chunk pair has no visible pair. A sequence of one chunk is always busy."""
     return busy() if alone else jax.lax.cond(visible.any(), busy, idle)
 
 
 def forward(
     q_BQHD: jax.Array, k_BKGD: jax.Array, v_BKGD: jax.Array, mask: IntervalMask, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """-> `out_BQHD` in the dtype of q, and `lse_BHQ`, the log-sum-exp of each row's visible scores, in float32."""
+    """Returns `out_BQHD` in the dtype of q, and `lse_BHQ`, the log-sum-exp of each row's visible scores, in float32."""
     B, Q, H, D = q_BQHD.shape
     c, _ = _cut(q_BQHD, k_BKGD, v_BKGD, mask)
     wide = jnp.promote_types(q_BQHD.dtype, jnp.float32)
@@ -144,7 +144,7 @@ def backward(
     dout_BQHD: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """-> the gradients of q, k and v, each in the shape and dtype of its operand."""
+    """Returns the gradients of q, k and v, each in the shape and dtype of its operand."""
     B, Q, H, D = q_BQHD.shape
     K, G = k_BKGD.shape[1:3]
     c, cut_q = _cut(q_BQHD, k_BKGD, v_BKGD, mask)

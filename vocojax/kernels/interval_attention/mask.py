@@ -15,7 +15,7 @@ NEVER = jnp.iinfo(jnp.int32).max  # a `start` that no key reaches
 class IntervalMask:
     """Who may attend to whom: query `i` may attend to key `j` iff `start[i] <= j <= i and i < stop[j]`.
 
-    `start` says where the window of a query opens, `stop` says which query is the first to see a key no longer.
+    `start` is where the window of a query opens. `stop` is the first query that no longer sees a key.
     Query row `r` has index `i = P + r` where `P = K - Q` is the length of a key/value prefix (0 without a cache).
 
     One sample, a unit `[BOS] V V [\\n] [voco]` and three text tokens, then two tokens of padding (`#` = may attend):
@@ -34,13 +34,13 @@ class IntervalMask:
             9 pad                                9
             stop     5 5 5 5 8 8 8 8 8 9
 
-    The text starts at 0 like the unit, yet sees only the VoCo token of it: the other keys of the unit stop at the
-    unit's end. Packing, prefixes, several units and several threads of text over one unit are the same two vectors.
+    The text starts at 0 like the unit, but sees only its VoCo token: the other keys of the unit stop at the unit's end.
+    Packing, prefixes, several units and several threads of text over one unit are the same two vectors.
     The rule is the attention mask of arXiv 2406.12275 section 3.1 (text attends to VoCo tokens, not to vision tokens).
 
     Attributes:
-        start: int32 `[B, Q]`, per query: the first key of its window.
-        stop: int32 `[B, K]`, per key: the first query index that may not attend to it any more.
+      start: int32 `[B, Q]`, per query: the first key of its window.
+      stop: int32 `[B, K]`, per key: the first query index that no longer attends to it.
     """
 
     start: jax.Array
@@ -48,7 +48,7 @@ class IntervalMask:
 
     @classmethod
     def causal(cls, batch: int, length: int) -> IntervalMask:
-        """The plain causal mask of one sample per row, for `batch` rows of `length` tokens without a prefix."""
+        """Returns the plain causal mask: one sample per row, `batch` rows of `length` tokens, no prefix."""
         return cls(jnp.zeros((batch, length), jnp.int32), jnp.full((batch, length), length, jnp.int32))
 
     @property
@@ -57,19 +57,19 @@ class IntervalMask:
         return self.stop.shape[-1] - self.start.shape[-1]
 
     def dense(self) -> jax.Array:
-        """The mask as bool `[B, Q, K]`, for the reference implementation, tests and drawings only."""
+        """Returns the mask as bool `[B, Q, K]`, for the reference implementation, tests and drawings only."""
         i = self.prefix + jnp.arange(self.start.shape[-1])[:, None]
         j = jnp.arange(self.stop.shape[-1])
         return (self.start[:, :, None] <= j) & (j <= i) & (i < self.stop[:, None, :])
 
     def live_queries(self) -> jax.Array:
-        """bool `[B, Q]`: whether the query may attend to any key. O(S log S), exact for every pair of vectors."""
+        """Returns which queries may attend to any key, bool `[B, Q]`. O(S log S), exact for every pair of vectors."""
         i = self.prefix + jnp.arange(self.start.shape[-1])
         last_stop = range_max(self.stop, self.start, jnp.broadcast_to(i + 1, self.start.shape))
         return last_stop > i
 
     def live_keys(self) -> jax.Array:
-        """bool `[B, K]`: whether any query may attend to the key. O(S log S), exact for every pair of vectors."""
+        """Returns which keys any query may attend to, bool `[B, K]`. O(S log S), exact for every pair of vectors."""
         j = jnp.arange(self.stop.shape[-1])
         first_row = jnp.broadcast_to(jnp.maximum(j - self.prefix, 0), self.stop.shape)
         first_start = -range_max(-self.start, first_row, self.stop - self.prefix)
@@ -77,7 +77,7 @@ class IntervalMask:
 
 
 def range_max(x_BS: jax.Array, low_BT: jax.Array, high_BT: jax.Array) -> jax.Array:
-    """The maximum of `x[b, low:high]` for each of the T ranges; the smallest int32 + 1 where a range is empty.
+    """Returns the maximum of `x[b, low:high]` for each of the T ranges, and the smallest int32 + 1 for an empty range.
 
     Any range is covered by two (overlapping) windows whose length is a power of two, so a table of the maxima of all
     such windows answers every range with two reads.

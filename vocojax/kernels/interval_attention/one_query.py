@@ -1,8 +1,8 @@
 """Interval attention of one query per row against a static cache: a step of decoding.
 
-The cache has room for tokens that are still to come, so the query's index is an argument instead of following from
-the number of keys, and keys are grouped by head (`[B, G, K, D]`), which makes both products plain matrix products over
-contiguous memory. A step reads the cache once and is bound by that; XLA fuses the rest, so no kernel is needed.
+The cache has room for tokens that are still to come, so the query's index does not follow from the number of keys: it
+is an argument. Keys are grouped by head (`[B, G, K, D]`), which makes both products plain matrix products over
+contiguous memory. A step reads the cache once and is bound by that. XLA fuses the rest, so no kernel is needed.
 """
 
 import jax
@@ -19,18 +19,19 @@ def one_query_attention(
     *,
     scale: float | None = None,
 ) -> jax.Array:
-    """Softmax attention of the query at `index` over the keys its interval lets it see.
+    """Computes softmax attention of the query at `index` over the keys that its interval lets it see.
 
-    The rule is `IntervalMask`'s: key `j` is seen iff `start <= j <= index and index < stop[j]`. Keys behind `index`,
-    which are not written yet, are hidden by it. A query that sees nothing gets output 0.
+    The rule is `IntervalMask`'s: key `j` is seen iff `start <= j <= index and index < stop[j]`. This hides the
+    keys after `index`, which are not written yet. A query that sees nothing gets output 0.
 
     Args:
       q_BHD: the queries, any float dtype.
-      k_BGKD, v_BGKD: static caches of K slots, the dtype of q; what no query sees may hold anything finite.
+      k_BGKD: keys in a static cache of K slots, the dtype of q. What no query sees may hold anything finite.
+      v_BGKD: values, likewise.
       start_B: int32, the first key of the query's window.
       stop_BK: int32, per key the first query index that no longer sees it.
       index: int32 scalar, or [B]: the query's own slot.
-      scale: what the scores are multiplied with; `D ** -0.5` if not given.
+      scale: factor of the scores; `D ** -0.5` if not given.
 
     Returns:
       `out_BHD` in the dtype of q; scores and softmax are fp32 inside.

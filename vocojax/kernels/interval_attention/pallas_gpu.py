@@ -39,9 +39,20 @@ def forward(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """-> `out_BQHD` in the dtype of q and `lse_BHQ`, float32, the base-2 log-sum-exp (0 for rows that see nothing).
+    """Runs the forward pass.
 
-    `architecture` names a row of `gpu_blocks.ARCHITECTURES`; `blocks` overrides its block sizes.
+    Args:
+      q_BQHD: queries.
+      k_BKGD: keys.
+      v_BKGD: values.
+      mask: who sees whom.
+      scale: of the scores.
+      architecture: a key of `gpu_blocks.ARCHITECTURES`.
+      blocks: in place of that table's.
+      interpret: without a GPU, for tests.
+
+    Returns:
+      `out_BQHD` in the dtype of q and `lse_BHQ`, float32, the base-2 log-sum-exp (0 for rows that see nothing).
     """
     B, Q, H, D = q_BQHD.shape
     blocks = blocks or gpu_blocks.chosen(architecture, D * q_BQHD.dtype.itemsize).forward
@@ -113,9 +124,24 @@ def backward(
     dkv_blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """-> the gradients of q, k and v, each in the shape and dtype of its operand.
+    """Runs the backward pass.
 
-    `architecture` names a row of `gpu_blocks.ARCHITECTURES`; the blocks override what it says.
+    Args:
+      q_BQHD: queries.
+      k_BKGD: keys.
+      v_BKGD: values.
+      mask: who sees whom.
+      out_BQHD: the forward pass's output.
+      lse_BHQ: its log-sum-exp.
+      dout_BQHD: the output's gradient.
+      scale: of the scores.
+      architecture: a key of `gpu_blocks.ARCHITECTURES`.
+      dq_blocks: in place of that table's.
+      dkv_blocks: in place of that table's.
+      interpret: without a GPU, for tests.
+
+    Returns:
+      The gradients of q, k and v, each in the shape and dtype of its operand.
     """
     table = gpu_blocks.chosen(architecture, q_BQHD.shape[3] * q_BQHD.dtype.itemsize)
     # Multiplied and summed, not a matrix product: those may round float32 operands.
@@ -239,13 +265,16 @@ def _dkv_kernel(
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A matrix product accumulated in float32; float32 operands are not rounded to TF32 on the way."""
+    """Returns a matrix product accumulated in float32; float32 operands are not rounded to TF32 on the way."""
     return plgpu.dot(a, b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
 
 
 def _visible(i: jax.Array, start: jax.Array, j: jax.Array, stop: jax.Array) -> jax.Array:
-    """The mask of a tile. All of it is one comparison per pair: how far the key lies behind the query, as an unsigned
-    number, which makes keys of the future far away, against how far the query looks back and the key is seen."""
+    """Returns the mask of a tile, by one comparison per pair.
+
+    The distance from the key to the query, as an unsigned number (keys of the future become very distant), has to be
+    less than how far the query looks back and how far the key is seen.
+    """
     reach = jnp.minimum(jnp.maximum(i - start + 1, 0), jnp.maximum(stop - j, 0))
     return (i - j).astype(jnp.uint32) < reach.astype(jnp.uint32)
 
@@ -263,7 +292,7 @@ def _block_map(mask: IntervalMask, blocks: Blocks) -> tuple[jax.Array, jax.Array
 
 
 def _lists(kinds_BNM: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Per block N: its blocks M, full ones before partial ones, and how many are (full, live): int32."""
+    """Returns for every block N its blocks M, full before partial ones, and how many are (full, not empty): int32."""
     order = jnp.argsort(-kinds_BNM, axis=-1, stable=True).astype(jnp.int32)
     counts = [(kinds_BNM == FULL).sum(-1), (kinds_BNM != EMPTY).sum(-1)]
     return order, jnp.stack(counts, axis=-1).astype(jnp.int32)
@@ -285,17 +314,17 @@ def _backward_operands(q, dout, k, v, lse_BHQ, mean_BHQ, blocks: Blocks) -> tupl
 
 
 def _padded_width(width: int) -> int:
-    """Triton's tiles are powers of two, and its products at least 16 deep."""
+    """Returns the width of a tile: Triton's are powers of two, and its products at least 16 deep."""
     return max(16, pl.next_power_of_2(width))
 
 
 def _heads_spec(x_BSHD: jax.Array, index_map: Callable[..., Any], block: int | None = None) -> pl.BlockSpec:
-    """One head of `x`: a block of positions, or all of them."""
+    """Returns the window of one head of `x`: a block of positions, or all of them."""
     return pl.BlockSpec((None, block or x_BSHD.shape[1], None, _padded_width(x_BSHD.shape[3])), index_map)
 
 
 def _load(ref: Any, width: int) -> jax.Array:
-    """`[rows, padded width]` with zeros beyond the width of the head."""
+    """Loads `[rows, padded width]`, with zeros beyond the width of the head."""
     if ref.shape[-1] == width:
         return plgpu.load(ref)
     return plgpu.load(ref, mask=(jnp.arange(ref.shape[-1]) < width)[None], other=0.0)

@@ -1,4 +1,4 @@
-"""Interval attention written out: the dense scores, a float32 softmax, nothing clever. What the others are held to."""
+"""Interval attention written out: dense scores and a float32 softmax. Tests compare the others with it."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from vocojax.kernels.interval_attention.mask import IntervalMask
 def reference_attention(
     q_BQHD: jax.Array, k_BKGD: jax.Array, v_BKGD: jax.Array, mask: IntervalMask, scale: float
 ) -> jax.Array:
-    """Softmax attention with the whole `[B, H, Q, K]` array of scores in memory, differentiated by JAX itself.
+    """Computes softmax attention with the whole `[B, H, Q, K]` array of scores, differentiated by JAX itself.
 
     Arguments and result are those of `interval_attention`.
     """
@@ -21,7 +21,7 @@ def reference_attention(
 
     q_BQGRD = q_BQHD.reshape(B, Q, G, H // G, D)
     scores = scale * jnp.einsum("BQGRD,BKGD->BGRQK", q_BQGRD, k_BKGD, preferred_element_type=wide)
-    # A row without a visible key has no maximum: the finite stand-in keeps it, and its gradient, at exactly zero.
+    # A row without a visible key has no maximum. A finite one in its place keeps it, and its gradient, at exactly zero.
     highest = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=jnp.finfo(wide).min)
     weights = jnp.exp(jnp.where(visible, scores - jax.lax.stop_gradient(highest), -jnp.inf))
     total = weights.sum(axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Rotary positions: one operation, a TPU kernel and plain XLA, one contract (`rotate`)."""
+"""Rotary positions: one operation (`rotate`), as a TPU kernel and in plain XLA."""
 
 from vocojax.kernels.rotary.api import Rotation, rotate
 

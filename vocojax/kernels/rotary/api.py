@@ -1,4 +1,4 @@
-"""`rotate`: rotary position embedding (arXiv 2104.09864), by a kernel where there is one for it."""
+"""`rotate`: rotary position embedding (arXiv 2104.09864), by a TPU kernel or by XLA."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from vocojax.kernels.sharding import per_shard
 
 
 class Rotation(NamedTuple):
-    """By how much the heads of each token are rotated; made once and used by every layer.
+    """The angles by which the heads of each token are rotated; made once and used by every layer.
 
     A head's pairs are (d, d + D/2), as in the LLaMA weights.
 
-    cos_BSD: fp32 cosines of the pairs' angles, for both of a pair, [B, S, D].
-    sin_BSD: fp32 sines, with the sign that the other one of the pair is added with: minus for the first.
+    Attributes:
+      cos_BSD: fp32 [B, S, D], cosines of the pairs' angles, for both elements of a pair.
+      sin_BSD: fp32 [B, S, D], sines with the sign of the other element: minus for the first of a pair.
     """
 
     cos_BSD: jax.Array
@@ -25,30 +26,37 @@ class Rotation(NamedTuple):
 
     @classmethod
     def of(cls, positions_BS: jax.Array, frequencies: np.ndarray | jax.Array) -> Rotation:
-        """For int positions and the radians per position of each of the D/2 pairs, fp32."""
+        """Returns the rotation of tokens at these positions.
+
+        Args:
+          positions_BS: int.
+          frequencies: fp32 [D/2], radians per position of each pair.
+        """
         angles = positions_BS[..., None].astype(jnp.float32) * frequencies
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         return cls(jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1))
 
     @property
     def back(self) -> Rotation:
-        """The inverse."""
+        """The inverse rotation."""
         return Rotation(self.cos_BSD, -self.sin_BSD)
 
 
 def rotate(x_BSHD: jax.Array, rotation: Rotation, *, implementation: str | None = None) -> jax.Array:
-    """The heads of every token rotated, computed in fp32 and rounded once to the dtype of x, like its gradient (which
-    is rotated back; the rotation gets none). Rotations compose: by p and then by t is by p + t.
+    """Rotates the heads of every token, in fp32 and rounded once to the dtype of x.
+
+    So is the gradient of x, which is rotated back; the rotation has no gradient. Rotations compose: by p and then by t
+    is by p + t.
 
     Args:
-        x_BSHD: float heads; D is even.
-        rotation: of its tokens. XLA broadcasts it to any leading axes of x.
-        implementation: that of the attention behind it. With 'pallas_tpu', and on a TPU with None, heads that fill
-            registers are rotated by a kernel that leaves them as attention's kernel wants them (XLA would lay them out
-            anew before and after); everything else is XLA's.
+      x_BSHD: float heads; D is even.
+      rotation: of its tokens. XLA broadcasts it to any leading axes of x.
+      implementation: that of the attention that follows. With 'pallas_tpu', and with None on a TPU, a kernel rotates
+        heads that fill registers. It leaves them in the layout that attention's kernel takes; XLA would copy them into
+        another one and back. XLA rotates all other heads.
 
     Raises:
-        ValueError: the kernel is given a rotation of other tokens.
+      ValueError: the kernel is given a rotation of other tokens.
     """
     if implementation is None and jax.default_backend() == "tpu":
         implementation = "pallas_tpu"
@@ -73,14 +81,14 @@ def _by_kernel(x_BSHD: jax.Array, rotation: Rotation) -> jax.Array:
     from vocojax.kernels.rotary import pallas_tpu  # Pallas takes a good part of a second to load
 
     def own(x: jax.Array, *tables: jax.Array) -> tuple[jax.Array]:
-        """Of the heads that a device has."""
+        """Rotates the heads that one device has."""
         return pallas_tpu.rotate(x, *tables) if pallas_tpu.takes(*x.shape[2:]) else (_by_xla(x, Rotation(*tables)),)
 
     rows, heads = x_BSHD.shape[0], x_BSHD.shape[2]
     return per_shard(own, ["BSHD", "BSD", "BSD"], ["BSHD"], rows, heads, heads)(x_BSHD, *rotation)[0]
 
 
-# Taken by automatic differentiation, the two terms of a gradient would be rounded before they are added.
+# Automatic differentiation would round the two terms of a gradient before it adds them.
 _by_xla.defvjp(lambda x, rotation: (_by_xla(x, rotation), rotation),
                lambda rotation, grad: (_by_xla(grad, rotation.back), None))
 _by_kernel.defvjp(lambda x, rotation: (_by_kernel(x, rotation), rotation),

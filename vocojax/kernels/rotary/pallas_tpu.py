@@ -1,5 +1,8 @@
-"""Rotary positions for TPU: one pass over the heads where they lie, `[tokens, heads * width]`, as the products before
-it leave them and attention's kernel takes them. A pair's other half comes by rotations of the lanes."""
+"""Rotary positions for TPU: one pass over the heads as `[tokens, heads * width]`.
+
+This is the layout in which the products before leave the heads and attention's kernel takes them. Rotations of the
+lanes bring the other element of each pair.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,21 @@ ROWS = 16  # of a bfloat16 tile
 
 
 def takes(heads: int, width: int) -> bool:
-    """Whether the kernel is made for heads like these: of whole registers, or several of which fill one."""
+    """Returns whether the kernel takes such heads: each fills whole registers, or several fill one."""
     return width % LANES == 0 or (LANES % width == 0 and heads * width % LANES == 0)
 
 
 def rotate(
     x_BSHD: jax.Array, cos_BSD: jax.Array, sin_BSD: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array]:
-    """-> the heads rotated, in the dtype of x; the tables are those of `Rotation`, for every token of x."""
+    """Rotates heads, in the dtype of x.
+
+    Args:
+      x_BSHD: heads that the kernel `takes`.
+      cos_BSD: of `Rotation`, for every token of x.
+      sin_BSD: likewise.
+      interpret: without a TPU, for tests.
+    """
     B, S, H, D = x_BSHD.shape
     width = max(D, LANES)
     tokens = lambda x: x.reshape(B * S, -1)
@@ -55,7 +65,7 @@ def _kernel(x_ref, cos_ref, sin_ref, out_ref, *, half: int) -> None:
     for at in range(0, x_ref.shape[1], width):
         x = x_ref[:, at : at + width].astype(jnp.float32)
         others = pltpu.roll(x, half, axis=1)
-        if 2 * half < width:  # several heads: those before in a pair come from the other side
+        if 2 * half < width:  # several heads: the first elements of pairs come from the other side
             is_first = lax.broadcasted_iota(jnp.int32, x.shape, 1) % (2 * half) < half
             others = jnp.where(is_first, pltpu.roll(x, width - half, axis=1), others)
         out_ref[:, at : at + width] = (x * cos + others * sin).astype(out_ref.dtype)
