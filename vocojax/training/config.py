@@ -19,7 +19,17 @@ LearningRate = tuple[str, float | Literal["freeze"]]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up, a cosine to zero and clipping by the global norm."""
+    """AdamW with a linear warm-up, a cosine to zero and clipping by the global norm.
+
+    Attributes:
+      learning_rate: at the end of the warm-up, of parameters whose multiplier is 1.
+      warmup_share: share of the stage's steps in which the rate rises from 0.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the second moment's root.
+      weight_decay: decoupled, times the learning rate; norm scales and biases have none.
+      clip_norm: of the gradients of everything that trains.
+    """
 
     learning_rate: float = 2e-5
     warmup_share: float = 0.03
@@ -42,9 +52,10 @@ class OptimizerConfig:
 class DistillConfig:
     """Paper Eq. 1: a KL divergence to a frozen teacher that sees the vision tokens.
 
-    teacher: directory of the teacher (an upper bound's run, or a LLaVA in any layout); '' is no teacher and no KL.
-    weight: of the KL, which is added to the cross-entropy.
-    temperature: divides both models' logits; the KL is scaled by its square.
+    Attributes:
+      teacher: directory of the teacher (an upper bound's run, or a LLaVA in any layout); '' is no teacher and no KL.
+      weight: of the KL, which is added to the cross-entropy.
+      temperature: divides both models' logits; the KL is scaled by its square.
     """
 
     teacher: str = ""
@@ -58,12 +69,18 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written (the last step always gets one, as does a run told to stop) and which of them stay.
+    """The rules of when checkpoints are written and which of them are kept.
 
-    every: steps between checkpoints. minutes: after so long without one another is written; 0 is never.
-    keep: how many of the newest stay. keep_every: those of multiples of so many steps stay for good; 0 is none.
-    keep_best: how many stay besides for the `lowest` or `highest` best_metric: the mean since the last log line, or of
-      a validation behind the very step.
+    The last step always gets one, and so does the step after which a run is stopped.
+
+    Attributes:
+      every: steps between checkpoints.
+      minutes: a checkpoint is also written where metrics are logged if the last one is older; 0 is never.
+      keep: how many of the newest are kept.
+      keep_every: checkpoints of multiples of so many steps are kept for good; 0 is none.
+      keep_best: how many are kept in addition, by `best_metric`; 0 is none.
+      best_metric: the mean since metrics were last logged, or that of the validation after the same step.
+      best_is: whether the lowest or the highest value is the best.
     """
 
     every: int = 500
@@ -86,9 +103,15 @@ class CheckpointConfig:
 class ValidationConfig:
     """Held-out data, whose loss and accuracy are logged as validation_loss and validation_accuracy.
 
-    every: steps between validations (the last step has one, too); 0 is never. batches: of batch_size rows; they are the
-      same every time.
-    source, split, path, image_root: the data, as in `DataConfig`; all else is as in the stage's `data`.
+    Everything that is not named here is as in the stage's `data`.
+
+    Attributes:
+      every: steps between validations; 0 is never. The last step has one as well.
+      batches: how many batches of `batch_size` rows; they are the same every time.
+      source: as in `DataConfig`.
+      split: as in `DataConfig`.
+      path: as in `DataConfig`.
+      image_root: as in `DataConfig`.
     """
 
     every: int = 0
@@ -105,16 +128,20 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What of a run has no influence on what it computes.
+    """Runtime options that do not change the computation.
 
-    profile: the first and the last step of a trace written to WORKDIR/profile (launch/train.py --profile); or empty.
-    hang_seconds: so long without a step, and the stacks of all threads go to standard error.
-    wandb_project: also log to Weights & Biases; empty for not.
+    Attributes:
+      profile: the first and the last step of a trace written to WORKDIR/profile (launch/train.py --profile); or empty.
+      hang_seconds: after so long without a step the stacks of all threads are written to standard error.
+      wandb_project: Weights & Biases project to log to as well; empty for none.
+      compilation_cache: directory where compiled programs are kept, so that a run that is started again does not
+        compile them again; a relative path is below the work directory, '' is none. Several runs may share one.
     """
 
     profile: tuple[int, ...] = ()
     hang_seconds: float = 900.0
     wandb_project: str = ""
+    compilation_cache: str = "compiled"
 
     def __post_init__(self) -> None:
         is_span = len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]
@@ -126,18 +153,34 @@ class RunConfig:
 class StageConfig:
     """One stage of training.
 
-    learning_rates: pairs (regex, multiplier of `optimizer.learning_rate` or "freeze") over parameter paths such as
-      `decoder/blocks/query/kernel`. A regex must match the whole path. The first that matches decides. Every parameter
-      must be matched, and every regex must decide for at least one. On the command line:
-      --config.learning_rates='[["vision/.*", "freeze"], [".*", 1.0]]'
-    visibility: who sees whom in training: `voco`, or `causal` for the bounds and the baselines.
-    batch_size: rows per optimizer step, cut into `accumulate` parts that run one after the other.
-    init_from: directory of the parameters that this stage starts from, in any layout: an earlier stage's run, a Hugging
-      Face or an original LLaVA directory; '' starts from random ones.
-    init_new: regexes of parameters that are new, and so not taken from `init_from`.
-    lora: factors for some kernels, which must be frozen; factors that `init_from` was trained with are merged there.
-    dtype: what the model computes in; frozen_dtype: what frozen parameters are held in (trained ones are fp32).
-    attention: implementation of `interval_attention`; None picks by platform.
+    Attributes:
+      name: shown in the progress bar and in Weights & Biases.
+      data: what is trained on.
+      learning_rates: pairs (regex, multiplier of `optimizer.learning_rate` or "freeze") over parameter paths such as
+        `decoder/blocks/query/kernel`. A regex must match the whole path. The first that matches decides. Every
+        parameter must be matched, and every regex must decide for at least one. On the command line:
+        --config.learning_rates='[["vision/.*", "freeze"], [".*", 1.0]]'
+      steps: optimizer steps of the whole stage.
+      model: what is trained.
+      lora: factors for some kernels, which must be frozen; factors that `init_from` was trained with are merged.
+      optimizer: AdamW's settings.
+      distill: the KL divergence to a teacher.
+      checkpoint: when checkpoints are written and which are kept.
+      validation: loss on held-out data.
+      mesh: devices along each axis.
+      run: runtime options that do not change the computation.
+      visibility: who sees whom in training: `voco`, or `causal` for the bounds and the baselines.
+      batch_size: rows per optimizer step.
+      accumulate: parts that a batch is cut into, which run one after the other.
+      init_from: directory of the parameters that this stage starts from, in any layout: an earlier stage's run, a
+        Hugging Face or an original LLaVA directory; '' starts from random ones.
+      init_new: regexes of parameters that are new, and so not taken from `init_from`.
+      seed: of random parameters and of the order of the data.
+      dtype: of the computation.
+      frozen_dtype: of frozen parameters; those that train are fp32.
+      remat: what is computed again in the backward pass, a key of `models.stack.REMAT_POLICIES`.
+      attention: implementation of `interval_attention`; None picks by platform.
+      log_every: steps between logged metrics.
     """
 
     name: str = ""
@@ -211,10 +254,14 @@ def _require_files(data: DataConfig | ValidationConfig, key: str) -> None:
 
 
 def stage_config(values: Mapping[str, Any], source: str = "") -> StageConfig:
-    """Builds a stage's configuration from a mapping (or `ml_collections.ConfigDict`).
+    """Builds a stage's configuration.
+
+    Args:
+      values: a mapping, or an `ml_collections.ConfigDict`.
+      source: the config file's name, for errors.
 
     Raises:
-      ConfigError: prefixed with `source`, the config file's name.
+      ConfigError: the key is prefixed with `source`.
     """
     plain = json.loads(values.to_json()) if hasattr(values, "to_json") else values
     try:
@@ -224,9 +271,9 @@ def stage_config(values: Mapping[str, Any], source: str = "") -> StageConfig:
 
 
 def all_keys(**values: Any) -> dict[str, Any]:
-    """A stage's config as nested dicts with every key there is, the given values over the defaults.
+    """Returns a stage's config as nested dicts with every key there is: the given values over the defaults.
 
-    Config files are made of it, so that each key can be set on the command line.
+    Config files are made with it, so that each key can be set on the command line.
     """
     defaults: dict[str, Any] = {}
     for entry in dataclasses.fields(StageConfig):

@@ -1,4 +1,4 @@
-"""A training stage from its config: model, data, optimizer, step and loop put together."""
+"""Runs a training stage from its config: puts model, data, optimizer, step and loop together."""
 
 import contextlib
 import dataclasses
@@ -25,6 +25,7 @@ from vocojax.pretrained.loading import load_card, load_parameters
 from vocojax.runs.directory import is_run, run_config, run_path, write_run_files
 from vocojax.training import loop
 from vocojax.training.checkpoints import Checkpoints
+from vocojax.training.compilation_cache import programs_kept_in
 from vocojax.training.config import StageConfig
 from vocojax.training.flops import Composition, StepFlops
 from vocojax.training.optimizer import matches
@@ -37,20 +38,29 @@ LOG = logging.getLogger(__name__)
 
 
 def train(config: StageConfig, workdir: str | Path, bar_position: int = 0) -> None:
-    """Runs a stage to its last step, resuming from the newest sound checkpoint in `workdir` if there is one.
+    """Runs a stage to its last step; resumes from the newest sound checkpoint in `workdir` if there is one.
 
     All processes of a run (`cluster.initialize`) call it alike.
 
     Args:
+      config: of the stage.
       workdir: a local path, or any that `etils.epath` knows; with several processes one that all see.
       bar_position: the terminal line of the progress bar, where several runs share a terminal.
 
     Raises:
-      ConfigError, CheckpointError, NonFiniteLoss, SkippedTooMany, Preempted: see where they are defined.
+      ConfigError: the config does not fit the devices, the data or `init_from`.
+      CheckpointError: a checkpoint can't be read or written, or `workdir` holds a run with another config.
+      NonFiniteLoss: the loss became NaN or infinite.
+      SkippedTooMany: too many records can't be read.
+      Preempted: the run was asked to stop, and is saved.
     """
     write_run_files(workdir, config)
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint, config) as checkpoints:
+    with (
+        programs_kept_in(config.run.compilation_cache, workdir),
+        jax.set_mesh(mesh),
+        Checkpoints(workdir, config.checkpoint, config) as checkpoints,
+    ):
         _train(config, workdir, mesh, checkpoints, bar_position)
 
 
@@ -79,7 +89,7 @@ def _train(
             state = state._replace(teacher=_teacher_parameters(config, program))
             stream.set_state(progress["data"])
             useful_seconds = progress["useful_seconds"]
-            LOG.info("%s: resumes behind step %d", workdir, first_step)
+            LOG.info("%s: resumes after step %d", workdir, first_step)
         flops, slots = StepFlops(config.model, program.abstract_state), config.batch_size * config.data.row_length
         composition = Composition(config.model.unit_tokens)
 
@@ -110,7 +120,7 @@ def _check_teacher(config: StageConfig) -> None:
 
 
 def _initial_state(config: StageConfig, program: Program) -> TrainState:
-    """The state at step 0, every array born with its sharding."""
+    """Returns the state at step 0; every array is made with its sharding."""
     wanted, abstract_state = program.abstract_parameters, program.abstract_state
     taken = {n: w for n, w in wanted.items() if not _is_new(config, n)}
     new = {n: w for n, w in wanted.items() if n not in taken}
