@@ -1,6 +1,6 @@
 """The program of a stage: its optimizer step jitted for a mesh, and the shape, dtype and sharding of all it works on.
 
-Nothing here touches a device, so the same program is trained with and compiled for a machine that is not there.
+Nothing here touches a device, so the program that trains is also the one compiled for a machine that is not there.
 """
 
 import functools
@@ -27,7 +27,7 @@ from vocojax.parallel.mesh import BATCH, BATCH_AXES, replicated
 from vocojax.parallel.shardings import over_devices, parameter_shardings, parts_of
 from vocojax.training.config import StageConfig
 from vocojax.training.optimizer import learning_rate_multipliers, make_optimizer, with_multipliers
-from vocojax.training.step import Evaluate, Step, TrainState, make_evaluation, make_step
+from vocojax.training.step import Evaluate, Gradient, Step, TrainState, make_evaluation, make_step
 
 
 @dataclass(frozen=True)
@@ -62,36 +62,51 @@ class Program:
 
 
 def make_program(config: StageConfig, mesh: Mesh) -> Program:
-    """The program of a stage.
+    """Returns the program of a stage.
 
     Raises:
-      ConfigError: what trains is not said for every parameter, or the batch does not divide over the mesh.
+      ConfigError: `learning_rates` does not cover every parameter, or the batch does not divide over the mesh.
     """
+    _check_batch(config, mesh)
     model = abstract(lambda: make_model(config, nnx.Rngs(0)))
+    teacher = abstract(lambda: VocoLlama(config.model, nnx.Rngs(0), config.dtype)) if config.distill.teacher else None
     multipliers = learning_rate_multipliers(variables_of(model), config.learning_rates)
     _check_lora_rules(model, multipliers)
+    optimizer = with_multipliers(make_optimizer(config.optimizer, config.steps), multipliers)
+    shardings = parameter_shardings(model, mesh)
+    state = _abstract_state(config, model, multipliers, teacher, optimizer, mesh, shardings)
+    batch = _abstract_batch(config, mesh)
+
+    # The functions of one device gather the parameters that are cut; `distribute` runs them on all devices.
+    parts = parts_of(shardings, mesh)
+    model_in_parts = cut(model, parts, config.dtype)
+    teacher_in_parts = None if teacher is None else cut(teacher, parts, config.dtype)
+    distribute = functools.partial(over_devices, mesh=mesh, shardings=shardings) if mesh.size > 1 else _as_it_is
+    step = make_step(model_in_parts, teacher_in_parts, optimizer, config, distribute)
+    evaluate = make_evaluation(model_in_parts, teacher_in_parts, config, distribute)
+
+    # The new state keeps the old one's shardings, so that nothing is compiled twice and every donated buffer is used.
+    state_shardings, batch_shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, batch))
+    taken = state_shardings, batch_shardings
+    step = jax.jit(step, donate_argnums=0, in_shardings=taken, out_shardings=(state_shardings, None))
+    evaluate = jax.jit(evaluate, in_shardings=taken, out_shardings=replicated(mesh))
+    return Program(mesh, model, multipliers, optimizer, state, batch, step, evaluate)
+
+
+def _as_it_is(gradient: Gradient) -> Gradient:
+    return gradient
+
+
+def _check_batch(config: StageConfig, mesh: Mesh) -> None:
+    """Raises `ConfigError` unless the rows of a part of a batch divide over the devices."""
     rows, ways = config.batch_size // config.accumulate, math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if rows % ways:
         raise ConfigError("batch_size", f"/ accumulate must be a multiple of slice x data x fsdp = {ways} devices, got "
                           f"{rows}")
-    shardings = parameter_shardings(model, mesh)
-    in_parts = lambda model: cut(model, parts_of(shardings, mesh), config.dtype)
-    teacher = abstract(lambda: VocoLlama(config.model, nnx.Rngs(0), config.dtype)) if config.distill.teacher else None
-    optimizer = with_multipliers(make_optimizer(config.optimizer, config.steps), multipliers)
-    state = _abstract_state(config, model, multipliers, teacher, optimizer, mesh, shardings)
-    batch = _abstract_batch(config, mesh)
-    # The new state keeps the old one's shardings, so that nothing is compiled twice and every donated buffer is used.
-    kept = jax.tree.map(lambda leaf: leaf.sharding, (state, batch))
-    spread = functools.partial(over_devices, mesh=mesh, shardings=shardings) if mesh.size > 1 else lambda g: g
-    step = make_step(in_parts(model), teacher and in_parts(teacher), optimizer, config, spread)
-    step = jax.jit(step, donate_argnums=0, in_shardings=kept, out_shardings=(kept[0], None))
-    evaluate = make_evaluation(in_parts(model), teacher and in_parts(teacher), config, spread)
-    evaluate = jax.jit(evaluate, in_shardings=kept, out_shardings=replicated(mesh))
-    return Program(mesh, model, multipliers, optimizer, state, batch, step, evaluate)
 
 
 def make_model(config: StageConfig, rngs: nnx.Rngs) -> VocoLlama:
-    """The model that the stage trains, with the factors of its LoRA."""
+    """Returns the model that the stage trains, with the factors of its LoRA."""
     model = VocoLlama(config.model, rngs, config.dtype)
     add_lora(model, config.lora, rngs)
     return model
@@ -107,7 +122,7 @@ def _check_lora_rules(model: VocoLlama, multipliers: Mapping[str, float]) -> Non
 
 
 def views(config: StageConfig) -> list[Visibility]:
-    """The visibilities that a stage's batches carry: its own, and its teacher's if it has one."""
+    """Returns the visibilities that a stage's batches carry: its own, and its teacher's if it has one."""
     return [config.visibility, "causal"] if config.distill.teacher else [config.visibility]
 
 
@@ -120,7 +135,7 @@ def _abstract_state(
     mesh: Mesh,
     shardings: Mapping[str, NamedSharding],
 ) -> TrainState:
-    """fp32 masters of what trains, the rest as `frozen_dtype`, moments sharded like the parameters they belong to."""
+    """Returns shapes and shardings of the state: fp32 masters of what trains, the rest as `frozen_dtype`."""
     shapes = {name: variable.shape for name, variable in variables_of(model).items()}
 
     def leaf(name: str, dtype: DTypeLike) -> Any:
@@ -128,13 +143,14 @@ def _abstract_state(
 
     trained: Parameters = {name: leaf(name, jnp.float32) for name in shapes if name in multipliers}
     frozen: Parameters = {name: leaf(name, config.frozen_dtype) for name in shapes if name not in trained}
-    known = () if teacher is None else variables_of(teacher)  # its factors are merged
-    guiding: Parameters = {name: leaf(name, config.frozen_dtype) for name in known}
+    taught_by = () if teacher is None else variables_of(teacher)  # without factors, which are merged as it is read
+    teaching: Parameters = {name: leaf(name, config.frozen_dtype) for name in taught_by}
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    return TrainState(step, trained, frozen, _abstract_moments(optimizer, trained, mesh), guiding)
+    return TrainState(step, trained, frozen, _abstract_moments(optimizer, trained, mesh), teaching)
 
 
 def _abstract_moments(optimizer: optax.GradientTransformation, trained: Any, mesh: Mesh) -> Any:
+    """Returns shapes and shardings of the optimizer's state: moments are sharded like their parameters."""
     shapes = jax.eval_shape(optimizer.init, trained)
     with_sharding = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return optax.tree_map_params(
@@ -144,6 +160,7 @@ def _abstract_moments(optimizer: optax.GradientTransformation, trained: Any, mes
 
 
 def _abstract_batch(config: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and shardings of a batch: an empty packed row tells them."""
     model = config.model
     row = pack_row([], row_shape(config.data, model.vision.image_size, model.unit_tokens, *views(config)))
     rows = NamedSharding(mesh, BATCH)

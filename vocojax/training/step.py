@@ -19,10 +19,14 @@ Batch = Mapping[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes or reads.
+    """Everything that a step changes or reads.
 
-    step: int32 scalar, optimizer steps taken. trained: fp32 masters. frozen: the other parameters; no gradient and no
-    optimizer state exist for them. optimizer: optax's state. teacher: the teacher's parameters, or empty.
+    Attributes:
+      step: int32 scalar, optimizer steps taken.
+      trained: fp32 masters of the parameters that train, by name.
+      frozen: the other parameters; no gradient and no optimizer state exist for them.
+      optimizer: optax's state.
+      teacher: the teacher's parameters, or empty.
     """
 
     step: jax.Array
@@ -39,23 +43,29 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_objective(model: VocoLlama, teacher: VocoLlama | None, config: StageConfig) -> Objective:
-    """The function (trained, state, batch) -> (what is minimised, summed over targets; the sums it is made of)."""
+    """Returns the function (trained, state, batch) -> (the loss summed over targets, all sums); arguments as of
+    `make_step`. The trained parameters are an argument of their own because the gradient is taken by them."""
 
-    def sums(trained: Parameters, state: TrainState, batch: Batch) -> tuple[jax.Array, TargetSums]:
+    def hidden_states(of: VocoLlama, batch: Batch, view: str) -> jax.Array:
+        return of(rows_from_batch(batch, view), attention=config.attention, remat=config.remat)[0]
+
+    def guide(state: TrainState, batch: Batch) -> Teacher | None:
+        if teacher is None:
+            return None
+        whole = gathered(with_parameters(teacher, state.teacher), stacked=False)
+        hidden_BSE = jax.lax.stop_gradient(hidden_states(whole, batch, "teacher_"))
+        return Teacher(whole.decoder, hidden_BSE, config.distill.temperature, config.distill.weight)
+
+    def objective(trained: Parameters, state: TrainState, batch: Batch) -> tuple[jax.Array, TargetSums]:
+        taught_by = guide(state, batch)
         student = with_parameters(model, {**trained, **state.frozen})
-        run = lambda m, view: m(rows_from_batch(batch, view), attention=config.attention, remat=config.remat)[0]
-        guide = None
-        if teacher is not None:
-            guiding = gathered(with_parameters(teacher, state.teacher), stacked=False)
-            hidden = jax.lax.stop_gradient(run(guiding, "teacher_"))
-            guide = Teacher(guiding.decoder, hidden, config.distill.temperature, config.distill.weight)
-        hidden_BSE = run(gathered(student, stacked=False), "")
+        hidden_BSE = hidden_states(gathered(student, stacked=False), batch, "")
         decoder, hidden_BSE = scatter_gradients_first(student.decoder, hidden_BSE)
         head = gathered(decoder, stacked=False)
-        out = target_sums(head, hidden_BSE, batch["target_index"], batch["target_ids"], guide)
-        return out.loss, out
+        sums = target_sums(head, hidden_BSE, batch["target_index"], batch["target_ids"], taught_by)
+        return sums.loss, sums
 
-    return sums
+    return objective
 
 
 def make_step(
@@ -63,24 +73,27 @@ def make_step(
     teacher: VocoLlama | None,
     optimizer: optax.GradientTransformation,
     config: StageConfig,
-    spread: Callable[[Gradient], Gradient] = lambda gradient: gradient,
+    over_devices: Callable[[Gradient], Gradient] = lambda gradient: gradient,
 ) -> Step:
-    """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
-
-    Args:
-      model, teacher: abstract models; the state holds their parameters.
-      spread: makes of a gradient function one for rows on many devices.
+    """Returns the function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     Metrics are fp32 scalars: loss, cross_entropy, kl (mean nats per target), accuracy (greedy, per target),
     grad_norm (before clipping), targets, tokens.
+
+    Args:
+      model: abstract; the state holds its parameters.
+      teacher: likewise, or None.
+      optimizer: over the flat dict of what trains.
+      config: of the stage.
+      over_devices: makes of a gradient function one for rows on many devices.
     """
     objective = make_objective(model, teacher, config)
-    gradient = spread(functools.partial(_accumulate, jax.grad(objective, has_aux=True), config.accumulate))
+    gradient = over_devices(functools.partial(_accumulate, jax.grad(objective, has_aux=True), config.accumulate))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         count = jnp.maximum((batch["target_ids"] != IGNORE).sum(), 1).astype(jnp.float32)
         grads, totals = gradient(state.trained, state, batch)
-        with jax.named_scope("optimizer"):
+        with jax.named_scope("optimizer"):  # the totals are sums over targets, the gradient is that of their mean
             grads = jax.tree.map(lambda g: g / count, grads)
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
@@ -102,16 +115,19 @@ def make_evaluation(
     model: VocoLlama,
     teacher: VocoLlama | None,
     config: StageConfig,
-    spread: Callable[[Gradient], Gradient] = lambda gradient: gradient,
+    over_devices: Callable[[Gradient], Gradient] = lambda gradient: gradient,
 ) -> Evaluate:
-    """The function (state, batch) -> sums over the batch's targets; arguments as of `make_step`."""
+    """Returns the function (state, batch) -> sums over the batch's targets; arguments as of `make_step`."""
     objective = make_objective(model, teacher, config)
-    without_gradient: Gradient = lambda trained, state, batch: ({}, objective(trained, state, batch)[1])
-    spread_out = spread(functools.partial(_accumulate, without_gradient, config.accumulate))
+
+    def no_gradient(trained: Parameters, state: TrainState, batch: Batch) -> tuple[Parameters, TargetSums]:
+        return {}, objective(trained, state, batch)[1]
+
+    sums = over_devices(functools.partial(_accumulate, no_gradient, config.accumulate))
 
     def evaluate(state: TrainState, batch: Batch) -> TargetSums:
-        fixed = state._replace(trained={}, frozen={**state.trained, **state.frozen})  # nothing has a gradient
-        return spread_out({}, fixed, batch)[1]
+        all_frozen = state._replace(trained={}, frozen={**state.trained, **state.frozen})
+        return sums({}, all_frozen, batch)[1]
 
     return evaluate
 
@@ -119,11 +135,19 @@ def make_evaluation(
 def _accumulate(
     gradient: Gradient, parts: int, trained: Parameters, state: TrainState, batch: Batch
 ) -> tuple[Parameters, TargetSums]:
-    """Sums of gradients and objectives over the parts of a batch, which run one after the other."""
+    """Returns the sums of gradients and objectives over the parts of a batch, which run one after the other.
+
+    Args:
+      gradient: of one part.
+      parts: how many there are; they divide the rows.
+    """
     if parts == 1:
         return gradient(trained, state, batch)
     split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), dict(batch))
     first = jax.tree.map(lambda x: x[0], split)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trained, state, first))
-    add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(trained, state, part)), None)
+
+    def add(total: tuple[Parameters, TargetSums], part: Batch) -> tuple[tuple[Parameters, TargetSums], None]:
+        return jax.tree.map(jnp.add, total, gradient(trained, state, part)), None
+
     return jax.lax.scan(add, zero, split)[0]
