@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_put_aside(item, tmp_path, caplo
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_what_all_checkpoints_share_is_named_once_if_it_is_damaged(lost, tmp_path, caplog):
-    """And then is all that is asked for: once it is there again the run goes on from its newest step."""
+    """And then is all that is asked for: once they are there again the run resumes from its newest step."""
     write(tmp_path / "run", (1, 2), CheckpointConfig(keep=2))
     write(tmp_path / "same", (1,), CheckpointConfig())
     frozen = tmp_path / "run" / "frozen"
@@ -102,11 +102,11 @@ def test_what_all_checkpoints_share_is_named_once_if_it_is_damaged(lost, tmp_pat
         damage(frozen)
     caplog.set_level(logging.ERROR, "vocojax")
     with Checkpoints(tmp_path / "run", CheckpointConfig(), RUN) as checkpoints:
-        with pytest.raises(CheckpointError) as told:
+        with pytest.raises(CheckpointError) as caught:
             checkpoints.restore(tiny_state(0))
         assert re.fullmatch(re.escape(str(frozen)) + r" IS DAMAGED: .*\. Every checkpoint of the run needs it, so that "
                             r"no earlier one helps: copy it back from a copy of the run, or from another run of the "
-                            r"same config and init_from, which writes the same", str(told.value))
+                            r"same config and init_from, which writes the same", str(caught.value))
         assert not caplog.records and on_disk(tmp_path / "run") == [1, 2]
         shutil.copytree(tmp_path / "same" / "frozen", frozen, dirs_exist_ok=True)
         assert checkpoints.restore(tiny_state(0))[0] == 2
@@ -199,7 +199,7 @@ def test_sigterm_saves_and_the_run_goes_on(stage, tmp_path, monkeypatch):
 
 
 def test_weights_of_a_run_are_compared_with_their_checksums(stage, tmp_path):
-    """Wherever a byte is flipped, who loads a run gets what was saved or is told."""
+    """Wherever a byte is flipped, loading the run gives what was saved, or an error."""
     run = tmp_path / "run"
     train(dataclasses.replace(stage, steps=1), run)
     whole = parameters_of(load_model(run))
@@ -208,7 +208,7 @@ def test_weights_of_a_run_are_compared_with_their_checksums(stage, tmp_path):
     sizes = {path: path.stat().st_size for part in parts for path in part.rglob("*") if path.is_file()}
     files = sorted((path for path in sizes if sizes[path]), key=lambda path: -sizes[path])
     assert len(files) > 8
-    told = set()
+    reported = set()
     for number, file in enumerate(files[:8]):
         content = file.read_bytes()
         changed = bytearray(content)
@@ -219,12 +219,12 @@ def test_weights_of_a_run_are_compared_with_their_checksums(stage, tmp_path):
                 for name, value in parameters_of(load(run)).items():
                     assert (value == whole[name]).all(), (file, name)
             except error as problem:
-                told.add(number)
+                reported.add(number)
                 assert "DAMAGED" in str(problem), problem
                 part = "Every checkpoint of the run needs it" if "frozen" in file.parts else "Its own run"
                 assert part in str(problem), problem
         file.write_bytes(content)
-    assert {0, 1} <= told
+    assert {0, 1} <= reported
     (run / "frozen").rename(tmp_path / "gone")
     for load, error in ((load_model, CheckpointError), (load_converted, ConvertError)):
         with pytest.raises(error, match=r"frozen IS DAMAGED: .* missing\. Every checkpoint of the run needs it"):

@@ -57,7 +57,7 @@ def test_half_a_cluster_is_an_error(arguments, message):
 
 
 def meet(*told, limit=1.0):
-    """What each of some processes, told (count, id), is answered at the start."""
+    """Returns what processes that are started with (count, id) are answered."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -189,6 +189,6 @@ def test_a_run_goes_on_with_other_processes_on_another_mesh(quickstart_stage, tm
         runs.run(dataclasses.replace(stage, mesh=mesh), workdir, count, devices)
         for (_, mine), (_, theirs) in zip(loss_curve(workdir), whole, strict=True):
             assert abs(mine - theirs) <= 1e-5 * theirs
-        if last == 3:  # as if it had been killed behind the third step
+        if last == 3:  # as if it had been killed after the third step
             shutil.rmtree(workdir / "checkpoints" / "6")
     assert [step for step, _ in loss_curve(workdir)] == [1, 2, 3, 4, 5, 6]

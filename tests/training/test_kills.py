@@ -1,4 +1,4 @@
-"""Runs that are killed, in every way there is, go on with the losses of one that was not, bit for bit."""
+"""Runs that are killed, in every way there is, resume with the losses of one that was not, bit for bit."""
 
 import contextlib
 import dataclasses
@@ -111,7 +111,7 @@ def test_sigterm_saves_and_exits_with_0(trial, easy_vqa, whole, tmp_path):
 def test_sigterm_at_any_moment(processes, resumed, easy_vqa, whole, tmp_path):
     """From the first one on: all processes end with 0 and say whether there was something to save."""
     stage = dataclasses.replace(easy_vqa, mesh=MeshConfig(data=-1))
-    workdir, behind, said = tmp_path / "run", 0, []
+    workdir, after, said = tmp_path / "run", 0, []
 
     if resumed:
         children = runs.start(stage, workdir, processes)
@@ -119,8 +119,8 @@ def test_sigterm_at_any_moment(processes, resumed, easy_vqa, whole, tmp_path):
         for child in children:
             runs.kill(child)
         runs.finish(children)
-        behind = max(steps_on_disk(workdir))
-        assert behind < STEPS
+        after = max(steps_on_disk(workdir))
+        assert after < STEPS
 
     def stopped(is_time):
         for log in tmp_path.glob("*.log"):
@@ -133,12 +133,12 @@ def test_sigterm_at_any_moment(processes, resumed, easy_vqa, whole, tmp_path):
 
     for wait in (0.0, 0.7, 1.4, 2.1):
         started = lambda wait=wait: "starts" in runs.logs(workdir) and time.sleep(wait) is None
-        before, behind = behind, stopped(started)
-        said += [(before, behind, text) for text in ("nothing new to save", "checkpoint saved")
+        before, after = after, stopped(started)
+        said += [(before, after, text) for text in ("nothing new to save", "checkpoint saved")
                  if text in runs.logs(workdir)]
     assert said[0][2] == "nothing new to save"
-    for before, behind, text in said:
-        assert before == behind if text == "nothing new to save" else before < behind < STEPS, said
+    for before, after, text in said:
+        assert before == after if text == "nothing new to save" else before < after < STEPS, said
     runs.run(stage, workdir, processes)
     for (_, mine), (_, theirs) in zip(loss_curve(workdir), whole, strict=True):
         assert mine == theirs if processes == 1 else abs(mine - theirs) <= 1e-5 * theirs
@@ -146,7 +146,7 @@ def test_sigterm_at_any_moment(processes, resumed, easy_vqa, whole, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_one_of_two_processes(number, easy_vqa, whole, tmp_path):
-    """SIGKILL: the other notices and ends by itself. SIGTERM: both save at the same step. Both go on."""
+    """SIGKILL: the other notices and ends by itself. SIGTERM: both save at the same step. Both resume."""
     stage = dataclasses.replace(easy_vqa, mesh=MeshConfig(data=-1))
     workdir = tmp_path / "run"
     children = runs.start(stage, workdir, processes=2)
@@ -201,8 +201,8 @@ def writes_fail(request, tmp_path):
 
 
 def test_a_full_disk(easy_vqa, whole, writes_fail):
-    """The run ends with a clear message, earlier checkpoints are whole, and with room it goes on."""
-    workdir, fail = writes_fail  # the run's log lies beside it
+    """The run ends with a clear message, earlier checkpoints are whole, and with room it resumes."""
+    workdir, fail = writes_fail  # the run's log is next to it
     (child,) = runs.start(easy_vqa, workdir)
     runs.wait_until(lambda: (workdir / "checkpoints" / "8").exists(), child)
     with fail(workdir, child):

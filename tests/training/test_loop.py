@@ -59,7 +59,7 @@ def lines(workdir):
 
 
 def told_before(number):
-    """A `place` with SIGTERM behind step `number` - 1, when its stop is no longer asked for."""
+    """Returns a `place` that sends SIGTERM after step `number` - 1, when that step no longer asks for stops."""
     def place(batch):
         if batch["x"] == number:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -67,7 +67,7 @@ def told_before(number):
     return place
 
 
-def test_the_state_saved_is_that_of_the_data_behind_the_step(tmp_path):
+def test_the_state_saved_is_that_of_the_data_after_the_step(tmp_path):
     """Although the next batch is already taken; and the last step takes none."""
     stream, state = run(tmp_path)
     assert stream.taken == 7 and float(state.trained["w"]) == 28
@@ -108,7 +108,7 @@ def test_a_stop_ends_the_validation_in_progress(tmp_path):
 
 
 def test_rates_are_those_of_steps(tmp_path, monkeypatch):
-    """Of 10 tokens and a second each, by a clock that only goes on for batches, validations and checkpoints."""
+    """Of 10 tokens and a second each, by a clock that only runs for batches, validations and checkpoints."""
     now, rates, seconds = [0.0], [], []
 
     def takes(duration, result):
@@ -162,7 +162,7 @@ def test_goodput_counts_restarts_and_not_what_is_taken_twice(tmp_path):
     first = Goodput(tmp_path, clock=lambda: now[0])
     first.count(30.0)
     now[0] = 1060.0
-    first.write(5)  # killed here; the checkpoint it goes on from holds 20 useful seconds
+    first.write(5)  # killed here; the checkpoint it resumes from holds 20 useful seconds
     now[0] = 1090.0
     second = Goodput(tmp_path, useful=20.0, clock=lambda: now[0])
     second.count(30.0)

@@ -83,7 +83,7 @@ def test_only_factors_train_and_have_moments(lora_stage):
 
 def test_a_run_and_its_export(lora_stage, base, tmp_path):
     """Frozen weights stay, factors learn, and what is loaded and exported is W + scale A B; transformers computes from
-    it what the model as it was trained does, with its factors beside the kernels."""
+    it what the model as it was trained does, with its factors added to the kernels."""
     train(lora_stage, tmp_path / "lora")
     new = [line for line in (tmp_path / "lora" / "parameters.txt").read_text().splitlines() if line.endswith("random")]
     factors = [kernel.replace("kernel", f"lora/{x}") for kernel in KERNELS for x in "ab"]

@@ -52,7 +52,7 @@ else:
     time.sleep(0.5)
     print(*told)
 """
-# A run that ends by an error, or because it was told to, and gets a signal as its last checkpoint is being written.
+# A run that ends by an error, or because it was asked to, and gets a signal as its last checkpoint is being written.
 ENDING = """
 import os, signal, sys, time
 import jax
@@ -115,7 +115,7 @@ def test_a_run_that_failed_ends_with_its_own_status(by, status):
 
 @pytest.mark.parametrize(("wait", "told_at"), [("2.5", "joined"), ("0", "under way")])
 def test_two_processes_stop_in_the_same_place(wait, told_at):
-    """Also if one was told before any had asked: both then stop the first time that they ask."""
+    """Also if one gets the signal before any had asked: both then stop the first time that they ask."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"

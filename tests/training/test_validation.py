@@ -71,9 +71,9 @@ def test_it_is_the_loss_on_the_same_batches_and_changes_no_step(stage, held_out,
 
 
 def test_a_run_is_kept_by_its_validation_and_goes_on_with_another(stage, held_out, tmp_path, monkeypatch):
-    """The best of the checkpoints behind whose step one was; the last steps' are the newest."""
-    told = iter([3.0, 1.0, 2.0, 4.0, 5.0])
-    measure = lambda state, goes_on: {"validation_loss": next(told)}
+    """The best of the checkpoints whose step was validated; the last steps' are the newest."""
+    answers = iter([3.0, 1.0, 2.0, 4.0, 5.0])
+    measure = lambda state, should_continue: {"validation_loss": next(answers)}
     monkeypatch.setattr("vocojax.training.stage.Validation", lambda *_: measure)
     stage = dataclasses.replace(stage, steps=8, validation=held_out)
     best = CheckpointConfig(every=2, keep=1, keep_best=1, best_metric="validation_loss")
@@ -82,13 +82,13 @@ def test_a_run_is_kept_by_its_validation_and_goes_on_with_another(stage, held_ou
     train(dataclasses.replace(stage, validation=dataclasses.replace(held_out, batches=3)), tmp_path)
 
 
-def test_a_stop_ends_it_behind_the_batch_in_progress(stage, held_out, tmp_path, monkeypatch):
-    """Asked for at the start, behind steps 1 and 2, and behind two of the batches."""
-    told = iter([False, False, False, False, True])
-    monkeypatch.setattr(StopRequest, "reached", lambda self: next(told))
+def test_a_stop_ends_it_after_the_batch_in_progress(stage, held_out, tmp_path, monkeypatch):
+    """Asked for at the start, after steps 1 and 2, and after two of the batches."""
+    answers = iter([False, False, False, False, True])
+    monkeypatch.setattr(StopRequest, "reached", lambda self: next(answers))
     with pytest.raises(Preempted, match="after step 2 of 4; checkpoint saved"):
         train(dataclasses.replace(stage, validation=dataclasses.replace(held_out, batches=3)), tmp_path)
-    assert next(told, None) is None
+    assert next(answers, None) is None
     assert [(line["step"], "validation_loss" in line) for line in lines(tmp_path)] == [(1, False), (2, False)]
 
 
@@ -129,7 +129,7 @@ def test_processes_and_meshes_agree(quickstart_stage, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_ends_it_in_all_processes(processes, quickstart_stage, tmp_path):
-    """Behind step 3, whose validation would take minutes; the last one, behind step 4, is of the run that goes on."""
+    """After step 3, whose validation would take minutes; the last one, after step 4, is of the run that resumes."""
     endless = ValidationConfig(every=3, batches=10**5, source="easy_vqa", split="test")
     stage = dataclasses.replace(quickstart_stage, batch_size=8, steps=4, checkpoint=CheckpointConfig(every=2),
                                 mesh=MeshConfig(data=-1), validation=endless)

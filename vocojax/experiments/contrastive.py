@@ -33,7 +33,17 @@ from vocojax.training.step import TrainState
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
-    """vision: the tower; vocab_size: of the captions' tokenizer. Half of the images are mirrored."""
+    """The pretraining of a vision tower; half of the images are mirrored.
+
+    Attributes:
+      vision: the tower.
+      vocab_size: of the captions' tokenizer.
+      steps: optimizer steps.
+      batch_size: images per step.
+      optimizer: AdamW's settings.
+      seed: of the parameters and of the order of the data.
+      log_every: steps between logged metrics.
+    """
 
     vision: VisionConfig
     vocab_size: int
@@ -61,7 +71,12 @@ class ContrastiveModel(nnx.Module):
         self.log_scale = parameter(nnx.initializers.constant(jnp.log(1 / 0.07)), (), (), rngs)
 
     def __call__(self, images_BHWC: jax.Array, captions_BS: jax.Array) -> jax.Array:
-        """uint8 images and caption tokens (-1 is padding) -> logits [images, captions]."""
+        """Returns logits fp32 [images, captions].
+
+        Args:
+          images_BHWC: uint8.
+          captions_BS: int32 tokens, -1 for padding.
+        """
         unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
         image_BE = unit(self.image_projection(self.vision.pooled(normalise(images_BHWC, jnp.dtype(jnp.float32)))))
         is_word_BS1 = (captions_BS >= 0)[..., None]
@@ -71,7 +86,7 @@ class ContrastiveModel(nnx.Module):
 
 
 def contrastive_loss(logits_BB: jax.Array, captions_BS: jax.Array) -> jax.Array:
-    """CLIP's symmetric cross-entropy, targets spread evenly over equal captions."""
+    """Returns CLIP's symmetric cross-entropy, with targets spread evenly over equal captions."""
     same_BB = (captions_BS[:, None] == captions_BS[None]).all(-1).astype(jnp.float32)
     targets_BB = same_BB / same_BB.sum(-1, keepdims=True)
     rows = -(targets_BB * jax.nn.log_softmax(logits_BB, axis=1)).sum(1).mean()
@@ -80,7 +95,7 @@ def contrastive_loss(logits_BB: jax.Array, captions_BS: jax.Array) -> jax.Array:
 
 
 class _CaptionStream:
-    """Endless shuffled batches of images and caption tokens, a function of seed and step."""
+    """Endless shuffled batches of images and caption tokens, which follow from seed and step."""
 
     def __init__(self, source: Source, config: ContrastiveConfig, tokenizer: Tokenizer):
         samples = [source[i] for i in range(len(source))]
@@ -108,8 +123,17 @@ class _CaptionStream:
 def pretrain_vision(
     config: ContrastiveConfig, source: Source, tokenizer: Tokenizer, workdir: str | Path, bar_position: int = 0
 ) -> None:
-    """Trains a tower on a source of captioned images and leaves a checkpoint whose `vision/...` parameters a stage's
-    `init_from` can take. Resumes like a stage."""
+    """Trains a tower on captioned images; a stage's `init_from` takes the `vision/...` parameters of its run.
+
+    Resumes like a stage.
+
+    Args:
+      config: of the pretraining.
+      source: images with captions.
+      tokenizer: of the captions.
+      workdir: the run's directory.
+      bar_position: the terminal line of the progress bar.
+    """
     write_run_files(workdir, config)
     model = abstract(lambda: ContrastiveModel(config, nnx.Rngs(0)))
     optimizer = make_optimizer(config.optimizer, config.steps)

@@ -1,4 +1,4 @@
-"""The main job on a small public data set, end to end: train every stage, compress, read, print what is retained."""
+"""The whole method on a small public data set: trains every stage, compresses, reads and prints what is retained."""
 
 import dataclasses
 import json
@@ -35,7 +35,13 @@ UPPER, LOWER = "Upper Bound", "Lower Bound"
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the retention table: the stage whose run it reads, and through which mask."""
+    """A row of the retention table.
+
+    Attributes:
+      name: shown in the table.
+      stage: whose run is read.
+      visibility: the mask that it is read through.
+    """
 
     name: str
     stage: str
@@ -57,7 +63,14 @@ FURTHER_ARMS = (
 
 @dataclass(frozen=True)
 class Job:
-    """One training run: a stage's, or the vision tower's."""
+    """One training run: a stage's, or the vision tower's.
+
+    Attributes:
+      name: under which its seconds are reported.
+      config: of the run.
+      workdir: of the run.
+      tokenizer: directory of the captions' tokenizer.
+    """
 
     name: str
     config: StageConfig | ContrastiveConfig
@@ -77,22 +90,23 @@ def run_job(job: Job, position: int = 0) -> float:
 
 
 def _set_up_compilation(workdir: Path) -> None:
-    """Stages and seeds share their programs: each is compiled once."""
+    """Lets stages and seeds share their compiled programs, so that each is compiled once."""
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @dataclass
 class Quickstart:
-    """What is run, and where.
+    """The trainings and evaluations of the retention table.
 
-    Args:
-      get_config: the stages' configs by name (`configs/quickstart.py`).
-      workdir: for runs and results; what is finished in it is not done again.
-      seeds: one training of everything for each.
-      full: add the baselines and larger N.
-      steps: overrides of a stage's number of steps, `vision` included.
-      test_images: evaluate on the first so many images only.
+    Attributes:
+      get_config: returns a stage's config by its name (`configs/quickstart.py`).
+      workdir: for runs and results; runs that are finished in it are not repeated.
+      seeds: everything is trained once for each.
+      full: whether to add the baselines and more VoCo tokens.
+      steps: number of steps by stage, in place of the configs'; also of `vision`.
+      test_images: how many images to evaluate on; None is all.
+      seconds: that each part took, filled by `run`.
     """
 
     get_config: Callable[[str], ConfigDict]
@@ -104,7 +118,7 @@ class Quickstart:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
-        """Trains, evaluates, prints the table, writes retention.json and report.html, and returns the former."""
+        """Trains, evaluates, prints the table, writes retention.json and report.html; returns the former's content."""
         _set_up_compilation(self.workdir)
         started = time.perf_counter()
         arms = ARMS + (FURTHER_ARMS if self.full else ())
@@ -136,7 +150,7 @@ class Quickstart:
         return result
 
     def _make_tokenizer(self) -> None:
-        """A word tokenizer of the training questions, beside the runs."""
+        """Writes a word tokenizer of the training questions."""
         questions = [q for group in EasyVqaSource("train").questions for q in group]
         tokenizer = word_tokenizer(f"{q.text} {q.answer}" for q in questions)
         tokenizer.save(self.workdir / "tokenizer")
@@ -148,7 +162,7 @@ class Quickstart:
         return Job("vision", config, self._run(seed, "vision"), self.workdir / "tokenizer")
 
     def _stage_job(self, seed: int, stage: str) -> "Job":
-        """The alignment stands on the vision tower, every other stage on the alignment."""
+        """Returns a stage's job: the alignment starts from the vision tower, every other stage from the alignment."""
         values = self.get_config(stage)
         values.seed = seed
         values.data.tokenizer = str(self.workdir / "tokenizer")
@@ -172,7 +186,7 @@ class Quickstart:
         return benchmark.answer_single_pass(Assistant.from_run(self._run(seed, arm.stage), arm.visibility))
 
     def _check_two_stages(self, benchmark: EasyVqaBenchmark, single_pass: Answers) -> dict[str, float | int]:
-        """Whether answers from a VoCo cache are those of the single pass."""
+        """Compares answers from a VoCo cache with those of the single pass."""
         cached = benchmark.answer_two_stage(Assistant.from_run(self._run(self.seeds[0], "voco_1")))
         finite = np.isfinite(single_pass.logits)  # all but the <voco> token's
         return {

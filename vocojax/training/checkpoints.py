@@ -1,4 +1,4 @@
-"""The checkpoints of a run (Orbax): which are written and kept, and what is restored.
+"""The checkpoints of a run (Orbax): how they are written, which are kept, and how they are restored.
 
     WORKDIR/checkpoints/STEP/parameters   what trains, a flat dict by path name
                              optimizer    what training alone needs
@@ -6,8 +6,8 @@
     WORKDIR/frozen                        the other parameters, written once
     WORKDIR/damaged/STEP                  checkpoints that could not be read, moved out of the way
 
-Directories appear under their names when they are whole. Nothing in a step is random; what is (the first parameters,
-the order of the data) follows from the seed in the config, so that there is no other state to save.
+Directories appear under their names when they are whole. Nothing in a step is random. The first parameters and the
+order of the data are; they follow from the seed in the config, so that there is no other state to save.
 """
 
 import errno
@@ -41,12 +41,12 @@ _ITEMS = {"parameters": ocp.PyTreeCheckpointHandler, "optimizer": ocp.PyTreeChec
 
 
 class Checkpoints:
-    """Saves and restores the checkpoints of one run, asynchronously and atomically. All processes call it alike.
+    """The checkpoints of one run, which are written asynchronously and appear whole. All processes call it alike.
 
     Args:
       workdir: the run's directory.
-      config: when to write and what to keep.
-      run_config: the run's, a dataclass; a checkpoint of another one is not restored.
+      config: what to keep.
+      run_config: the run's config, a dataclass; a checkpoint of another one is not restored.
 
     Attributes:
       config: as given.
@@ -70,19 +70,21 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(
         self, step: int, state: TrainState, progress: Mapping[str, Any], metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Begins to write a checkpoint behind `step` optimizer steps; one that exists is left as it is.
+        """Begins to write a checkpoint after `step` optimizer steps; one that exists is left as it is.
 
         Returns when the arrays are copied, so that the next step may donate them.
 
         Args:
-          progress: JSON-able, on process 0.
-          metrics: what `keep_best` chooses by; without its metric the checkpoint is not among the best.
+          step: the number of steps taken.
+          state: after these steps.
+          progress: where the data stand and how many seconds were useful; values that JSON can hold, on process 0.
+          metrics: `keep_best` chooses by them; without its metric the checkpoint is not among the best.
 
         Raises:
           CheckpointError: this one or the one before could not be written; earlier ones are intact.
@@ -116,22 +118,25 @@ class Checkpoints:
     def _save_frozen(self, frozen: Parameters) -> None:
         if self._frozen_checksums is not None:
             return
-        if frozen:  # one that is there is of a start that never came to a checkpoint
+        if frozen:  # a directory that exists was left by a start that never wrote a checkpoint
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 checkpointer.save(self._workdir / "frozen", args=ocp.args.PyTreeSave(frozen), force=True)
         self._frozen_checksums = checksums({"frozen": frozen})
 
     def restore(self, wanted: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
-        """(step, state without teacher, progress) of the newest checkpoint that is sound, None if there is none at all.
+        """Restores the newest sound checkpoint; None if there is no checkpoint at all.
 
         Newer ones that can't be read, or whose arrays are not those that were saved, are moved to WORKDIR/damaged.
 
         Args:
           wanted: shapes, dtypes and shardings of the state, on any mesh and number of processes.
 
+        Returns:
+          (step, state without teacher, progress)
+
         Raises:
-          CheckpointError: there are checkpoints, but none can be restored; or they are of another config; or what is
-            frozen, which all of them need, is damaged.
+          CheckpointError: there are checkpoints, but none can be restored; or they are of another config; or the frozen
+            parameters, which all of them need, are damaged.
         """
         problems: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -150,7 +155,7 @@ class Checkpoints:
         return None
 
     def _restored(self, step: int, wanted: TrainState) -> tuple[str, tuple[TrainState, dict[str, Any]] | None]:
-        """("", what was restored) or (what is wrong, None), the same on all processes."""
+        """Returns ("", the restored) or (the problem, None), the same on all processes."""
         directory, problem = self._workdir / "checkpoints" / str(step), ""
         try:
             # Read by the handlers themselves: a process that fails must not leave the others in a barrier of Orbax's.
@@ -172,7 +177,7 @@ class Checkpoints:
         return "", (TrainState(number, trained, frozen, optimizer, {}), progress)
 
     def _restored_frozen(self, wanted: Parameters, saved: Mapping[str, int]) -> Parameters:
-        """What all steps share; `CheckpointError` on all processes if it is not what was saved."""
+        """Restores the parameters that all steps share; `CheckpointError` on all processes if they are damaged."""
         directory, problem = self._workdir / "frozen", ""
         frozen: Parameters = {}
         try:
@@ -196,7 +201,7 @@ class Checkpoints:
             for step in steps:
                 target = self._workdir / "damaged" / f"{step}-{int(time.time())}"
                 (self._workdir / "checkpoints" / str(step)).rename(target)
-                LOG.error("%s: moved to %s; the run goes on from the one before", self._workdir, target)
+                LOG.error("%s: moved to %s; the run resumes from the one before", self._workdir, target)
         processes.from_first("damaged", True)
         self._manager.reload()
 
@@ -208,7 +213,7 @@ class Checkpoints:
             raise self.failure(error) from error
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk; `CheckpointError` if it could not be written."""
+        """Waits until everything saved is on disk; `CheckpointError` if it could not be written."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
@@ -226,19 +231,19 @@ class Checkpoints:
             LOG.exception("while another error ended the run")
 
     def close(self) -> None:
-        """Waits and releases the writer's threads."""
+        """Waits, and releases the writer's threads."""
         try:
             self._manager.close()
         except (OSError, ValueError, RuntimeError) as error:
             raise self.failure(error) from error
 
     def failure(self, error: Exception) -> CheckpointError:
-        """What to tell of a failed write of a checkpoint or another of the run's files."""
+        """Returns the error for a failed write of a checkpoint, or of another of the run's files."""
         if isinstance(error, CheckpointError):
             return error
         steps = sorted(ocp.utils.checkpoint_steps(self._workdir / "checkpoints"))
         intact = f"those of steps {', '.join(map(str, steps))} are intact" if steps else "there is none"
-        remedy = "the same command goes on from the newest"
+        remedy = "run the same command to resume from the newest"
         text = str(error)
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
             sign in text for sign in ("No space left", "ENOSPC", "quota exceeded", "File too large"))
@@ -252,7 +257,7 @@ class Checkpoints:
 
 
 def _open(workdir: epath.Path, **options: Any) -> ocp.CheckpointManager:
-    """Orbax's manager of a run's checkpoints."""
+    """Returns Orbax's manager of a run's checkpoints."""
     handlers = {name: handler() for name, handler in _ITEMS.items()}
     return ocp.CheckpointManager(
         workdir / "checkpoints", item_names=tuple(handlers), item_handlers=handlers,

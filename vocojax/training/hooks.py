@@ -90,7 +90,7 @@ class Logger:
     Args:
       name, position: of the progress bar.
       steps: of the whole run.
-      first_step: the steps that the run has behind it.
+      first_step: the steps that the run took before.
       scalars: see `loop.Task`.
 
     Attributes:

@@ -11,7 +11,7 @@ from vocojax.training.config import OptimizerConfig
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of the regexes matches the whole name."""
+    """Returns whether one of the regexes matches the whole name."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
@@ -45,7 +45,7 @@ def learning_rate_multipliers(
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up over the first `warmup_share` of the steps, then a cosine to zero."""
+    """Returns a linear warm-up over the first `warmup_share` of the steps, then a cosine to zero."""
     warmup = round(config.warmup_share * steps)
     start = 0.0 if warmup else config.learning_rate
     return optax.warmup_cosine_decay_schedule(start, config.learning_rate, warmup, steps)
@@ -80,5 +80,5 @@ def with_multipliers(
 
 
 def decayed(parameters: Mapping[str, Any]) -> dict[str, bool]:
-    """Weight decay spares norm scales and biases."""
+    """Returns which parameters weight decay applies to: not norm scales and biases."""
     return {name: not name.endswith(("scale", "bias")) for name in parameters}

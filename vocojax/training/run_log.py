@@ -1,4 +1,4 @@
-"""Where a run's metrics go: metrics.jsonl, TensorBoard, and Weights & Biases if asked for. Process 0 writes."""
+"""The metrics of a run in metrics.jsonl, in TensorBoard, and in Weights & Biases if asked for. Process 0 writes."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ Steps = Sequence[tuple[int, Mapping[str, float]]]
 
 
 class RunLog:
-    """The metrics of a run, on from a step.
+    """The metrics of a run, from a step on.
 
-    Object stores can't append, so the files of a remote run are written here and copied there whole by `flush`.
+    Object stores can't append, so the files of a remote run are written locally, and `flush` copies them whole.
 
     Args:
       workdir: the run's directory.
-      first_step: lines of later steps are dropped; the run takes those again.
-      wandb_project: also log there, under the same id after a restart; empty for not.
+      first_step: lines of later steps are dropped, because the run takes those steps again.
+      wandb_project: Weights & Biases project to log to as well, under the same id after a restart; empty for none.
       name: of the run in that project.
     """
 
@@ -46,14 +46,14 @@ class RunLog:
         if self._temporary and (self._target / "metrics.jsonl").exists():
             self._history.write_text((self._target / "metrics.jsonl").read_text())
         _forget_after(self._history, first_step)
-        # Not `SummaryWriter`: its thread dies of a full disk, and whoever writes then waits for it for ever.
+        # Not `SummaryWriter`: its thread dies on a full disk, and the next write then waits for it for ever.
         self._tensorboard = EventsWriter(str(self._local / "events"), f".{os.getpid()}")
         purge = SessionLog(status=SessionLog.START)
         self._tensorboard.write_event(Event(wall_time=time.time(), step=first_step + 1, session_log=purge))
         self._wandb = _open_wandb(wandb_project, name, str(self._target)) if wandb_project else None
 
     def write(self, steps: Steps, extra: Mapping[str, float]) -> None:
-        """Appends the metrics of some steps, and `extra` once, behind the last of them."""
+        """Appends the metrics of some steps, and `extra` once, at the last of them."""
         if not self._writes or not steps:
             return
         last = steps[-1][0]
@@ -69,7 +69,7 @@ class RunLog:
             file.writelines(json.dumps({"step": n, **m}) + "\n" for n, m in steps)
 
     def flush(self) -> None:
-        """Everything written so far is where it belongs."""
+        """Writes everything so far to the run's directory."""
         if not self._writes:
             return
         self._tensorboard.flush()
@@ -78,7 +78,7 @@ class RunLog:
                 (self._target / file.name).write_bytes(file.read_bytes())
 
     def close(self) -> None:
-        """Flushes and closes; a failure is only told, because a run that ends must not end of it."""
+        """Flushes and closes; a failure is only logged, because a run that ends must not fail for it."""
         if not self._writes:
             return
         try:
@@ -102,7 +102,7 @@ def _open_wandb(project: str, name: str, workdir: str) -> Any:
 
 
 def _forget_after(history: Path, step: int) -> None:
-    """Drops the lines of steps that a resumed run will take again, and one that was cut off."""
+    """Drops the lines of steps that a resumed run will take again, and a line that was cut off."""
     if not history.exists():
         return
     kept = []

@@ -19,15 +19,18 @@ IN_FLIGHT = 2  # batches on their way to the device
 
 
 class Validation:
-    """Measures a state on the first `batches` batches of the validation data.
+    """The measurement of a state on the first `batches` batches of the validation data.
 
-    It shares nothing with the stream that trains. Its threads run only while it does.
+    It shares nothing with the stream that trains. Its threads run only while a measurement does.
 
     Args:
-      process_index, process_count: which rows of a batch this process makes, as for the training stream.
+      config: of the stage.
+      program: of the stage.
+      process_index: which part of a batch's rows this process makes, as for the training stream.
+      process_count: how many parts there are.
 
     Raises:
-      ConfigError: of what the config names.
+      ConfigError: the validation data can't be read.
     """
 
     def __init__(self, config: StageConfig, program: Program, process_index: int = 0, process_count: int = 1):
@@ -42,17 +45,19 @@ class Validation:
         self._stream.close()
         self._start = self._stream.get_state()
 
-    def __call__(self, state: TrainState, goes_on: Callable[[], bool]) -> dict[str, float]:
-        """validation_loss (nats per target, as `loss`) and validation_accuracy of a state, which is left as it is.
+    def __call__(self, state: TrainState, should_continue: Callable[[], bool]) -> dict[str, float]:
+        """Returns validation_loss (nats per target, as `loss`) and validation_accuracy of a state.
 
-        Waits for the device.
+        Waits for the device. The state is left as it is.
 
         Args:
-          goes_on: called behind every batch, on all processes alike; False ends the validation, and there is no result.
+          state: the state to measure.
+          should_continue: called after every batch, on all processes alike; False ends the validation, which then
+            returns {}.
         """
         mesh = self._program.mesh
         self._stream.set_state(self._start)
-        totals: list[TargetSums] = []  # behind the last batches
+        totals: list[TargetSums] = []  # sums up to each of the last batches
         try:
             for _ in range(self._config.validation.batches):
                 batch = shard_batch(next(self._stream), mesh)
@@ -60,7 +65,7 @@ class Validation:
                     sums = self._program.evaluate(state, batch)
                     totals = [*totals[-IN_FLIGHT:], _add(totals[-1], sums) if totals else sums]
                 totals[0].num_targets.block_until_ready()
-                if not goes_on():
+                if not should_continue():
                     return {}
         finally:
             self._stream.close()
@@ -75,7 +80,7 @@ def _add(one: TargetSums, other: TargetSums) -> TargetSums:
 
 
 def validation_data(data: DataConfig, validation: ValidationConfig) -> DataConfig:
-    """The data config of the validation: the stage's, with another source; in threads of this process."""
+    """Returns the data config of the validation: the stage's with another source, read in threads of this process."""
     return dataclasses.replace(
         data, mixture=(), source=validation.source, split=validation.split, path=validation.path,
         image_root=validation.image_root, num_workers=0,
