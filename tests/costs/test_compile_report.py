@@ -233,8 +233,9 @@ def test_a_topology_that_is_none_is_refused(name):
 def test_a_stage_s_rows_have_its_shape_and_its_slots_for_targets():
     config = load_for_a_pod("voco")
     rows, causal = (attention.stage_rows(config, visibility) for visibility in ("voco", "causal"))
-    assert rows.start.shape == causal.stop.shape == (8, 2048)
-    assert visible_pairs(rows.start, rows.stop) < visible_pairs(causal.start, causal.stop) < 8 * 2048 * 2049 / 2
+    assert rows.start.shape == causal.stop.shape == (attention.ROWS, 2048)
+    pairs, causal_pairs = (visible_pairs(view.start, view.stop) / attention.ROWS for view in (rows, causal))
+    assert pairs < causal_pairs < 2048 * 2049 / 2
     assert attention.stage_targets(config, rows) == rows.text
     data = dataclasses.replace(config.data, max_targets=100)
     assert attention.stage_targets(dataclasses.replace(config, data=data), rows) == 100

@@ -70,7 +70,10 @@ def typical_rows(
     count: int, length: int = 2048, images: int = 3, unit: UnitShape = UNIT, visibility: Visibility = "voco",
     window: int = DataConfig.pack_window,
 ) -> Rows:
-    """Returns the first rows that a packer makes of typical samples.
+    """Returns rows that a packer makes of typical samples.
+
+    The first rows of a packer are fuller than later ones, while its window still has every length to choose from. So as
+    many rows as the window has samples are made and dropped before.
 
     Args:
       count: how many rows.
@@ -82,7 +85,8 @@ def typical_rows(
     """
     shape = RowShape(length, images, 0, 0, unit.tokens, (("", visibility),))
     packer = Packer(0, 1, SEED, cast(PreparedSource, _TypicalSource(unit, length)), shape, window, False)
-    samples = [[prepared.layout for _, prepared in packer.next_row().members] for _ in range(count)]
+    plans = [packer.next_row() for _ in range(window + count)][window:]
+    samples = [[prepared.layout for _, prepared in plan.members] for plan in plans]
     return _pack(samples, shape)
 
 
