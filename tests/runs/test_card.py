@@ -2,17 +2,26 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from vocojax.config import ConfigError
 from vocojax.inference.assistant import Assistant
+from vocojax.inference.decoding.sampling import SamplingConfig
+from vocojax.inference.many import answer_many
+from vocojax.inference.requests import Request
 from vocojax.models.voco import VocoLlama
 from vocojax.pretrained.conversion import convert
 from vocojax.pretrained.loading import load_card, save_model
 from vocojax.runs.card import ModelCard, read_card, read_published
 from vocojax.runs.directory import CheckpointError
 from vocojax.training.stage import train
+
+ROOT = Path(__file__).parents[2]
 
 
 def facts(card: ModelCard) -> dict[str, object]:
@@ -43,6 +52,22 @@ def test_an_upper_bound_is_never_read_through_the_voco_mask(upper_bound):
         assert Assistant.from_pretrained(root / layout).visibility == "causal"
     lower_bound = Assistant.from_pretrained(root / "orbax", visibility="voco")  # on purpose
     assert lower_bound.visibility == "voco"
+
+
+def test_a_command_reads_an_upper_bound_with_whole_images(upper_bound, llava_data, tmp_path):
+    """`answer` gives what the single pass with the causal mask gives, and puts nothing into the store."""
+    _, root = upper_bound
+    image, question = llava_data / "images" / "0.png", "what color is the shape?"
+    assistant = Assistant.from_pretrained(root / "huggingface")
+    sampling = SamplingConfig(max_new_tokens=4)
+    (expected,) = answer_many(assistant, [Request(question, (image,), sampling)], way="single pass", progress=None)
+    done = subprocess.run(
+        [sys.executable, "launch/answer.py", f"--checkpoint={root}/huggingface", f"--store={tmp_path}/store",
+         f"--image={image}", f"--question={question}", "--max_new_tokens=4"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected.text + "\n" and expected.finish_reason != "error"
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_conversion_carries_the_card_on(upper_bound, tmp_path):

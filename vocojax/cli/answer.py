@@ -5,15 +5,18 @@
 
 An image that is not in the store is compressed and added. A line of the second form is
 {"image": PATH or [PATHS], "question": TEXT}; further keys are kept, and "seed" is the question's seed. Answers come in
-the order of the questions. The answer to a single question is printed while it is generated.
+the order of the questions. The answer to a single question is printed while it is generated. A model that was not
+trained with the VoCo mask (an upper bound, a baseline, plain LLaVA) reads whole images, and the store is not used.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
 from absl import app, flags
 
 from vocojax.cli.flag_checks import refuse_arguments, refuse_empty
+from vocojax.errors import InputError
 
 FLAGS = flags.FLAGS
 
@@ -50,7 +53,8 @@ def main(arguments: Sequence[str]) -> None:
     from vocojax.inference.assistant import Assistant
     from vocojax.inference.caches.store import Store
     from vocojax.inference.decoding.sampling import SamplingConfig
-    from vocojax.inference.many import answer_all, read_questions
+    from vocojax.inference.many import answer_all, answer_many, read_questions
+    from vocojax.inference.requests import Request
     from vocojax.parallel.mesh import parse_mesh
 
     sampling = SamplingConfig(FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.top_k, FLAGS.top_p,
@@ -61,6 +65,13 @@ def main(arguments: Sequence[str]) -> None:
     if questions:
         for question, answer in answer_all(assistant, store, questions, sampling, FLAGS.batch_size, FLAGS.vocos):
             print(json.dumps({**question.record, **answer}, ensure_ascii=False), flush=True)
+        return
+    if not assistant.reads_caches:  # an upper bound or a baseline: the prompt holds the whole image
+        sampling = dataclasses.replace(sampling, seed=FLAGS.seed)
+        (only,) = answer_many(assistant, [Request(FLAGS.question, tuple(FLAGS.image), sampling)], progress=None)
+        if only.error:
+            raise InputError(only.error)
+        print(only.text)
         return
     cache = assistant.recall(store, FLAGS.image, FLAGS.vocos)
     for (piece,) in assistant.stream(cache, [FLAGS.question], None, sampling, [FLAGS.seed]):
