@@ -5,21 +5,19 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
-from flax import nnx
 from PIL import Image
 from transformers import LlamaTokenizer
 
-from vocojax.config import PRESETS, ModelConfig
+from vocojax import testing
+from vocojax.config import ModelConfig
 from vocojax.data.config import DataConfig
-from vocojax.data.tokenizer import Tokenizer, word_tokenizer
+from vocojax.data.tokenizer import Tokenizer
 from vocojax.models.voco import VocoLlama
 from vocojax.training.config import CheckpointConfig, OptimizerConfig, StageConfig
 
@@ -48,24 +46,17 @@ def llama_tokenizer(tmp_path_factory) -> Tokenizer:
 @pytest.fixture(scope="session")
 def words() -> Tokenizer:
     """A word tokenizer for the captions and questions of the tests' own data."""
-    return word_tokenizer(["what color is the shape ? red green blue yes no USER: ASSISTANT: a picture of"])
+    return testing.tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_config(words) -> ModelConfig:
-    tiny = PRESETS["tiny"]
-    return dataclasses.replace(
-        tiny,
-        vision=dataclasses.replace(tiny.vision, image_size=32, width=16, num_heads=2, mlp_width=32),
-        decoder=dataclasses.replace(tiny.decoder, vocab_size=len(words), width=32, depth=2, num_heads=4,
-                                    num_kv_heads=2, head_width=8, mlp_width=48),
-        voco=dataclasses.replace(tiny.voco, num_vocos=2, token_id=words.voco_id),
-    )
+    return testing.tiny_config(words)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config) -> VocoLlama:
-    return VocoLlama(tiny_config, nnx.Rngs(0), jnp.float32)
+    return testing.tiny_model(tiny_config)
 
 
 @pytest.fixture(scope="session")
