@@ -15,6 +15,7 @@ from PIL import Image
 
 from vocojax.cli.flag_checks import refuse_empty, require_writable
 from vocojax.config import ConfigError
+from vocojax.data.conversation import Turn
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.cache import VocoCache
 from vocojax.inference.caches.store import Store
@@ -235,3 +236,10 @@ def test_the_launch_scripts_on_one_device_on_a_mesh_and_on_two_processes(assista
                                 "answer": loaded.read(expected, [ask], [[4]], SamplingConfig(max_new_tokens=6))[0]}
     refused = start("compress", f"--images={photos}/none*", f"--store={one}")
     assert "error: no file matches" in refused.communicate(timeout=300)[1] and refused.returncode == 1
+
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"visibility": "causal"}))
+    bound = Assistant.from_pretrained(checkpoint)
+    whole = bound.generate_whole([[images[4], images[2]]], [(Turn("user", ask),)], SamplingConfig(max_new_tokens=6))
+    assert finish(start("answer", f"--store={tmp_path}/unused", *flags)).strip() == bound.texts(whole)[0]
+    assert not (tmp_path / "unused").exists()

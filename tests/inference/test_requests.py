@@ -19,7 +19,7 @@ from vocojax.inference.caches.fingerprint import image_digest
 from vocojax.inference.caches.store import Store
 from vocojax.inference.decoding.sampling import SamplingConfig, SamplingStatics
 from vocojax.inference.decoding.text import AnswerText
-from vocojax.inference.many import answer_many
+from vocojax.inference.many import Question, answer_all, answer_many
 from vocojax.inference.requests import Request
 from vocojax.inference.visuals import Frames, Video, Visual, prepare_visual
 from vocojax.layout import LayoutError
@@ -101,6 +101,18 @@ def test_a_bad_request_spoils_no_other(assistant, images, tmp_path):
                                             "not UTF-8"), strict=True):
             assert problem in answer.error
         assert all("there is room" in a.error for a in ask(assistant, [bad[1]] * 2, way=way))
+
+
+def test_a_bound_answers_in_a_single_pass_and_leaves_the_store_alone(assistant, tmp_path):
+    """An upper bound must never be read through the VoCo mask without anybody asking for it."""
+    bound = Assistant(assistant.model, assistant.tokenizer, assistant.template, "causal")
+    picture(1).save(tmp_path / "a.png")
+    store, asked = Store(tmp_path / "store"), [Question((str(tmp_path / "a.png"),), QUESTIONS[0], seed=1)]
+    ((_, answer),) = answer_all(bound, store, asked, SHORT)
+    whole = bound.generate_whole([bound.load_images([tmp_path / "a.png"])], [(Turn("user", QUESTIONS[0]),)], SHORT)
+    assert answer == {"answer": bound.texts(whole, SHORT)[0]} and not (tmp_path / "store").exists()
+    with pytest.raises(InputError, match="the number of VoCo tokens can be chosen only where answers come from caches"):
+        list(answer_all(bound, store, asked, SHORT, num_vocos=1))
 
 
 def test_a_single_pass_needs_pixels(assistant, cache):

@@ -53,9 +53,12 @@ def answer_many(
 
     Raises:
       CacheError: a request's cache is another model's, or an entry of the store can't be written.
-      InputError: a single pass is asked for about a visual of which there is only the cache.
+      InputError: a single pass is asked for about a visual of which there is only the cache, or with `num_vocos`.
     """
     way = way or ("caches" if assistant.reads_caches else "single pass")
+    if way == "single pass" and num_vocos is not None:
+        raise InputError("the number of VoCo tokens can be chosen only where answers come from caches: this model, or "
+                         "this way of asking, reads whole images; leave it out")
     with tqdm(total=len(requests), desc=progress, unit="request", disable=progress is None) as bar:
         for first in range(0, len(requests), batch_size):
             batch = requests[first : first + batch_size]
@@ -213,7 +216,8 @@ def answer_all(
 
     Args:
       assistant: answers.
-      store: of the images' caches; an image that is not in it is compressed and put in.
+      store: of the images' caches; an image that is not in it is compressed and put in. Unused by a model that reads
+        whole images (an upper bound, a baseline).
       questions: from `read_questions`.
       sampling: of all answers, but for the seeds.
       batch_size: questions that are answered at once.
