@@ -68,7 +68,8 @@ def main(arguments: Sequence[str]) -> None:
         return
     if not assistant.reads_caches:  # an upper bound or a baseline: the prompt holds the whole image
         sampling = dataclasses.replace(sampling, seed=FLAGS.seed)
-        (only,) = answer_many(assistant, [Request(FLAGS.question, tuple(FLAGS.image), sampling)], progress=None)
+        request = Request(FLAGS.question, tuple(FLAGS.image), sampling)
+        (only,) = answer_many(assistant, [request], num_vocos=FLAGS.vocos, progress=None)
         if only.error:
             raise InputError(only.error)
         print(only.text)
