@@ -28,6 +28,19 @@ def test_programs_are_kept_below_the_work_directory_while_a_run_lasts(no_cache, 
         assert directory_in_use() is None
 
 
+def test_a_remote_directory_holds_no_caches_of_xla(no_cache, tmp_path, monkeypatch):
+    """XLA itself could not write them."""
+    option = "jax_persistent_cache_enable_xla_caches"
+    before = jax.config.values[option]
+    assert before
+    with programs_kept_in("compiled", tmp_path):
+        assert jax.config.values[option] == before
+    monkeypatch.setattr("vocojax.training.compilation_cache.is_remote", lambda path: True)
+    with programs_kept_in("compiled", tmp_path):
+        assert jax.config.values[option] == "" and directory_in_use()
+    assert jax.config.values[option] == before
+
+
 def test_none_is_made_where_none_is_asked_for_or_jax_has_one(tmp_path):
     before = directory_in_use()
     with programs_kept_in("compiled", tmp_path):

@@ -108,7 +108,7 @@ def test_a_stop_ends_the_validation_in_progress(tmp_path):
 
 
 def test_rates_are_those_of_steps(tmp_path, monkeypatch):
-    """Of 10 tokens and a second each, by a clock that only runs for batches, validations and checkpoints."""
+    """Each step has 10 tokens and takes a second; the clock only runs for batches, validations and checkpoints."""
     now, rates, seconds = [0.0], [], []
 
     def takes(duration, result):

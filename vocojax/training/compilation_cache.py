@@ -8,9 +8,12 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from vocojax.files import is_remote
 from vocojax.runs.directory import CheckpointError, run_path
 
 LOG = logging.getLogger(__name__)
+# XLA's own caches for GPUs, which JAX puts in the same directory; XLA can write to local paths only.
+_XLAS_OWN = "jax_persistent_cache_enable_xla_caches"
 
 
 @contextmanager
@@ -29,11 +32,12 @@ def programs_kept_in(directory: str, workdir: str | Path) -> Iterator[None]:
     if path is None:
         yield
         return
-    _use(path)
+    xlas_own = jax.config.values[_XLAS_OWN]
+    _use(path, "" if is_remote(path) else xlas_own)
     try:
         yield
     finally:
-        _use(None)
+        _use(None, xlas_own)
 
 
 def _made(directory: str, workdir: str | Path) -> str | None:
@@ -48,7 +52,8 @@ def _made(directory: str, workdir: str | Path) -> str | None:
     return str(path)
 
 
-def _use(path: str | None) -> None:
-    """Changes JAX's directory, which it otherwise reads once, before it first compiles."""
+def _use(path: str | None, xlas_own: str) -> None:
+    """Changes JAX's settings, which it otherwise reads once, before it first compiles."""
     jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update(_XLAS_OWN, xlas_own)
     compilation_cache.reset_cache()

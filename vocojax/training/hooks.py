@@ -1,4 +1,4 @@
-"""What a run does between its steps: validating, logging, saving and tracing. `schedule.py` decides when."""
+"""The work of a run between its steps: validating, logging, saving and tracing. `schedule.py` decides when."""
 
 import math
 from collections import defaultdict
@@ -70,7 +70,7 @@ class MetricsInFlight:
 
     @property
     def all_done(self) -> bool:
-        """Whether the device has computed all of them, and so has run out of work."""
+        """True if the device has computed all of them, and so has run out of work."""
         newest: Any = self._pending[-1][1]["loss"] if self._pending else None
         return newest is None or newest.is_ready()
 

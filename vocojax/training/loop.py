@@ -70,7 +70,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """What a loop runs.
+    """The functions and data that a loop runs.
 
     Attributes:
       step: jitted (state, batch) -> (state, metrics), which donates the state. Metrics are scalars, at least `loss`;

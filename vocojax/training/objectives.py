@@ -55,7 +55,7 @@ class Teacher(NamedTuple):
 
 
 class _Statics(NamedTuple):
-    """What is known when the program is traced."""
+    """Values that are known when the program is traced."""
 
     decoder: nnx.GraphDef
     teacher: nnx.GraphDef | None

@@ -10,7 +10,7 @@ from vocojax.training.config import CheckpointConfig
 
 @dataclass(frozen=True)
 class Due:
-    """What is due after a step, on all processes alike.
+    """The work that is due after a step, on all processes alike.
 
     Attributes:
       log: the step closes an interval of logged metrics.
