@@ -5,12 +5,32 @@ from pathlib import Path
 
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as BackendTokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from vocojax.errors import InputError
 from vocojax.layout import Encoded
 
 VOCO_TOKEN = "<voco>"
+
+
+def open_huggingface(directory: str | Path) -> PreTrainedTokenizerBase:
+    """Opens a directory's own tokenizer, without `<voco>` if it lacks it.
+
+    Raises:
+      OSError, ValueError, KeyError, TypeError: transformers can't use what is there.
+    """
+    config = None
+    if (Path(directory) / "config.json").is_file():
+        values, _ = PreTrainedConfig.get_config_dict(str(directory), local_files_only=True)
+        if values.get("model_type") not in (None, *CONFIG_MAPPING):  # such as llava_llama
+            config = PreTrainedConfig.from_dict(values)  # as transformers would, which warns that it guesses
+    return AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True, legacy=False)
 
 
 class Tokenizer:
@@ -57,7 +77,7 @@ class Tokenizer:
         if not Path(directory).is_dir():
             raise FileNotFoundError(f"tokenizer directory {str(directory)!r} does not exist")
         try:
-            return cls(AutoTokenizer.from_pretrained(str(directory), local_files_only=True, legacy=False))
+            return cls(open_huggingface(directory))
         except OSError as error:
             raise InputError(f"{str(directory)!r} holds no usable tokenizer: {error}") from error
 

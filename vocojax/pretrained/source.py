@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flax import nnx
-from transformers import AutoTokenizer
 
 from vocojax.config import DecoderConfig, LoraConfig, ModelConfig, VocoConfig
 from vocojax.convert import huggingface, llava, tables
 from vocojax.convert.mapped import MappedWeights
 from vocojax.convert.mapping import Table
 from vocojax.convert.tensor_files import MergedTensors, open_directory, open_file
-from vocojax.data.tokenizer import VOCO_TOKEN, Tokenizer
+from vocojax.data.tokenizer import VOCO_TOKEN, Tokenizer, open_huggingface
 from vocojax.errors import ConvertError
 from vocojax.layout import Visibility
 from vocojax.models.llama import Decoder
@@ -160,7 +159,7 @@ def _grown(config: DecoderConfig, voco_id: int) -> DecoderConfig:
 def _read_tokenizer(directory: Path) -> tuple[Tokenizer, bool]:
     """The tokenizer of a directory, and whether it knew `<voco>` before."""
     try:
-        raw = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, legacy=False)
+        raw = open_huggingface(directory)
         knows_voco = VOCO_TOKEN in raw.get_vocab()
         return Tokenizer(raw), knows_voco
     except (OSError, ValueError, KeyError, TypeError) as error:

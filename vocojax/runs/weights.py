@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 (teaches numpy the name bfloat16)
 import numpy as np
@@ -118,8 +119,13 @@ def write_parameters(directory: Path, weights: Weights, dtypes: Mapping[str, np.
 
     Plain zarr rather than OCDBT, which keeps what it has written of an array in memory until the array is whole.
     """
-    registry = ocp.type_handlers.create_type_handler_registry((_Later, _LaterHandler()))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (_Later, _LaterHandler()),
+        (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None)),  # without one Orbax warns
+    )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    # Plain zarr is complete as it is written: Orbax would look for parts to merge, and warn that there are none.
+    handler.finalize = lambda directory: None  # type: ignore[method-assign]
     tree = {path: _Later(weights, path, dtypes[path]) for path in sorted(weights.shapes)}
     # Orbax cuts `shard_axes` into single entries: the layers of a stacked parameter, nothing of another.
     chunks = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if "blocks/" in path else ())

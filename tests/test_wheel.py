@@ -1,0 +1,97 @@
+"""The wheel, where there is no checkout: its console script trains, converts, compresses and answers, quietly."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+from vocojax.config import config_to_dict
+
+pytest.importorskip("setuptools")
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+import json
+from pathlib import Path
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict(json.loads(Path(__file__).with_suffix(".json").read_text()))
+"""
+# What no successful command prints, whoever warns: absl, Python, Orbax, transformers.
+WARNING = re.compile(r"^[WEF]\d{4} |warning|deprecated|You are using a model|not exist", re.IGNORECASE)
+MESSAGE = re.compile(r"I\d{4} [\d:.]+ +\d+ \w+\.py:\d+\] ")  # of this package, from INFO on
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """An empty environment with the wheel; what it needs is seen where it is, so that nothing is downloaded."""
+    root = tmp_path_factory.mktemp("wheel")
+    source, environment = root / "source", root / "environment"
+    shutil.copytree(ROOT / "vocojax", source / "vocojax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", root, source],
+                   check=True)
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    (wheel,) = root.glob("vocojax-*.whl")
+    subprocess.run([*pip, "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    packages = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True,
+                              capture_output=True, text=True).stdout.strip()
+    Path(packages, "present.pth").write_text(sysconfig.get_path("purelib"))  # which does not follow links in it
+    return environment / "bin" / "vocojax"
+
+
+@pytest.fixture(scope="module")
+def run(installed, tmp_path_factory):
+    """Runs a verb in an empty directory; on stderr there must be no warning."""
+    directory = tmp_path_factory.mktemp("work")
+
+    def run(*arguments):
+        done = subprocess.run([installed, *map(str, arguments)], cwd=directory, capture_output=True, text=True, env={
+            "PATH": os.environ["PATH"], "HOME": str(directory), "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")})
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
+        assert not any(WARNING.search(line) for line in lines), done.stderr
+        if arguments[0] != "train":  # whose messages, such as the table of parameters, have several lines
+            assert all(is_progress(line) or MESSAGE.match(line) for line in lines), done.stderr
+        return done.stdout
+
+    run.directory = directory
+    return run
+
+
+def is_progress(line):
+    """Returns whether a line is a progress bar's, or the cursor's way to one."""
+    return re.search(r"\d+%\||\d+it \[|\x1b\[A", line) is not None
+
+
+def test_the_wheel_trains_converts_and_answers(run, stage, llava_data):
+    (run.directory / "my config.json").write_text(json.dumps(config_to_dict(stage)))
+    (run.directory / "my config.py").write_text(CONFIG)
+    run("train", "--config", "my config.py", "--workdir=my run", "--config.steps=2", "--config.log_every", "1")
+    metrics = (run.directory / "my run" / "metrics.jsonl").read_text()
+    losses = [json.loads(line)["loss"] for line in metrics.splitlines()]
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+    image = llava_data / "images" / "0.png"
+    stored = run("compress", "--images", image, "--checkpoint=my run", "--store=caches")
+    assert "caches: 1 compressed" in stored, stored
+    ask = ["--store=caches", "--image", image, "--question=what color is the shape?", "--max_new_tokens=4"]
+    answer = run("answer", "--checkpoint=my run", *ask)
+    assert answer.endswith("\n")
+    for layout in ("orbax", "huggingface", "llava"):
+        run("convert", "--source=my run", "--target", layout, "--target_layout", layout, "--verify")
+    assert run("answer", "--checkpoint=llava", *ask) == answer
+    questions = run.directory / "questions.jsonl"
+    questions.write_text(json.dumps({"image": str(image), "question": "what color is the shape?"}))
+    lines = run("answer", "--questions", questions, "--checkpoint=my run", "--store=caches", "--max_new_tokens", 4)
+    assert json.loads(lines)["answer"] == answer.rstrip("\n")
