@@ -3,7 +3,7 @@
 #
 #   . launch/xla_flags.sh v5e          # v4, v5e, v5p, v6e, h100
 #
-# TPU flags go to LIBTPU_INIT_ARGS, GPU flags to XLA_FLAGS. Flags that are set already come last and so win. A flag that
+# TPU flags go to LIBTPU_INIT_ARGS, GPU flags to XLA_FLAGS. Flags that are set already come last, so they win. A flag that
 # the installed libtpu or jaxlib does not know ends the process at its start; tests/launch holds every line against the
 # locked versions.
 
