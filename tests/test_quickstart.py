@@ -1,5 +1,6 @@
 """The quickstart's code path end to end, with a handful of steps."""
 
+import ast
 import json
 import re
 import subprocess
@@ -120,7 +121,7 @@ def test_the_command_line_names_what_is_wrong(tmp_path, arguments, message):
 
 def test_every_key_the_readme_names_can_be_set():
     """The flags of the README, parsed as launch/train.py parses them."""
-    flags = re.findall(r"--config\.([a-z_.]+)=([^\s`\\]+)", (ROOT / "README.md").read_text())
+    flags = re.findall(r"--config\.([a-z_.]+)=('[^']+'|[^\s`\\]+)", (ROOT / "README.md").read_text())
     assert {"mesh.fsdp", "accumulate", "distill.teacher", "model.voco.num_vocos", "init_from"} <= {k for k, _ in flags}
     values = voco.get_config()
     for key, value in flags:
@@ -128,5 +129,5 @@ def test_every_key_the_readme_names_can_be_set():
         *parents, last = key.split(".")
         for parent in parents:
             node = node[parent]
-        node[last] = type(node[last])(value)
+        node[last] = ast.literal_eval(value.strip("'")) if value.startswith("'[") else type(node[last])(value)
     stage_config(values)

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from vocojax.inference.decoding.sampling import SamplingConfig
     from vocojax.inference.many import answer_many
     from vocojax.inference.requests import Answer, Request
+    from vocojax.inference.visuals import Video
     from vocojax.kernels.interval_attention import IntervalMask, interval_attention
     from vocojax.pretrained.conversion import convert as convert_weights
-    from vocojax.pretrained.loading import load_model, save_model
+    from vocojax.pretrained.loading import load_card, load_model, save_model
     from vocojax.pretrained.processor import Processor
     from vocojax.runs.card import ModelCard
     from vocojax.training.config import StageConfig, stage_config
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "PRESETS", "Answer", "Assistant", "ConfigError", "ConvertError", "IntervalMask", "ModelCard", "ModelConfig",
-    "Processor", "Request", "SamplingConfig", "StageConfig", "Store", "Tokenizer", "VocoCache", "VocojaxError",
-    "answer_many", "convert_weights", "interval_attention", "load", "load_model", "preset", "save_model",
-    "stage_config", "train",
+    "Processor", "Request", "SamplingConfig", "StageConfig", "Store", "Tokenizer", "Video", "VocoCache",
+    "VocojaxError", "answer_many", "convert_weights", "interval_attention", "load", "load_card", "load_model", "preset",
+    "save_model", "stage_config", "train",
 ]
 # Public name -> its module.
 _HOMES = {
@@ -57,10 +58,12 @@ _HOMES = {
     "StageConfig": "vocojax.training.config",
     "Store": "vocojax.inference.caches.store",
     "Tokenizer": "vocojax.data.tokenizer",
+    "Video": "vocojax.inference.visuals",
     "VocoCache": "vocojax.inference.caches.cache",
     "VocojaxError": "vocojax.errors",
     "answer_many": "vocojax.inference.many",
     "interval_attention": "vocojax.kernels.interval_attention",
+    "load_card": "vocojax.pretrained.loading",
     "load_model": "vocojax.pretrained.loading",
     "preset": "vocojax.config",
     "save_model": "vocojax.pretrained.loading",
