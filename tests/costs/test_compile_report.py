@@ -319,6 +319,7 @@ def test_a_tiny_step_is_compiled_for_two_slices(tiny_stage):
 def test_every_kernel_of_a_step_has_a_price():
     """Rotary positions are XLA's where their kernel does not take the heads; on keys a call costs their share."""
     stage = load_for_a_pod("voco")
+    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, row_length=1024))  # smaller blocks
     narrow = dataclasses.replace(stage.model.decoder, head_width=72, num_kv_heads=8)
     grouped = dataclasses.replace(stage.model.decoder, num_kv_heads=8)
     with_decoder = lambda decoder: dataclasses.replace(stage, model=dataclasses.replace(stage.model, decoder=decoder))

@@ -87,7 +87,9 @@ def kernel_seconds(config: StageConfig, topology: str, rows: int) -> dict[str, f
       rows: per device.
     """
     decoder = config.model.decoder
-    alike = dataclasses.replace(config, remat="full", accumulate=1, mesh=MeshConfig())  # they change no row
+    # Whatever makes no difference to a row of one head has one value, so that it is compiled once.
+    per_head = dataclasses.replace(config.model, decoder=dataclasses.replace(decoder, num_kv_heads=decoder.num_heads))
+    alike = dataclasses.replace(config, model=per_head, remat="full", accumulate=1, mesh=MeshConfig())
     share = rows * decoder.num_heads / config.mesh.tensor / report.HEADS
     mean_call = {"rotary": (1 + decoder.num_kv_heads / decoder.num_heads) / 2}
     each = _mean_row(alike, topology.partition(":")[0])
