@@ -224,10 +224,10 @@ def test_targets_come_from_spans_even_where_the_text_repeats(llama_tokenizer):
 @pytest.mark.parametrize(
     ("units", "threads", "length", "message", "reason"),
     [
-        (1, [[Span("q<voco>")]], 100, "record 'r7': its text spells the reserved token '<voco>'", "reserved token"),
-        (3, [[Span("q")]], 12, "its 3 units take 15 tokens, which leaves no room for text", "units too long"),
-        (0, [[Span("q")], [Span("r")]], 100, "several threads need at least one unit", "threads without unit"),
-        (1, [[Span("q")], [Span("A", True)]], 100, "must not open with a target", "target first"),
+        (1, [[Span("q<voco>")]], 100, "record 'r7': its text contains the reserved token '<voco>'", "reserved token"),
+        (3, [[Span("q")]], 12, "its 3 units have 15 tokens, which leaves no room for text", "units too long"),
+        (0, [[Span("q")], [Span("r")]], 100, "has several threads without an image", "threads without unit"),
+        (1, [[Span("q")], [Span("A", True)]], 100, "begins with a target", "target first"),
         (1, [], 100, "record 'r7': has no text", "no text"),
     ],
 )
@@ -240,9 +240,9 @@ def test_samples_that_cannot_be_laid_out(units, threads, length, message, reason
 
 def test_a_sample_without_target_is_an_error_that_names_the_record():
     cut = lay_out_sample("r7", 1, [[Span("question"), Span("A", True)]], Letters(), UnitShape(2, 1), 10)
-    with pytest.raises(LayoutError, match=r"record 'r7': truncation dropped 5 text tokens and every target with them"):
+    with pytest.raises(LayoutError, match=r"record 'r7': truncation dropped 5 text tokens and all targets with them"):
         require_targets(cut)
-    with pytest.raises(LayoutError, match="record 'r8': no answer in its conversation has a target token"):
+    with pytest.raises(LayoutError, match="record 'r8': no answer in its conversation has a target"):
         require_targets(lay_out_sample("r8", 0, [[Span("text")]], Letters(), UnitShape(2, 1), 10))
 
 

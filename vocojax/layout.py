@@ -1,13 +1,13 @@
-"""The prompt layout and who may see whom. Nothing else in the package decides either. Host side, numpy.
+"""The prompt layout, and which token may see which. No other module decides either. Host side, numpy.
 
 A sample is k visual units followed by one or more threads of text about them:
 
     unit   = [BOS] [V_1 ... V_n] [newline] [<voco> x N]
-    sample = unit_1 ... unit_k  thread_1 ... thread_m        a thread of text opens with its own newline token
+    sample = unit_1 ... unit_k  thread_1 ... thread_m        a thread of text begins with its own newline token
 
-Several threads (questions about the same images) share the units' VoCo tokens and do not see each other. Without units
-a sample is one thread that opens with BOS. Visibility is two integer vectors (`View.start`, `View.stop`): query i may
-attend to key j iff `start[i] <= j <= i and i < stop[j]`. For one unit (n = 3, N = 2) and two threads:
+Several threads (questions about the same images) share the units' VoCo tokens and do not see each other. A sample
+without units is one thread that begins with BOS. Visibility is two integer vectors (`View.start`, `View.stop`): query i
+may attend to key j iff `start[i] <= j <= i and i < stop[j]`. For one unit (n = 3, N = 2) and two threads:
 
     query \\ key  B V V V n C C | t t | u u
       unit       causal inside the unit
@@ -28,7 +28,7 @@ from vocojax.config import ModelConfig
 from vocojax.errors import VocojaxError
 
 Visibility = Literal["voco", "causal"]
-IGNORE = -100  # the label of a token that is no target, as everywhere in the field
+IGNORE = -100  # label of a token that is not a target; the usual value in PyTorch code
 
 
 class Role(enum.IntEnum):
@@ -43,11 +43,11 @@ class Role(enum.IntEnum):
 
 
 class Span(NamedTuple):
-    """A piece of a thread's text as a template writes it.
+    """A piece of a thread's text, as a template writes it.
 
     Attributes:
       text: the piece.
-      is_target: whether its tokens are trained on.
+      is_target: whether its tokens are targets.
     """
 
     text: str
@@ -59,7 +59,7 @@ class Encoded(NamedTuple):
 
     Attributes:
       ids: token ids.
-      ends: for each token the index of the character after its last one.
+      ends: for each token, the index of the character after its last one.
     """
 
     ids: list[int]
@@ -67,20 +67,28 @@ class Encoded(NamedTuple):
 
 
 class TextTokenizer(Protocol):
-    """A tokenizer, as the layout needs it. `encode` adds no BOS and recognises special tokens that are written out."""
+    """A tokenizer, as the layout uses it.
+
+    Attributes:
+      bos_id: id of BOS.
+      voco_id: id of the VoCo token.
+      voco_token: text of the VoCo token.
+    """
 
     bos_id: int
     voco_id: int
     voco_token: str
 
-    def encode(self, text: str) -> Encoded: ...
+    def encode(self, text: str) -> Encoded:
+        """Encodes a text. Adds no BOS; turns the text of a special token into its id."""
+        ...
 
 
 class UnitShape(NamedTuple):
-    """Numbers of tokens that stand for one image.
+    """The numbers of tokens in a unit.
 
     Attributes:
-      tokens: vision tokens of a unit, or a baseline's compressed tokens.
+      tokens: vision tokens of one image, or a baseline's compressed tokens.
       vocos: VoCo tokens after them, N.
     """
 
@@ -89,7 +97,7 @@ class UnitShape(NamedTuple):
 
 
 def unit_shape(model: ModelConfig) -> UnitShape:
-    """Returns the shape of the units that a model is trained on."""
+    """Returns the shape of a model's units."""
     return UnitShape(model.unit_tokens, model.unit_vocos)
 
 
@@ -97,7 +105,7 @@ class LayoutError(VocojaxError, ValueError):
     """A sample that can't be laid out; the message names the record.
 
     Attributes:
-      reason: a short key under which such samples are counted.
+      reason: a short key by which such samples are counted.
     """
 
     def __init__(self, record: str, problem: str, reason: str):
@@ -106,12 +114,12 @@ class LayoutError(VocojaxError, ValueError):
 
 
 class AnswerView(NamedTuple):
-    """The position of an answer's first token, and what its tokens see of the prompt.
+    """The position of an answer, and what its tokens see of the prompt.
 
     Attributes:
-      position: rotary position; the answer's further tokens are numbered on from it.
-      sees: bool [P + S], the keys of the prefix and the prompt that every answer token sees. An answer token also sees
-        the answer up to itself.
+      position: rotary position of the answer's first token; its further tokens follow one by one.
+      sees: bool [P + S], the keys of the prefix and of the prompt that each token of the answer sees. It also sees the
+        answer up to itself.
     """
 
     position: int
@@ -119,9 +127,9 @@ class AnswerView(NamedTuple):
 
 
 class View(NamedTuple):
-    """Positions and visibility of S tokens that stand after a prefix of P others (P = 0 for a whole sample).
+    """The positions and the visibility of S tokens after a prefix of P tokens (P = 0 for a whole sample).
 
-    Query r has index P + r, keys are counted from the prefix's first one.
+    Query r has index P + r; key 0 is the prefix's first token.
 
     Attributes:
       positions: int32 [S], rotary positions.
@@ -134,7 +142,7 @@ class View(NamedTuple):
     stop: np.ndarray
 
     def answer(self) -> AnswerView:
-        """Returns how an answer to the prompt reads it: it sees what the prompt's last token sees."""
+        """Returns the view of an answer to the prompt: it sees what the prompt's last token sees."""
         last = len(self.stop) - 1
         sees = (self.start[-1] <= np.arange(last + 1)) & (last < self.stop)
         return AnswerView(int(self.positions[-1]) + 1, sees)
@@ -145,15 +153,15 @@ class SampleLayout:
     """One sample, token by token. All arrays have length S.
 
     Attributes:
-      record: the name used in errors.
-      unit: tokens and VoCo tokens per unit.
-      ids: int32; vision tokens hold the BOS id, which nothing reads.
-      roles: int8 `Role`.
-      labels: int32, a target's own id, elsewhere `IGNORE` (not shifted: token i is predicted at i - 1).
-      threads: int32, which thread of text a token belongs to, -1 inside units.
-      num_units: units before the text, k.
-      unit_length: tokens of a unit; the first `num_units * unit_length` tokens are units.
-      dropped: text tokens that truncation cut off the end.
+      record: the sample's name, for errors.
+      unit: numbers of vision tokens and VoCo tokens in a unit.
+      ids: int32, token ids. Vision tokens hold the BOS id, which is never read.
+      roles: int8, `Role` of each token.
+      labels: int32, the token's id if it is a target, else `IGNORE`. Not shifted: token i is predicted at i - 1.
+      threads: int32, number of the token's thread of text; -1 in units.
+      num_units: number of units before the text, k.
+      unit_length: number of tokens of a unit; the first `num_units * unit_length` tokens are units.
+      dropped: number of text tokens that were cut off the end.
     """
 
     record: str
@@ -171,7 +179,7 @@ class SampleLayout:
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are trained on."""
+        """Number of targets."""
         return int((self.labels != IGNORE).sum())
 
     @property
@@ -180,16 +188,18 @@ class SampleLayout:
         return self.num_units * self.unit_length
 
     def seen_by_text(self, visibility: Visibility) -> np.ndarray:
-        """Returns bool [num_units * unit_length]: which tokens of the units text sees, and a cache must hold."""
+        """Returns bool [num_units * unit_length]: the tokens of the units that text sees and a cache must hold."""
         return (self.roles[: self.text_start] == Role.VOCO) | (visibility == "causal")
 
     def view(self, visibility: Visibility) -> View:
         """Returns positions and visibility of the whole sample.
 
-        `voco`: text sees, of the units, only VoCo tokens, and a unit sees only itself. Positions are compact: unit t
-        is numbered as if it stood alone, shifted by t*N, so that the VoCo tokens of all units are consecutive.
-        `causal`: everything earlier in the sample is visible and units are numbered one after the other.
-        Threads never see each other and are numbered alike, as if each stood alone after the units.
+        Threads never see each other. All have the same positions, as if each were alone after the units.
+
+        Args:
+          visibility: `voco`: text sees only the VoCo tokens of the units, and a unit sees only itself. Positions are
+            compact: unit t has the positions of a single unit, shifted by t * N, so that the VoCo tokens of all units
+            are consecutive. `causal`: everything earlier in the sample is visible, and positions count all tokens.
         """
         length, units_end = len(self), self.text_start
         unit_index = np.minimum(np.arange(length) // max(self.unit_length, 1), self.num_units)
@@ -213,11 +223,11 @@ class SampleLayout:
         return View(positions.astype(np.int32), start.astype(np.int32), stop.astype(np.int32))
 
     def view_after_prefix(self, visibility: Visibility, prefix_length: int) -> View:
-        """Returns positions and visibility of the text alone, after cached tokens in place of the units.
+        """Returns positions and visibility of the text alone, after a prefix of cached tokens that replaces the units.
 
-        The prefix holds the tokens of the sample's units that text sees, in their order, then padding that nobody
-        sees. Each query sees of the text what it sees in the whole sample, and has the same position. For one unit
-        (N = 2), a prefix of four tokens and two threads:
+        The prefix holds the tokens of the units that text sees, in their order, then padding that no token sees. Each
+        query has the position that it has in the whole sample, and sees the same text. For one unit (N = 2), a prefix
+        of four tokens and two threads:
 
             query \\ key  C C . . | t t | u u
               t           x x . .   x . | . .
@@ -226,8 +236,8 @@ class SampleLayout:
               u           x x . .   . . | x x
 
         Args:
-          visibility: under `causal` the cached tokens are whole units.
-          prefix_length: cached tokens and padding.
+          visibility: see `view`; with `causal`, the cached tokens are whole units.
+          prefix_length: number of cached tokens and padding, P.
         """
         whole, text_start = self.view(visibility), self.text_start
         cached = int(self.seen_by_text(visibility).sum())
@@ -254,29 +264,30 @@ def lay_out_sample(
     """Lays out one sample.
 
     Args:
-      record: the name used in errors.
-      num_units: images (or frames) of the sample, k >= 0.
+      record: the sample's name, for errors.
+      num_units: number of images (or frames) of the sample, k >= 0.
       threads: texts about the units, each a list of spans from a template.
       tokenizer: see `TextTokenizer`.
-      unit: tokens and VoCo tokens per unit.
-      max_length: text is dropped from the end beyond this many tokens; `dropped` says how many.
+      unit: numbers of vision tokens and VoCo tokens in a unit.
+      max_length: the sample's maximum of tokens; further text is dropped and counted in `dropped`.
 
     Raises:
-      LayoutError: no thread, several threads without a unit, units longer than `max_length`, or a text that spells
-        the VoCo token.
+      LayoutError: there is no thread, there are several threads without a unit, the units are longer than `max_length`,
+        a text contains the VoCo token, or, without VoCo tokens, a thread after the first begins with a target.
     """
     if not threads:
         raise LayoutError(record, "has no text", "no text")
     if len(threads) > 1 and num_units == 0:
-        raise LayoutError(record, "several threads need at least one unit to share", "threads without unit")
+        raise LayoutError(record, "has several threads without an image; write each as a sample of its own",
+                          "threads without unit")
     if not unit.vocos and any(thread and thread[0].is_target for thread in threads[1:]):
-        raise LayoutError(record, "a thread after another one must not open with a target: without VoCo tokens "
-                          "nothing stands before it", "target first")
+        raise LayoutError(record, "a thread after the first begins with a target, which no token precedes without VoCo "
+                          "tokens; begin the thread with a question", "target first")
     unit_ids, unit_roles = _unit_tokens(tokenizer, unit)
     bodies = _encode_threads(record, threads, tokenizer, unit.vocos, bool(num_units))
     room = max_length - num_units * len(unit_ids)
     if room < 1:
-        raise LayoutError(record, f"its {num_units} units take {num_units * len(unit_ids)} tokens, which leaves no "
+        raise LayoutError(record, f"its {num_units} units have {num_units * len(unit_ids)} tokens, which leaves no "
                           f"room for text in a row of {max_length}: use fewer images or a longer row", "units too long")
     head_ids, head_roles = unit_ids * num_units, unit_roles * num_units
     if not num_units:
@@ -303,14 +314,14 @@ def lay_out_sample(
 
 
 def require_targets(sample: SampleLayout) -> SampleLayout:
-    """Returns the sample itself.
+    """Returns the sample unchanged.
 
     Raises:
-      LayoutError: none of its tokens is a target, so that training on it would teach nothing.
+      LayoutError: the sample has no target, so training on it would have no effect.
     """
     if not (sample.labels != IGNORE).any():
-        cause = (f"truncation dropped {sample.dropped} text tokens and every target with them: use a longer row"
-                 if sample.dropped else "no answer in its conversation has a target token")
+        cause = (f"truncation dropped {sample.dropped} text tokens and all targets with them: use a longer row"
+                 if sample.dropped else "no answer in its conversation has a target")
         raise LayoutError(sample.record, cause, "truncated away" if sample.dropped else "no target")
     return sample
 
@@ -321,7 +332,7 @@ def units_stand_alone(visibility: Visibility) -> bool:
 
 
 def lay_out_unit(record: str, tokenizer: TextTokenizer, unit: UnitShape) -> SampleLayout:
-    """Lays out a unit alone, without text, to be compressed."""
+    """Lays out one unit without text, to be compressed."""
     ids, roles = _unit_tokens(tokenizer, unit)
     nothing = np.full(len(ids), IGNORE, np.int32)
     outside = np.full(len(ids), -1, np.int32)
@@ -329,7 +340,7 @@ def lay_out_unit(record: str, tokenizer: TextTokenizer, unit: UnitShape) -> Samp
 
 
 def _lead(tokenizer: TextTokenizer, vocos: int) -> tuple[str, int]:
-    """Returns the text between an image and its conversation, and how many of its characters are the unit's."""
+    """Returns the text between an image and its conversation, and how many of its characters belong to the unit."""
     return ("\n" + tokenizer.voco_token + "\n", 1) if vocos else ("\n", 1)
 
 
@@ -345,18 +356,19 @@ def _unit_tokens(tokenizer: TextTokenizer, unit: UnitShape) -> tuple[list[int], 
 def _encode_threads(
     record: str, threads: Sequence[Sequence[Span]], tokenizer: TextTokenizer, vocos: int, has_units: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns every thread's tokens, int32, with their target flags.
+    """Returns each thread's tokens, int32, and whether each is a target, bool.
 
-    A thread is encoded whole, as "newline, <voco>, newline, text": tokenizers that mark the beginning of a text (the
-    sentencepiece ones) then give the ids that the released code's prompt string has. Without VoCo tokens the prompt
-    is LLaVA's own, "newline, text"; without units it is the text alone.
+    A thread is encoded as one text, "newline, <voco>, newline, text". Tokenizers that mark the beginning of a text
+    (sentencepiece) then give the same ids as for the released code's prompt string. Without VoCo tokens the prompt is
+    LLaVA's, "newline, text"; without units it is the text alone.
     """
     lead, unit_end = _lead(tokenizer, vocos) if has_units else ("", 0)
     bodies = []
     for spans in threads:
         encoded = tokenizer.encode(lead + "".join(span.text for span in spans))
         if encoded.ids.count(tokenizer.voco_id) != lead.count(tokenizer.voco_token):
-            raise LayoutError(record, f"its text spells the reserved token {tokenizer.voco_token!r}", "reserved token")
+            raise LayoutError(record, f"its text contains the reserved token {tokenizer.voco_token!r}; remove it",
+                              "reserved token")
         bounds = np.array(list(itertools.accumulate((len(span.text) for span in spans), initial=len(lead))))
         ids, ends = np.array(encoded.ids, np.int32), np.array(encoded.ends)
         # A token belongs to the span that holds its last character.

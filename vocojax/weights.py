@@ -1,4 +1,4 @@
-"""Weights of a model as named arrays, wherever they lie: the protocol, shape checks, and reading into shardings."""
+"""Weights of a model as named arrays: their protocol for any source, checks of shapes, and reading into shardings."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -17,8 +17,9 @@ Index = tuple[slice, ...]
 class Weights(Protocol):
     """Named arrays: the tensors of some files, or the parameters of a model ('decoder/blocks/query/kernel').
 
-    where: names the files in errors.
-    shapes: what there is.
+    Attributes:
+      where: the files, for errors.
+      shapes: shapes of all arrays by name.
     """
 
     @property
@@ -28,29 +29,30 @@ class Weights(Protocol):
     def shapes(self) -> Mapping[str, Shape]: ...
 
     def dtype(self, name: str) -> np.dtype:
-        """An array's dtype on disk."""
+        """Returns an array's dtype as stored."""
         ...
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """An array, or the slice of it at `index`."""
+        """Reads an array, or the slice of it at `index`."""
         ...
 
 
 def check_tensors(
     expected: Mapping[str, Shape], present: Mapping[str, Shape], where: str, allowed: Collection[re.Pattern[str]] = ()
 ) -> list[str]:
-    """Compares the tensors there are with those there should be.
+    """Compares the present tensors with the expected ones.
 
     Args:
-      expected, present: shapes by name.
+      expected: shapes by name.
+      present: shapes by name.
       where: the file or directory, for the error.
-      allowed: tensors that may be missing or superfluous.
+      allowed: regexes of tensors that may be missing or unexpected.
 
     Returns:
-      The names of tensors that are missing and may be.
+      The names of the missing tensors, all of which may be missing.
 
     Raises:
-      ConvertError: lists every missing, unexpected and wrongly shaped tensor.
+      ConvertError: tensors are missing, unexpected or have another shape (all are named).
     """
     may_differ = lambda name: any(pattern.fullmatch(name) for pattern in allowed)
     missing = expected.keys() - present.keys()
@@ -67,11 +69,28 @@ def check_tensors(
     return sorted(name for name in missing if may_differ(name))
 
 
-def read_parameters(weights: Weights, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """Reads parameters into the shardings and dtypes asked for; every device reads only its part.
+def misfit(where: str, present: Mapping[str, Shape], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+    """Returns the error message for weights that a stage's model can't start from; '' if all wanted parameters fit.
 
     Args:
-      weights: holds all of the wanted parameters, in the wanted shapes.
+      where: the file or directory, for the message.
+      present: shapes of the parameters that there are.
+      wanted: parameters of the model.
+    """
+    problems = [f"{name} is missing" for name in wanted if name not in present]
+    problems += [f"{name} has shape {tuple(present[name])}, expected {leaf.shape}" for name, leaf in wanted.items()
+                 if name in present and tuple(present[name]) != tuple(leaf.shape)]
+    if not problems:
+        return ""
+    return (f"{where} does not fit the model: {'; '.join(problems)}; set config.model as in its config.json, or list "
+            "in init_new what the stage does not take from it")
+
+
+def read_parameters(weights: Weights, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
+    """Reads parameters with the wanted dtypes and shardings. Each device reads only its part.
+
+    Args:
+      weights: has all wanted parameters, in the wanted shapes.
       wanted: shape, dtype and sharding by name.
     """
     parameters: Parameters = {}
@@ -82,7 +101,15 @@ def read_parameters(weights: Weights, wanted: Mapping[str, jax.ShapeDtypeStruct]
 
 
 class ParametersInMemory:
-    """The parameters of a model as `Weights`; every device's part must be within this process's reach."""
+    """The parameters of a model as `Weights`; all of their shards must be on devices of this process.
+
+    Args:
+      parameters: arrays by path.
+
+    Attributes:
+      where: 'the model', for errors.
+      shapes: shapes of the parameters by path.
+    """
 
     where = "the model"
 
@@ -91,12 +118,17 @@ class ParametersInMemory:
         self.shapes: dict[str, Shape] = {path: tuple(value.shape) for path, value in parameters.items()}
 
     def dtype(self, name: str) -> np.dtype:
-        """The parameter's dtype."""
+        """Returns the parameter's dtype."""
         return np.dtype(self._parameters[name].dtype)
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """A parameter, or the slice of it at `index`."""
+        """Returns a parameter, or the slice of it at `index`, as a host array.
+
+        Raises:
+          ConvertError: devices of other processes hold parts of it.
+        """
         value = self._parameters[name]
         if not value.is_fully_addressable:
-            raise ConvertError(f"parameter {name} lies on other hosts too; convert the run's Orbax checkpoint instead")
+            raise ConvertError(f"parts of parameter {name} are on other hosts; convert the run's Orbax checkpoint "
+                               "instead, with launch/convert.py")
         return np.asarray(value if index is None else value[index])

@@ -58,7 +58,7 @@ def edit_tensors(source, edit):
 def test_truncated_safetensors(source):
     path = source / "model.safetensors"
     os.truncate(path, path.stat().st_size - 5000)
-    failing(source, f"{path}: truncated: tensor model.vision_tower.vision_tower.vision_model.", "fetch the file again")
+    failing(source, f"{path}: truncated: tensor model.vision_tower.vision_tower.", "download the file again")
 
 
 def test_no_safetensors_at_all(source):
@@ -70,7 +70,7 @@ def test_shard_missing(tmp_path):
     checkpoints.save_original(tmp_path / "source", checkpoints.original_tensors(), "sharded-bin")
     lost = tmp_path / "source" / "pytorch_model-00002-of-00003.bin"
     lost.unlink()
-    failing(tmp_path / "source", f"{lost}: missing; pytorch_model.bin.index.json says it holds 30 tensors, the first "
+    failing(tmp_path / "source", f"{lost}: missing; pytorch_model.bin.index.json lists 30 tensors in it, the first is "
             "model.embed_tokens.weight")
 
 
@@ -81,7 +81,7 @@ def test_shard_missing_from_the_index(tmp_path):
     shard = "pytorch_model-00002-of-00003.bin"
     values["weight_map"] = {name: home for name, home in values["weight_map"].items() if home != shard}
     index.write_text(json.dumps(values))
-    failing(tmp_path / "source", f"{shard}: a shard that pytorch_model.bin.index.json doesn't name")
+    failing(tmp_path / "source", f"{shard}: not listed in pytorch_model.bin.index.json")
 
 
 def test_tensor_missing_from_its_shard(tmp_path):
@@ -92,7 +92,7 @@ def test_tensor_missing_from_its_shard(tmp_path):
         else "pytorch_model-00001-of-00003.bin"
     values["weight_map"][Q_PROJ] = other
     index.write_text(json.dumps(values))
-    failing(tmp_path / "source", f"{other}: lacks tensor {Q_PROJ}, which pytorch_model.bin.index.json says it holds")
+    failing(tmp_path / "source", f"{other}: lacks tensor {Q_PROJ}, which pytorch_model.bin.index.json lists in it")
 
 
 def test_index_without_shards_and_shards_without_index(source):
@@ -118,8 +118,8 @@ def test_pickle_with_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content, fragment", [
-    ({"step": 3}, "'step' is no tensor"),
-    ([torch.ones(2)], "holds no dict of tensors but a list"),
+    ({"step": 3}, "'step' is not a tensor"),
+    ([torch.ones(2)], "holds a list instead of a dict of tensors"),
     ({"epoch": np.float64(3)}, "refused: its pickle asks for numpy"),
     (torch.nn.Linear(2, 2), "refused: its pickle asks for torch.nn.modules.linear.Linear"),
 ])
@@ -135,7 +135,7 @@ def test_damaged_archives(tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"no archive"):
         path.write_bytes(damaged)
-        with pytest.raises(ConvertError, match=r"not a whole file of torch.save .* fetch it again"):
+        with pytest.raises(ConvertError, match=r"not a complete file of torch.save .* download it again"):
             PickleFile(path)
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(ConvertError, match=r"save it again with torch >= 1\.6"):
@@ -237,7 +237,7 @@ def test_tensor_under_two_names(source):
     ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature must be 'patch'"),
     ({"mm_vision_select_layer": -9}, "select_layer must be in [-3, -1], got -9"),
     ({"num_hidden_layers": "many"}, "num_hidden_layers must be of type int, got 'many'"),
-    ({"voco": {"token_id": 7}}, f"says <voco> is token 7, the tokenizer says {W}"),
+    ({"voco": {"token_id": 7}}, f"<voco> is token 7 here and token {W} in the tokenizer"),
 ])
 def test_configs_that_cannot_be(source, changes, fragment):
     edit_config(source, **changes)
@@ -263,23 +263,23 @@ def test_no_tokenizer(source):
 
 def test_no_vision_tower(tmp_path):
     checkpoints.save_original(tmp_path / "source", checkpoints.original_tensors(tower=False))
-    failing(tmp_path / "source", "no vision tower among the tensors", "name its directory or file with --vision")
+    failing(tmp_path / "source", "no vision tower among the tensors", "pass its directory or file as --vision")
 
 
 def test_vision_tower_of_unknown_heads(source):
     """CLIP ViT-H is 1280 wide with heads of 80; nothing in its tensors says so."""
     edit_tensors(source, lambda tensors: tensors.update({
         f"{checkpoints.TOWER}vision_model.embeddings.patch_embedding.weight": torch.zeros(1280, 3, 7, 7)}))
-    failing(source, "the heads of a vision tower of width 1280 can't be told from its tensors", "'vision_config'")
+    failing(source, "the number of heads of a vision tower of width 1280 can't be derived", "'vision_config'")
 
 
 def test_layouts_without_a_place(tmp_path):
     checkpoints.save_original(tmp_path / "linear", checkpoints.original_tensors("linear"), mm_projector_type="linear")
-    with pytest.raises(ConvertError, match=r"'huggingface' has no place .* projector of kind 'linear'; use .* 'llava'"):
+    with pytest.raises(ConvertError, match=r"'huggingface' does not support .* of kind 'linear'; use .* 'llava'"):
         convert(tmp_path / "linear", tmp_path / "out", "huggingface", report=lambda _: None)
     checkpoints.llama(W).save_pretrained(tmp_path / "llama")
     checkpoints.save_tokenizer(tmp_path / "llama")
-    with pytest.raises(ConvertError, match="a decoder alone has no layout 'llava'; use 'huggingface'"):
+    with pytest.raises(ConvertError, match="the layout 'llava' does not support a decoder alone; use 'huggingface'"):
         convert(tmp_path / "llama", tmp_path / "out", "llava", report=lambda _: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["linear", "llama"]
 
@@ -313,23 +313,23 @@ def test_existing_target_is_left_alone(source):
 def test_verify_sees_one_changed_value(source):
     convert(source, source.parent / "target", "llava", report=lambda _: None)
     edit_tensors(source.parent / "target", lambda tensors: tensors[Q_PROJ][3, 5].add_(2**-20))
-    with pytest.raises(ConvertError, match=r"not what was to be written: decoder/blocks/query/kernel$"):
+    with pytest.raises(ConvertError, match=r"rounded to the target.s dtype: decoder/blocks/query/kernel; "):
         verify_target(open_source(source), source.parent / "target", lambda _: None)
 
 
 def test_verify_sees_another_config(source):
     convert(source, source.parent / "target", "llava", report=lambda _: None)
     edit_config(source.parent / "target", rms_norm_eps=1e-6)
-    with pytest.raises(ConvertError, match=r"its config reads .*norm_eps=1e-06.*, its source's .*norm_eps=1e-05"):
+    with pytest.raises(ConvertError, match=r"its config is .*norm_eps=1e-06.*, the source's is .*norm_eps=1e-05"):
         verify_target(open_source(source), source.parent / "target", lambda _: None)
 
 
 def test_parts_that_are_there_already(source, tmp_path):
     """What the caller names is used or refused, never passed over."""
     convert(source, tmp_path / "run", "orbax", num_vocos=2, report=lambda _: None)
-    failing(tmp_path / "run", "has a vision tower and a projector of its own", vision=tmp_path)
-    failing(tmp_path / "run", "was made for 2 VoCo tokens, not 4; leave out --num_vocos", num_vocos=4)
-    failing(source, "is in", "already", projector=source / "model.safetensors")
+    failing(tmp_path / "run", "already has a vision tower and a projector", vision=tmp_path)
+    failing(tmp_path / "run", "the model has 2 VoCo tokens per unit, not 4; leave out --num_vocos", num_vocos=4)
+    failing(source, "is also in", projector=source / "model.safetensors")
 
 
 @pytest.mark.parametrize(("part", "kind"), [("text_config", "granite"), ("vision_config", "siglip_vision_model")])
@@ -344,7 +344,7 @@ def test_other_architectures_with_the_same_tensor_names_are_refused(tmp_path, pa
 
 def test_a_failed_verification_leaves_no_target(source, monkeypatch):
     monkeypatch.setattr("vocojax.pretrained.conversion._compare", lambda *_: (1.0, False))
-    failing(source, "not what was to be written", verify=True)
+    failing(source, "verification failed: these parameters are not the source's", verify=True)
 
 
 def test_an_overflow_of_the_target_s_dtype_is_no_success(source):
@@ -354,7 +354,8 @@ def test_an_overflow_of_the_target_s_dtype_is_no_success(source):
     tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 1e6)
     shutil.rmtree(source)
     checkpoints.save_original(source, tensors)
-    failing(source, "not what was to be written: decoder/norm/scale", verify=True, dtype="float16")
+    failing(source, "dtype: decoder/norm/scale; convert the source again, with a wider --dtype", verify=True,
+            dtype="float16")
 
 
 def test_template_and_fit_survive_an_export(source, tmp_path):

@@ -134,7 +134,7 @@ def test_decoder_alone_loads(tmp_path):
     checkpoints.save_tokenizer(tmp_path / "source")
     decoder = load_decoder(tmp_path / "source", dtype=jnp.bfloat16)
     assert decoder.embedding.dtype == jnp.bfloat16 and decoder.embedding.shape == (256, 32)
-    with pytest.raises(ValueError, match="holds a decoder alone; name a vision tower"):
+    with pytest.raises(ValueError, match="holds a decoder alone; pass a vision tower"):
         load_model(tmp_path / "source")
 
 

@@ -80,26 +80,26 @@ def test_tables_that_do_not_fit_say_what_is_wrong():
         ((*rules, Rule("d", "c")), "parameter c has 2 rules"),
         ((*rules, Rule("e", "e")), "rule e is for e, which the model doesn't have"),
         ((rules[0]._replace(layers=range(4)), *rules[1:]), r"rule x\.\{layer\}\.w has 4 layers, a/kernel 3"),
-        ((*rules[:2], Rule("x.{layer}.w", "c", IDENTITY, range(2, 9))), r"tensor x\.2\.w is recognised by several"),
+        ((*rules[:2], Rule("x.{layer}.w", "c", IDENTITY, range(2, 9))), r"tensor x\.2\.w is matched by several"),
     ):
         with pytest.raises(ConvertError, match=problem):
             Table("broken", broken).resolve(shapes)
-    with pytest.raises(ConvertError, match="tensor b is recognised by several"):
+    with pytest.raises(ConvertError, match="tensor b is matched by several"):
         Table("broken", rules, ignored=("b",)).resolve(shapes)
 
 
 def test_names_are_matched_whole_and_dots_are_dots():
     rule = Rule("model.layers.{layer}.w", "a", IDENTITY, range(12))
-    assert all(rule.recognises(f"model.layers.{i}.w") for i in (0, 3, 11))
+    assert all(rule.matches(f"model.layers.{i}.w") for i in (0, 3, 11))
     for name in ("model.layers.12.w", "model.layers.03.w", "model.layers.1.w.x", "modelXlayers.1.w",
                  "model.layers.-1.w", "xmodel.layers.1.w", "model.layers..w"):
-        assert not rule.recognises(name), name
+        assert not rule.matches(name), name
 
 
 def test_baselines_have_no_published_layout():
     config = dataclasses.replace(PRESETS["tiny"], compressor=CompressorConfig("avg_pool"))
     for table in (tables.llava_table, tables.huggingface_table):
-        with pytest.raises(ConvertError, match="has no place for the compressor 'avg_pool'"):
+        with pytest.raises(ConvertError, match="does not support the compressor 'avg_pool'"):
             table(config, 64)
 
 

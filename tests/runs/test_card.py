@@ -101,7 +101,7 @@ def test_a_card_that_says_what_cannot_be_is_refused(upper_bound, tmp_path, chang
 def test_a_damaged_config_is_named(tmp_path):
     for content in ('{"model":', "[]"):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(CheckpointError, match=rf"^{tmp_path}/config\.json: is damaged, it .*; copy it back from"):
+        with pytest.raises(CheckpointError, match=rf"^{tmp_path}/config\.json: is damaged, .*; copy it from a backup"):
             read_card(tmp_path)
 
 

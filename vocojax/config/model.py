@@ -1,4 +1,4 @@
-"""The configuration of a model: frozen dataclasses, checked where they are built."""
+"""The configuration of a model: frozen dataclasses that check their values when they are built."""
 
 import re
 from dataclasses import dataclass, field
@@ -11,8 +11,17 @@ from vocojax.config.reader import ConfigError, require, require_positive
 class VisionConfig:
     """A vision transformer, by default CLIP's ViT-L/14 at 336 px.
 
-    kind: `clip` (arXiv 2103.00020) or `eva` (EVA-CLIP, arXiv 2303.15389, as BLIP-2 and LLaMA-VID use it: the last
-      block's output without a final norm, so `depth` counts only the blocks that are run and `select_layer` is -1).
+    Attributes:
+      kind: `clip` (arXiv 2103.00020) or `eva` (EVA-CLIP, arXiv 2303.15389). BLIP-2 and LLaMA-VID use EVA-CLIP's last
+        block without a final norm, so `depth` counts only the blocks that are run and `select_layer` is -1.
+      image_size: edge of the square images, in pixels.
+      patch_size: edge of a patch, in pixels.
+      width: width of the hidden states.
+      depth: number of blocks.
+      num_heads: attention heads of a block.
+      mlp_width: width of an MLP's hidden layer.
+      select_layer: the hidden state that feeds the projector; -1 is the last block's output.
+      norm_eps: epsilon of the layer norms.
     """
 
     kind: Literal["clip", "eva"] = "clip"
@@ -22,7 +31,7 @@ class VisionConfig:
     depth: int = 24
     num_heads: int = 16
     mlp_width: int = 4096
-    select_layer: int = -2  # which hidden state feeds the projector; -1 is the last block's output
+    select_layer: int = -2
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -35,23 +44,32 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Vision tokens of one image."""
+        """Number of vision tokens of one image."""
         return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """The map from vision features to decoder embeddings: one linear layer, or LLaVA-1.5's two with a GELU."""
+    """The projector, which maps vision features to decoder embeddings.
+
+    Attributes:
+      kind: `linear` (one linear layer) or `mlp2x_gelu` (LLaVA-1.5's two linear layers with a GELU between them).
+    """
 
     kind: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
 
 
 @dataclass(frozen=True)
 class RopeScalingConfig:
-    """How the rotary frequencies are stretched for longer contexts.
+    """The scaling of rotary frequencies for longer contexts.
 
-    kind: `llama3` stretches the low ones by `factor` (Llama 3.1); `linear` stretches all of them and has no use for the
-      other fields (Vicuna-16k).
+    Attributes:
+      kind: `llama3` divides the low frequencies by `factor` (Llama 3.1); `linear` divides all of them (Vicuna-16k) and
+        ignores the other fields.
+      factor: divisor of the frequencies.
+      low_freq_factor: frequencies of fewer than this many periods in `original_max_positions` are divided by `factor`.
+      high_freq_factor: frequencies of more than this many periods stay; between the two the scaling is interpolated.
+      original_max_positions: context length before scaling, in tokens.
     """
 
     kind: Literal["llama3", "linear"] = "llama3"
@@ -68,10 +86,26 @@ class RopeScalingConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A LLaMA decoder, by default Vicuna-7B's with one row more for `<voco>`."""
+    """A LLaMA decoder, by default Vicuna-7B's with one more row for `<voco>`.
 
-    vocab_size: int = 32001  # the appended <voco> row included
-    vocab_padding: int = 0  # how many of the last rows stand for no token and only make `vocab_size` shardable
+    Attributes:
+      vocab_size: rows of the vocabulary, with `<voco>` and padding.
+      vocab_padding: last rows of the vocabulary that have no token; they make `vocab_size` divisible among devices.
+      width: width of the hidden states, E.
+      depth: number of blocks, L.
+      num_heads: query heads, H.
+      num_kv_heads: key/value heads, G.
+      head_width: width of a head, D.
+      mlp_width: width of the MLP's hidden layer, F.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: scaling of the rotary frequencies for longer contexts, or None.
+      norm_eps: epsilon of the RMS norms.
+      tie_embeddings: whether the head is the transposed embedding.
+      max_positions: context length it was trained for, in tokens. Only exports use it.
+    """
+
+    vocab_size: int = 32001
+    vocab_padding: int = 0
     width: int = 4096
     depth: int = 32
     num_heads: int = 32
@@ -82,7 +116,7 @@ class DecoderConfig:
     rope_scaling: RopeScalingConfig | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    max_positions: int = 4096  # what it was trained for; nothing here depends on it, exports say it
+    max_positions: int = 4096
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "width", "depth", "num_heads", "num_kv_heads", "head_width", "mlp_width",
@@ -95,13 +129,18 @@ class DecoderConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the vocabulary that stand for a token."""
+        """Number of rows of the vocabulary that have a token."""
         return self.vocab_size - self.vocab_padding
 
 
 @dataclass(frozen=True)
 class VocoConfig:
-    """The VoCo tokens: how many stand behind each unit's vision tokens, and their row in the vocabulary."""
+    """The VoCo tokens.
+
+    Attributes:
+      num_vocos: VoCo tokens after the vision tokens of each unit, N.
+      token_id: their row in the vocabulary.
+    """
 
     num_vocos: int = 1
     token_id: int = 32000
@@ -115,7 +154,10 @@ class VocoConfig:
 class LoraConfig:
     """Low-rank adaptation (arXiv 2106.09685): a target kernel W acts as W + (alpha / rank) A B.
 
-    rank: of A and B; 0 is no LoRA. targets: regexes over parameter paths, matched whole, of kernels of linear layers.
+    Attributes:
+      rank: rank of A and B; 0 is no LoRA.
+      alpha: scales A B.
+      targets: regexes of the paths of linear layers' kernels; a regex must match the whole path.
     """
 
     rank: int = 0
@@ -134,17 +176,24 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied with."""
+        """Multiplier of the factors' product, alpha / rank; 0 without LoRA."""
         return self.alpha / self.rank if self.rank else 0.0
 
 
 @dataclass(frozen=True)
 class CompressorConfig:
-    """What shortens an image's vision tokens before the decoder sees them.
+    """A compressor, which shortens an image's vision tokens before the decoder. Only baselines have one (paper §4.2).
 
-    `none`: nothing does; the decoder itself compresses into VoCo tokens. `avg_pool` and `qformer` are the baselines
-    of paper §4.2: they put `num_tokens` compressed tokens in place of the vision tokens, and no VoCo token follows.
-    `depth`, `width`, `num_heads`, `mlp_width` and `cross_attention_every` are the Q-Former's (BLIP-2's by default).
+    Attributes:
+      kind: `none` (the decoder compresses into VoCo tokens), or one of the baselines `avg_pool` and `qformer`, whose
+        compressed tokens replace the vision tokens; there are no VoCo tokens then.
+      num_tokens: compressed tokens of an image; 1 for `avg_pool`.
+      depth: number of the Q-Former's blocks; its defaults are BLIP-2's.
+      width: width of the Q-Former's hidden states.
+      num_heads: attention heads of a Q-Former's block.
+      mlp_width: width of the hidden layer of the Q-Former's MLPs.
+      cross_attention_every: the first of every so many blocks has cross-attention to the vision tokens.
+      norm_eps: epsilon of the Q-Former's layer norms.
     """
 
     kind: Literal["none", "avg_pool", "qformer"] = "none"
@@ -169,7 +218,15 @@ class CompressorConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A VoCo-LLaMA: vision tower, compressor (baselines only), projector, decoder and VoCo tokens."""
+    """A VoCo-LLaMA.
+
+    Attributes:
+      vision: the vision tower.
+      projector: maps vision features to decoder embeddings.
+      decoder: the language model.
+      voco: the VoCo tokens.
+      compressor: a baseline's compressor.
+    """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
@@ -184,10 +241,10 @@ class ModelConfig:
 
     @property
     def unit_tokens(self) -> int:
-        """Tokens that stand for one image's pixels in a unit: its vision tokens, or a baseline's compressed ones."""
+        """Number of one image's vision tokens, or of a baseline's compressed tokens."""
         return self.vision.num_patches if self.compressor.kind == "none" else self.compressor.num_tokens
 
     @property
     def unit_vocos(self) -> int:
-        """VoCo tokens of one unit: none where a baseline compresses instead of the decoder."""
+        """Number of VoCo tokens of one unit; 0 for a baseline, which has a compressor instead."""
         return self.voco.num_vocos if self.compressor.kind == "none" else 0

@@ -12,7 +12,7 @@ def _clip_vicuna(image_size: int, decoder: DecoderConfig) -> ModelConfig:
     return ModelConfig(vision=VisionConfig(image_size=image_size), decoder=decoder)
 
 
-# What `vocojax.convert` makes of Vicuna's vocabulary of 32000: a row for <voco>, and padding to a multiple of 256.
+# Vicuna's 32000 rows after a conversion: one more for <voco>, then padding to a multiple of 256.
 _VICUNA_7B = DecoderConfig(vocab_size=32256, vocab_padding=255)
 _VICUNA_13B = dataclasses.replace(_VICUNA_7B, width=5120, depth=40, num_heads=40, num_kv_heads=40, mlp_width=13824)
 
@@ -30,7 +30,11 @@ PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType({
 
 
 def preset(name: str) -> ModelConfig:
-    """The model configuration of that name; `ConfigError` lists the names there are."""
+    """Returns the model configuration of that name.
+
+    Raises:
+      ConfigError: there is no such preset; the message lists the names.
+    """
     if name not in PRESETS:
         raise ConfigError("preset", f"must be one of {sorted(PRESETS)}, got {name!r}")
     return PRESETS[name]

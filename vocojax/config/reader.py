@@ -1,6 +1,6 @@
-"""The strict reader of configurations: nested mappings become frozen dataclasses, and every error names its key.
+"""The strict reader of configurations, which builds frozen dataclasses from nested mappings.
 
-Every value is checked where it is built; an error names the key as a user writes it
+Each dataclass checks its own values. Every error names its key as a user writes it
 (`model.voco.num_vocos must be >= 1, got 0`).
 """
 
@@ -18,43 +18,44 @@ T = TypeVar("T")
 
 
 class ConfigError(VocojaxError, ValueError):
-    """A configuration value that cannot be used.
+    """An invalid value of a configuration.
 
     Attributes:
-      key: dotted path of the value below the config being built.
-      problem: what is wrong with it; empty where `key` is a whole message (absl makes such errors again).
+      key: dotted path of the value in the config that was being built.
+      problem: what is wrong with the value; empty if `key` is a whole message (absl builds such errors from messages).
     """
 
     def __init__(self, key: str, problem: str = ""):
         self.key, self.problem = key, problem
-        super().__init__(key, problem)  # what pickling builds it from again
+        super().__init__(key, problem)  # pickling builds the error again from these arguments
 
     def __str__(self) -> str:
         return f"{self.key} {self.problem}".rstrip()
 
 
 def require(condition: bool, key: str, problem: str, value: Any) -> None:
-    """Raises `ConfigError("<key> <problem>, got <value>")` unless the condition holds."""
+    """Raises `ConfigError("KEY PROBLEM, got VALUE")` unless the condition holds."""
     if not condition:
         raise ConfigError(key, f"{problem}, got {value!r}")
 
 
 def require_positive(config: Any, *keys: str) -> None:
-    """Raises `ConfigError` for the first of the named integer fields that is below 1."""
+    """Raises `ConfigError` for the first of these integer fields that is below 1."""
     for key in keys:
         require(getattr(config, key) >= 1, key, "must be >= 1", getattr(config, key))
 
 
 def build(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
-    """Builds the dataclass `cls` from a nested mapping, strictly.
+    """Builds the dataclass `cls` from a nested mapping.
 
     Args:
       cls: a frozen dataclass whose fields are scalars, Literals, dataclasses, tuples of these, or unions.
-      values: its fields; those left out keep their defaults. Lists become tuples.
+      values: values of the fields; missing fields have their defaults. Lists become tuples.
       key: dotted path of `values` in the whole config, for errors.
 
     Raises:
-      ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or one out of range.
+      ConfigError: a key is unknown (the message suggests the nearest known one), or a value has the wrong type or is
+        out of range.
     """
     hints = typing.get_type_hints(cls)
     known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -106,7 +107,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def _convert_to_one(hints: list[Any], value: Any, path: str) -> Any:
-    """Returns the value as the first of several types that takes it."""
+    """Returns the value converted to the first type in `hints` that accepts it."""
     problems = []
     for hint in hints:
         try:
@@ -119,12 +120,12 @@ def _convert_to_one(hints: list[Any], value: Any, path: str) -> Any:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass config as nested dicts and lists that JSON can hold and `build` reads back."""
+    """Returns a dataclass config as nested dicts and lists, which JSON can hold and `build` can read."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys at which two nested dicts differ."""
+    """Returns the dotted keys at which two nested dicts differ."""
     keys: list[str] = []
     for name in sorted(one.keys() | other.keys()):
         a, b = one.get(name), other.get(name)

@@ -1,7 +1,8 @@
-"""Config files of transformers' classes <-> our configs: `LlamaForCausalLM`, `CLIPVisionModel`,
-`LlavaForConditionalGeneration`, and the image processor.
+"""Readers and writers of the config files of transformers' classes.
 
-What the model here can't compute is refused: another activation, biases in the decoder, another kind of rotary scaling.
+Covered are `LlamaForCausalLM`, `CLIPVisionModel`, `LlavaForConditionalGeneration` and the image processor. A file that
+asks for something vocojax does not compute is refused: another activation, biases in the decoder, another kind of
+rotary scaling.
 """
 
 import json
@@ -26,7 +27,7 @@ T = TypeVar("T")
 Json = dict[str, Any]
 _JSON_TYPES = {int: "integer", float: "number", dict: "object"}
 
-# What transformers takes a key for that a config file leaves out.
+# transformers' defaults of keys that a config file leaves out.
 _LLAMA_DEFAULTS: Json = {
     "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
     "intermediate_size": 11008, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048,
@@ -35,15 +36,15 @@ _CLIP_DEFAULTS: Json = {
     "image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
     "intermediate_size": 3072, "layer_norm_eps": 1e-5,
 }
-# Keys that must have the one value which the model here computes, if they are there.
+# Keys of which vocojax supports one value only. A file may leave them out.
 _LLAMA_FIXED: Json = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _CLIP_FIXED: Json = {"hidden_act": "quick_gelu", "num_channels": 3}
 _EVA_FIXED: Json = {"hidden_act": "gelu", "num_channels": 3}
-_EVA_TYPE = "eva_vision_model"  # transformers has no such class; only our exports name it
+_EVA_TYPE = "eva_vision_model"  # transformers has no such class; only vocojax's exports use the name
 _LLAVA_FIXED: Json = {
     "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "vision_feature_select_strategy": "default",
 }
-# Our keys that have another name there.
+# transformers' names of our keys, where they differ.
 _THEIR_KEYS = {
     "width": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads", "head_width": "head_dim", "mlp_width": "intermediate_size",
@@ -52,24 +53,32 @@ _THEIR_KEYS = {
 
 
 def read_json(path: str | Path) -> Json:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
-      ConvertError: no such file, or no JSON object in it.
+      ConvertError: the file does not exist or does not hold a JSON object.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConvertError(f"{path}: no such file") from None
+        raise ConvertError(f"{path}: no such file; check the path of the directory") from None
     except ValueError as error:
-        raise ConvertError(f"{path}: not JSON: {error}") from None
+        raise ConvertError(f"{path}: not JSON: {error}; download the file again") from None
     if not isinstance(values, dict):
-        raise ConvertError(f"{path}: must hold a JSON object")
+        raise ConvertError(f"{path}: must hold a JSON object; download the file again")
     return values
 
 
 def checked(where: str, make: Callable[[], T]) -> T:
-    """What `make` returns; the config errors it raises become `ConvertError`s that name the file and its key."""
+    """Returns the result of `make`.
+
+    Args:
+      where: the config file, for the error.
+      make: builds a config.
+
+    Raises:
+      ConvertError: `make` raised a `ConfigError`; the message names the file and its key.
+    """
     try:
         return make()
     except ConfigError as error:
@@ -77,10 +86,17 @@ def checked(where: str, make: Callable[[], T]) -> T:
 
 
 def typed(values: Mapping[str, Any], key: str, kind: type[T], default: T, where: str) -> T:
-    """An entry of a config file, or the default where it is absent or null.
+    """Returns an entry of a config file, or the default if it is absent or null.
+
+    Args:
+      values: the file's content.
+      key: the entry.
+      kind: type of the entry: int, float (which also takes an int) or dict.
+      default: used if there is no entry.
+      where: the file, for the error.
 
     Raises:
-      ConvertError: the entry is no int, float (or int) or dict, whichever `kind` asks for.
+      ConvertError: the entry has another type.
     """
     value = values.get(key)
     if value is None:
@@ -93,7 +109,18 @@ def typed(values: Mapping[str, Any], key: str, kind: type[T], default: T, where:
 
 
 def read_decoder(values: Mapping[str, Any], where: str) -> DecoderConfig:
-    """A `LlamaConfig`; `vocab_size` is that of the tensors."""
+    """Reads a `LlamaConfig`.
+
+    Args:
+      values: the file's content.
+      where: the file, for errors.
+
+    Returns:
+      The decoder's config. `vocab_size` is the tensors' number of rows, without a row for `<voco>` or padding.
+
+    Raises:
+      ConvertError: a value is invalid or not supported.
+    """
     _require_fixed(values, _LLAMA_FIXED, where)
     values = {**_LLAMA_DEFAULTS, **{key: value for key, value in values.items() if value is not None}}
     width, heads = (typed(values, key, int, 0, where) for key in ("hidden_size", "num_attention_heads"))
@@ -111,7 +138,7 @@ def read_decoder(values: Mapping[str, Any], where: str) -> DecoderConfig:
 
 
 def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScalingConfig | None]:
-    """Base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    """Reads base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
     rope = typed(values, "rope_parameters", dict, {}, where) or typed(values, "rope_scaling", dict, {}, where)
     theta = typed(rope, "rope_theta", float, typed(values, "rope_theta", float, 10000.0, where), where)
     kind = str(rope.get("rope_type", rope.get("type", "default")))
@@ -123,11 +150,21 @@ def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScalin
         if kind == "llama3":
             scaled["original_max_positions"] = rope.get("original_max_position_embeddings")
         return theta, checked(where, lambda: build(RopeScalingConfig, scaled))
-    raise ConvertError(f"{where}: rotary scaling of type {kind!r} is not supported; default, linear and llama3 are")
+    raise ConvertError(f"{where}: rotary scaling of type {kind!r} is not supported; supported are default, linear and "
+                       "llama3")
 
 
 def read_vision(values: Mapping[str, Any], where: str, select_layer: int = -2) -> VisionConfig:
-    """A `CLIPVisionConfig`, the vision part of a `CLIPConfig`, or what `write_vision` makes of an EVA tower."""
+    """Reads a vision tower's config.
+
+    Args:
+      values: a `CLIPVisionConfig`, a `CLIPConfig`, or the output of `write_vision` for an EVA tower.
+      where: the file, for errors.
+      select_layer: which hidden state of a CLIP tower feeds the projector.
+
+    Raises:
+      ConvertError: a value is invalid or not supported.
+    """
     values = typed(values, "vision_config", dict, dict(values), where)
     is_eva = values.get("model_type") == _EVA_TYPE
     _require_fixed(values, _EVA_FIXED if is_eva else _CLIP_FIXED, where)
@@ -142,7 +179,18 @@ def read_vision(values: Mapping[str, Any], where: str, select_layer: int = -2) -
 
 
 def read_llava(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """A `LlavaConfig`; the vocabulary is that of the tensors, and `voco` is what an earlier export says of it."""
+    """Reads a `LlavaConfig`.
+
+    Args:
+      values: the file's content.
+      where: the file, for errors.
+
+    Returns:
+      The model's config, with the tensors' vocabulary. For `voco` see `read_voco`.
+
+    Raises:
+      ConvertError: a value is invalid or not supported.
+    """
     _require_fixed(values, _LLAVA_FIXED, where)
     select_layer = values.get("vision_feature_layer", -2)
     if not isinstance(select_layer, int):
@@ -150,7 +198,7 @@ def read_llava(values: Mapping[str, Any], where: str) -> ModelConfig:
     for part, known in (("text_config", ("llama",)), ("vision_config", ("clip_vision_model", _EVA_TYPE))):
         kind = typed(values, part, dict, {}, where).get("model_type", known[0])
         if kind not in known:
-            raise ConvertError(f"{where}: {part}.model_type {kind!r} is not supported; {' and '.join(known)} are")
+            raise ConvertError(f"{where}: {part}.model_type {kind!r} is not supported; supported: {', '.join(known)}")
     text = typed(values, "text_config", dict, {}, where)
     decoder = read_decoder({"tie_word_embeddings": values.get("tie_word_embeddings"), **text}, where)
     vision = read_vision(typed(values, "vision_config", dict, {}, where), where, select_layer)
@@ -158,12 +206,18 @@ def read_llava(values: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def read_voco(values: Mapping[str, Any], where: str) -> VocoConfig:
-    """The `voco` entry that exports write; without it, the first row, which a caller that knows better replaces."""
+    """Reads the `voco` entry that vocojax's exports write. Without it `token_id` is 0, which the caller replaces."""
     return checked(where, lambda: build(VocoConfig, typed(values, "voco", dict, {"token_id": 0}, where)))
 
 
 def write_decoder(config: DecoderConfig, rows: int, ids: Mapping[str, int | None]) -> Json:
-    """A `LlamaConfig` for tensors with that many vocabulary rows; `ids` are the tokenizer's `bos_token_id` etc."""
+    """Returns a `LlamaConfig`.
+
+    Args:
+      config: the decoder.
+      rows: rows of the vocabulary in the tensors.
+      ids: the tokenizer's `bos_token_id`, `eos_token_id` and `pad_token_id`.
+    """
     values: Json = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": rows, "hidden_size": config.width,
         "intermediate_size": config.mlp_width, "num_hidden_layers": config.depth,
@@ -184,7 +238,7 @@ def write_decoder(config: DecoderConfig, rows: int, ids: Mapping[str, int | None
 
 
 def write_vision(config: VisionConfig) -> Json:
-    """A `CLIPVisionConfig`; of an EVA tower the same keys with another `model_type`."""
+    """Returns a `CLIPVisionConfig`; an EVA tower has the same keys and another `model_type`."""
     return {
         "model_type": "clip_vision_model" if config.kind == "clip" else _EVA_TYPE,
         "image_size": config.image_size, "patch_size": config.patch_size, "hidden_size": config.width,
@@ -195,7 +249,14 @@ def write_vision(config: VisionConfig) -> Json:
 
 
 def write_llava(config: ModelConfig, rows: int, ids: Mapping[str, int | None], image_id: int) -> Json:
-    """A `LlavaConfig`."""
+    """Returns a `LlavaConfig`.
+
+    Args:
+      config: the model.
+      rows: rows of the vocabulary in the tensors.
+      ids: the tokenizer's `bos_token_id`, `eos_token_id` and `pad_token_id`.
+      image_id: the id of `<image>`.
+    """
     return {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
         "text_config": write_decoder(config.decoder, rows, ids), "vision_config": write_vision(config.vision),
@@ -206,7 +267,7 @@ def write_llava(config: ModelConfig, rows: int, ids: Mapping[str, int | None], i
 
 
 def write_image_processor(config: VisionConfig) -> Json:
-    """A `CLIPImageProcessor`: shortest side to the tower's size, centre crop, CLIP's mean and deviation."""
+    """Returns a `CLIPImageProcessor`: shortest side to the tower's size, centre crop, CLIP's mean and deviation."""
     return {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
         "size": {"shortest_edge": config.image_size}, "resample": 3, "do_center_crop": True,
@@ -216,7 +277,7 @@ def write_image_processor(config: VisionConfig) -> Json:
 
 
 def write_processor(config: VisionConfig, image_token: str) -> Json:
-    """What `LlavaProcessor` needs besides tokenizer and image processor."""
+    """Returns what `LlavaProcessor` needs in addition to the tokenizer and the image processor."""
     return {
         "processor_class": "LlavaProcessor", "patch_size": config.patch_size, "image_token": image_token,
         "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1,
@@ -226,4 +287,4 @@ def write_processor(config: VisionConfig, image_token: str) -> Json:
 def _require_fixed(values: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:
     for key, value in fixed.items():
         if values.get(key, value) != value:
-            raise ConvertError(f"{where}: {key} must be {value!r}, got {values[key]!r}: nothing else is computed here")
+            raise ConvertError(f"{where}: {key} must be {value!r}, got {values[key]!r}: no other value is supported")

@@ -1,4 +1,4 @@
-"""The parameters of a model in the tensors of a published layout, found by its table."""
+"""The parameters of a model, read from tensors in a published layout."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,17 +11,21 @@ from vocojax.weights import Index, Shape, Weights, check_tensors
 
 
 class MappedWeights:
-    """The parameters that a table finds in some tensors; nothing is read before it is asked for.
+    """The parameters of a model in some tensors. A tensor is read only when its parameter is.
 
     Args:
       table: the layout of the tensors.
-      tensors: where they are.
+      tensors: the tensors.
       parameters: shapes of the model's parameters by path.
-      allow_missing: regexes of tensors that may be missing or superfluous. Parameters whose tensors are missing are
+      allow_missing: regexes of tensors that may be missing or unexpected. Parameters whose tensors are missing are
         absent from `shapes`.
 
+    Attributes:
+      where: the files, for errors.
+      shapes: shapes of the parameters by path.
+
     Raises:
-      ConvertError: see `Table.resolve` and `check_tensors`.
+      ConvertError: two tensors are the same one under two names; see also `Table.resolve` and `check_tensors`.
     """
 
     def __init__(
@@ -36,7 +40,8 @@ class MappedWeights:
             if table.ignores(canonical):
                 continue
             if canonical in self._names:
-                raise ConvertError(f"{self.where}: tensors {self._names[canonical]} and {name} are both {canonical}")
+                raise ConvertError(f"{self.where}: tensors {self._names[canonical]} and {name} are both {canonical}; "
+                                   "remove one of them")
             self._names[canonical] = name
         slots = table.resolve(parameters)
         present = {canonical: tensors.shapes[name] for canonical, name in self._names.items()}
@@ -49,11 +54,11 @@ class MappedWeights:
                 self._layers.setdefault(slot.path, []).append((self._names[name], slot))
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype that holds every layer of a parameter."""
+        """Returns the dtype of a parameter: one that can hold the values of all its layers."""
         return np.result_type(*{self._tensors.dtype(source) for source, _ in self._layers[name]})
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """A parameter, or the slice of it at `index`."""
+        """Reads a parameter, or the slice of it at `index`."""
         layers = self._layers[name]
         index = tuple(slice(None) for _ in self.shapes[name]) if index is None else index
         if layers[0][1].layer is None:

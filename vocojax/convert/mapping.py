@@ -1,8 +1,8 @@
-"""How the tensors of a published layout map to the model's parameters: tables of (regex -> path, transform).
+"""Tables that map the tensors of a published layout to the model's parameters.
 
-A rule is written once, as a tensor's name with `{layer}` in it, and serves both directions: as the regex that
-recognises a tensor, and as the name a parameter is written under. `Table.resolve` holds a table against a model's
-parameters: each is claimed by exactly one rule, each tensor recognised by exactly one.
+A rule holds a tensor's name, which may contain `{layer}`, a parameter's path and a transform. One rule serves both
+directions: its name is the regex that matches tensors when reading, and the tensor's name when writing.
+`Table.resolve` checks a table against a model's parameters: exactly one rule for each parameter and each tensor.
 """
 
 import dataclasses
@@ -21,12 +21,14 @@ Array = np.ndarray
 
 
 class Transform(NamedTuple):
-    """A tensor <-> a parameter (one layer of it, where layers are stacked).
+    """A conversion between a tensor and a parameter (or one layer of a stacked parameter), in both directions.
 
-    forward, backward: tensor -> parameter, parameter -> tensor.
-    shape: the parameter's shape -> the tensor's.
-    transposes: whether `forward` is a mere transposition (True) or nothing at all (False), so that a slice of the
-      parameter is a slice of the tensor; None for anything else.
+    Attributes:
+      forward: makes the parameter from the tensor.
+      backward: makes the tensor from the parameter.
+      shape: maps the parameter's shape to the tensor's.
+      transposes: True if `forward` only transposes, False if it changes nothing; a slice of the parameter is then a
+        slice of the tensor. None for anything else.
     """
 
     forward: Callable[[Array], Array]
@@ -40,7 +42,11 @@ TRANSPOSE = Transform(np.transpose, np.transpose, lambda shape: shape[::-1], tra
 
 
 def patches(size: int) -> Transform:
-    """A convolution over patches [E, 3, size, size] <-> a linear map from (row, column, channel) [size*size*3, E]."""
+    """Returns the transform of a convolution over patches to a linear map.
+
+    The tensor is [E, 3, size, size], the parameter [size*size*3, E] with its inputs in the order (row, column,
+    channel).
+    """
     return Transform(
         lambda x: x.transpose(2, 3, 1, 0).reshape(size * size * 3, -1),
         lambda x: x.reshape(size, size, 3, -1).transpose(3, 2, 0, 1),
@@ -49,7 +55,7 @@ def patches(size: int) -> Transform:
 
 
 def leading_ones(count: int) -> Transform:
-    """A tensor with `count` axes of length 1 in front that the parameter doesn't have."""
+    """Returns the transform that removes the tensor's `count` leading axes of length 1."""
     return Transform(
         lambda x: x.reshape(x.shape[count:]),
         lambda x: x.reshape((1,) * count + x.shape),
@@ -58,12 +64,12 @@ def leading_ones(count: int) -> Transform:
 
 
 def vocabulary(rows: int, vocab_size: int, new_id: int | None = None, *, transposed: bool) -> Transform:
-    """An embedding [rows, E] <-> one [vocab_size, E] with room for `<voco>` and for rows that only make it shardable.
+    """Returns the transform of an embedding [rows, E] to one [vocab_size, E] with rows for `<voco>` and for padding.
 
     Args:
-      rows: the tensor's. What the parameter has beyond is dropped on the way back; what it lacks comes as zeros.
-      vocab_size: the parameter's rows.
-      new_id: a row that becomes the mean of those before it, as a token's that was never trained; None for none.
+      rows: rows of the tensor. `backward` drops further rows of the parameter and fills missing ones with zeros.
+      vocab_size: rows of the parameter.
+      new_id: the row of a new, untrained token: it becomes the mean of the rows before it. None: no new token.
       transposed: whether the parameter is the head's kernel [E, vocab_size] instead.
     """
 
@@ -83,9 +89,13 @@ def vocabulary(rows: int, vocab_size: int, new_id: int | None = None, *, transpo
 
 
 class Rule(NamedTuple):
-    """Tensors called `name` hold the parameter `path`.
+    """A parameter and the tensors that hold it.
 
-    Where `name` has `{layer}` in it, the parameter is a stack of `layers`, the numbers that `{layer}` goes through.
+    Attributes:
+      name: the tensors' name; `{layer}` in it stands for a layer's number.
+      path: the parameter.
+      transform: from a tensor to the parameter, or to one layer of it.
+      layers: the layers' numbers, where the parameter is a stack of layers; else None.
     """
 
     name: str
@@ -95,11 +105,11 @@ class Rule(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """The tensors' names, layer by layer."""
+        """Names of the tensors, layer by layer."""
         return [self.name] if self.layers is None else [self.name.format(layer=layer) for layer in self.layers]
 
-    def recognises(self, name: str) -> bool:
-        """Whether a tensor of that name is this rule's."""
+    def matches(self, name: str) -> bool:
+        """Returns whether this rule is for a tensor of that name."""
         found = _regex(self.name).fullmatch(name)
         return found is not None and (self.layers is None or int(found["layer"]) in self.layers)
 
@@ -110,20 +120,31 @@ def _regex(name: str) -> re.Pattern[str]:
 
 
 class Slot(NamedTuple):
-    """Where a tensor belongs: a parameter, the layer of it (None where it isn't stacked), and how it gets there."""
+    """The place of a tensor among the parameters.
+
+    Attributes:
+      path: the parameter.
+      layer: the layer of a stacked parameter, else None.
+      transform: from the tensor to the parameter, or to its layer.
+      shape: the tensor's shape.
+    """
 
     path: str
     layer: int | None
     transform: Transform
-    shape: Shape  # the tensor's
+    shape: Shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One layout.
+    """The table of one layout.
 
-    ignored: regexes of tensors that files of this layout may hold and the model has no use for.
-    aliases: (regex, replacement) pairs, applied in order to a tensor's name: other names the same tensors go by.
+    Attributes:
+      layout: the layout's name, for errors.
+      rules: one for each parameter.
+      ignored: regexes of tensors that files of this layout may hold and the model does not use.
+      aliases: (regex, replacement) pairs that are applied, in order, to a tensor's name: they turn other names of the
+        tensors into the rules' names.
     """
 
     layout: str
@@ -132,21 +153,24 @@ class Table:
     aliases: tuple[tuple[str, str], ...] = ()
 
     def canonical(self, name: str) -> str:
-        """The name the rules use for a tensor."""
+        """Returns a tensor's name in the rules."""
         for pattern, replacement in self.aliases:
             name = re.sub(pattern, replacement, name)
         return name
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor (by its canonical name) holds nothing of the model's."""
+        """Returns whether the model does not use a tensor (by its canonical name)."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
     def resolve(self, shapes: Mapping[str, Shape]) -> dict[str, Slot]:
-        """The tensors that make up a model with parameters of these shapes, by canonical name.
+        """Returns the tensors of a model by canonical name.
+
+        Args:
+          shapes: shapes of the model's parameters by path.
 
         Raises:
-          ConvertError: a parameter without a rule or with several, a rule without a parameter or of another depth, a
-            tensor that several rules recognise.
+          ConvertError: a parameter without a rule or with several, a rule without a parameter or of another depth, or
+            a tensor that several rules match.
         """
         claims = Counter(rule.path for rule in self.rules)
         problems = [f"parameter {path} has no rule" for path in shapes if path not in claims]
@@ -162,8 +186,8 @@ class Table:
             for index, name in enumerate(rule.names):
                 layer = None if rule.layers is None else index
                 slots[name] = Slot(rule.path, layer, rule.transform, rule.transform.shape(shape))
-                if self.ignores(name) or sum(other.recognises(name) for other in self.rules) != 1:
-                    problems.append(f"tensor {name} is recognised by several rules")
+                if self.ignores(name) or sum(other.matches(name) for other in self.rules) != 1:
+                    problems.append(f"tensor {name} is matched by several rules")
         if problems:
             raise ConvertError(f"the table of the layout {self.layout!r} doesn't fit the model: {'; '.join(problems)}")
         return slots

@@ -1,7 +1,7 @@
-"""Tensors of PyTorch's `.bin` and `.pth` files, read without torch and without running what a pickle asks for.
+"""A reader of PyTorch's `.bin` and `.pth` files that needs no torch and never runs code from a pickle.
 
-Such a file is an uncompressed zip archive: a pickle that describes tensors, and one entry per storage with their bytes.
-The unpickler here knows how to make tensors and ordered dicts; it refuses anything else by its name.
+Such a file is an uncompressed zip archive: a pickle that describes the tensors, and one entry with the bytes of each
+storage. The unpickler here makes tensors and ordered dicts. It refuses everything else and names it.
 """
 
 import pickle
@@ -18,7 +18,7 @@ import numpy as np
 from vocojax.errors import ConvertError
 from vocojax.weights import Index, Shape
 
-_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry: 26 bytes, then the lengths of its name and extra field
+_LOCAL_HEADER = struct.Struct("<26xHH")  # a zip entry's: 26 bytes, then the lengths of its name and its extra field
 
 
 class _StorageType(NamedTuple):
@@ -44,7 +44,7 @@ _STORAGE_TYPES: Mapping[str, _StorageType] = {name: _StorageType(np.dtype(dtype)
 }.items()}
 
 
-# What a pickle with changed bytes raises in its unpickler, besides refusals.
+# What the unpickler raises for a pickle with changed bytes, in addition to `_RefusedError`.
 _DAMAGES = (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, MemoryError,
             OverflowError, RecursionError)
 
@@ -54,7 +54,7 @@ def _one_line(error: BaseException) -> str:
 
 
 class _RefusedError(pickle.UnpicklingError):
-    """The pickle asks for something that is no tensor."""
+    """A pickle's request for something that is not a tensor."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -76,10 +76,17 @@ class _Unpickler(pickle.Unpickler):
 
 
 class PickleFile:
-    """The tensors of one `.bin` or `.pth` file; bytes are read when asked for.
+    """The tensors of one `.bin` or `.pth` file. A tensor's bytes are read only when the tensor is.
+
+    Args:
+      path: the file.
+
+    Attributes:
+      where: the file, for errors.
+      shapes: shapes of the tensors by name.
 
     Raises:
-      ConvertError: no such archive, a truncated one, or a pickle of anything but tensors.
+      ConvertError: the file is not such an archive, is truncated, or holds something other than tensors.
     """
 
     def __init__(self, path: str | Path):
@@ -89,54 +96,57 @@ class PickleFile:
                 self._entries = {info.filename: info for info in archive.infolist()}
                 head = next((name for name in self._entries if name.endswith("data.pkl")), None)
                 if head is None:
-                    raise ConvertError(f"{path}: an archive without data.pkl, not a file of torch.save")
+                    raise ConvertError(f"{path}: an archive without data.pkl, not written by torch.save; get the "
+                                       "weights as safetensors")
                 self._root = head.removesuffix("data.pkl")
                 with archive.open(head) as data:
                     content = _Unpickler(data).load()
                 order = f"{self._root}byteorder"
                 if order in self._entries and archive.read(order) != b"little":
-                    raise ConvertError(f"{path}: was written on a big-endian machine; save it again on a usual one")
+                    raise ConvertError(f"{path}: was written on a big-endian machine; save it again on a little-endian "
+                                       "one")
             self._tensors = self._require_tensors(content)
             for name, tensor in self._tensors.items():
                 self._require_inside(name, tensor)
         except ConvertError:
             raise
         except _RefusedError as error:
-            raise ConvertError(f"{path}: refused: its pickle asks for {_one_line(error)}, which is no tensor; get the "
-                               "weights as safetensors") from None
+            raise ConvertError(f"{path}: refused: its pickle asks for {_one_line(error)}, which is not a tensor; get "
+                               "the weights as safetensors") from None
         except (zipfile.BadZipFile, OSError) as error:
-            raise ConvertError(f"{path}: not a whole file of torch.save ({error}); fetch it again, or save it again "
-                               "with torch >= 1.6") from None
+            raise ConvertError(f"{path}: not a complete file of torch.save ({error}); download it again, or save it "
+                               "again with torch >= 1.6") from None
         except _DAMAGES as error:
-            raise ConvertError(f"{path}: its pickle is damaged: {_one_line(error)}; fetch it again") from None
+            raise ConvertError(f"{path}: its pickle is damaged: {_one_line(error)}; download it again") from None
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def _require_tensors(self, content: Any) -> dict[str, _Tensor]:
         if not isinstance(content, dict):
-            raise ConvertError(f"{self.where}: holds no dict of tensors but a {type(content).__name__}")
+            raise ConvertError(f"{self.where}: holds a {type(content).__name__} instead of a dict of tensors; save the "
+                               "plain state dict")
         for name, value in content.items():
             if not isinstance(value, _Tensor) or not isinstance(name, str) or not name.isprintable():
                 shown = name[:200] if isinstance(name, str) else f"a key of type {type(name).__name__}"
-                raise ConvertError(f"{self.where}: {shown!r} is no tensor; save the plain state dict")
+                raise ConvertError(f"{self.where}: {shown!r} is not a tensor; save the plain state dict")
         return dict(content)
 
     def _require_inside(self, name: str, tensor: _Tensor) -> None:
         entry = self._entries.get(f"{self._root}data/{tensor.storage.key}")
         if entry is None or entry.compress_type != zipfile.ZIP_STORED:
-            raise ConvertError(f"{self.where}: tensor {name} has no plain storage data/{tensor.storage.key}; the file "
-                               "is damaged")
+            raise ConvertError(f"{self.where}: the file is damaged: tensor {name} has no uncompressed storage "
+                               f"data/{tensor.storage.key}; download it again")
         last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
         is_inside = min(0, tensor.offset, *tensor.strides, *tensor.shape) >= 0
         if not is_inside or (0 not in tensor.shape and (last + 1) * tensor.storage.dtype.itemsize > entry.file_size):
-            raise ConvertError(f"{self.where}: tensor {name} lies outside its storage of {entry.file_size} bytes; the "
-                               "file is damaged")
+            raise ConvertError(f"{self.where}: the file is damaged: tensor {name} lies outside its storage of "
+                               f"{entry.file_size} bytes; download it again")
 
     def dtype(self, name: str) -> np.dtype:
-        """The tensor's dtype."""
+        """Returns the tensor's dtype."""
         return self._tensors[name].storage.dtype
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """A tensor, or the slice of it at `index`."""
+        """Reads a tensor, or the slice of it at `index`."""
         (key, dtype), offset, shape, strides = self._tensors[name]
         if 0 in shape:
             return np.zeros(shape, dtype) if index is None else np.zeros(shape, dtype)[index]
@@ -147,7 +157,7 @@ class PickleFile:
         return np.array(view if index is None else view[index])
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
-        """Where an entry's bytes begin in the file."""
+        """Returns the offset in the file at which an entry's bytes begin."""
         with open(self.where, "rb") as file:
             file.seek(entry.header_offset)
             name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))

@@ -1,4 +1,4 @@
-"""Safetensors files: read slice by slice through the safetensors library, and written tensor by tensor in any order."""
+"""A reader of safetensors files, slice by slice, and a writer that takes the tensors in any order."""
 
 import json
 import struct
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from vocojax.errors import ConvertError
 from vocojax.weights import Index, Shape
 
-_LENGTH = struct.Struct("<Q")  # of the JSON header in front of the data
+_LENGTH = struct.Struct("<Q")  # length of the JSON header that precedes the data
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
@@ -25,8 +25,15 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class SafetensorsFile:
     """The tensors of one file. It is mapped into memory only while something is read from it.
 
+    Args:
+      path: the file.
+
+    Attributes:
+      where: the file, for errors.
+      shapes: shapes of the tensors by name.
+
     Raises:
-      ConvertError: the file is no safetensors file, is truncated, or holds a dtype without a numpy equivalent.
+      ConvertError: the file is not a safetensors file, is truncated, or holds a dtype without a numpy equivalent.
     """
 
     def __init__(self, path: str | Path):
@@ -37,23 +44,23 @@ class SafetensorsFile:
                 self.shapes: dict[str, Shape] = {name: tuple(part.get_shape()) for name, part in slices.items()}
                 self._dtypes = {name: part.get_dtype() for name, part in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise ConvertError(_damage(Path(path)) or f"{path}: can't be read: {error}") from None
+            raise ConvertError(_damage(Path(path)) or f"{path}: can't be read: {error}; download it again") from None
         for name, dtype in self._dtypes.items():
             if dtype not in DTYPES:
-                raise ConvertError(f"{path}: tensor {name} is of type {dtype}, not one of {', '.join(DTYPES)}")
+                raise ConvertError(f"{path}: tensor {name} has dtype {dtype}; supported are {', '.join(DTYPES)}")
 
     def dtype(self, name: str) -> np.dtype:
-        """The tensor's dtype."""
+        """Returns the tensor's dtype."""
         return DTYPES[self._dtypes[name]]
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """A tensor, or the slice of it at `index`."""
+        """Reads a tensor, or the slice of it at `index`."""
         with safe_open(self.where, "np") as file:
             return file.get_tensor(name) if index is None or not index else file.get_slice(name)[index]
 
 
 def _damage(path: Path) -> str:
-    """What is wrong with a file that the library rejects, as far as its header tells; '' if nothing."""
+    """Returns the error message for a truncated file; '' if the header shows no truncation."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -69,18 +76,18 @@ def _damage(path: Path) -> str:
     for end, name in ends:
         needed = _LENGTH.size + length + end
         if needed > size:
-            return (f"{path}: truncated: tensor {name} ends at byte {needed} of {size}; fetch the file again")
+            return f"{path}: truncated: tensor {name} ends at byte {needed} of {size}; download the file again"
     return ""
 
 
 class SafetensorsWriter:
-    """Writes one file whose tensors are known beforehand and come in any order, straight to their places.
+    """A writer of one file. The names, dtypes and shapes are given first; the tensors then come in any order.
 
-    Use it in a `with` statement; leaving it without an exception checks that every tensor came.
+    Use it in a `with` statement; at its end, the writer checks that every tensor was written.
 
     Args:
-      path: the file.
-      tensors: dtype and shape by name, in the order they take in the file.
+      path: the file; it must not exist.
+      tensors: dtype and shape by name, in the order of the tensors in the file.
     """
 
     def __init__(self, path: str | Path, tensors: Mapping[str, tuple[np.dtype, Shape]]):
@@ -101,14 +108,14 @@ class SafetensorsWriter:
         self._file.truncate(self._data + end)
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Writes one tensor.
+        """Writes one tensor at its place in the file.
 
         Raises:
-          ValueError: it has another dtype or shape than announced, or came before.
+          ValueError: its dtype or shape is not the announced one, or it was written before.
         """
         announced = self._tensors.get(name)
         if announced != (array.dtype, array.shape) or name not in self._offsets:
-            raise ValueError(f"tensor {name} is {array.dtype} {array.shape}, announced was {announced} once")
+            raise ValueError(f"tensor {name} is {array.dtype} {array.shape}, expected {announced}, once")
         self._file.seek(self._data + self._offsets.pop(name))
         self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
@@ -116,6 +123,6 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._file.close()  # `files.new_directory` waits until it is on the disk
+        self._file.close()  # without fsync: `files.new_directory` does that for the whole directory
         if kind is None and self._offsets:
             raise ValueError(f"tensors were never written: {', '.join(self._offsets)}")

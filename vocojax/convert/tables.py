@@ -1,4 +1,4 @@
-"""The tables: which tensor of which published layout is which parameter."""
+"""Tables of the published layouts: which tensor holds which parameter."""
 
 import re
 
@@ -6,7 +6,7 @@ from vocojax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionCo
 from vocojax.convert.mapping import IDENTITY, TRANSPOSE, Rule, Table, leading_ones, patches, vocabulary
 from vocojax.errors import ConvertError
 
-# Buffers that older versions of the libraries saved along with the weights.
+# Buffers that older versions of the libraries saved with the weights.
 _BUFFERS = (r".*\.rotary_emb\.inv_freq", r".*\.embeddings\.position_ids")
 
 
@@ -23,12 +23,14 @@ def _norm(name: str, path: str, layers: range | None = None) -> list[Rule]:
 def decoder_rules(
     config: DecoderConfig, model: str, head: str, *, rows: int | None = None, new_id: int | None = None
 ) -> list[Rule]:
-    """A LLaMA decoder.
+    """Returns the rules of a LLaMA decoder.
 
     Args:
-      model: what precedes `layers.0...` in the names.
-      head: the name of the output projection.
-      rows, new_id: of the tensors' vocabulary, see `vocabulary`; rows default to the model's without padding.
+      config: the decoder.
+      model: prefix of `layers.0...` in the tensors' names.
+      head: name of the output projection.
+      rows: rows of the vocabulary in the tensors; None: the model's without padding.
+      new_id: see `vocabulary`.
     """
     rows = config.num_tokens if rows is None else rows
     grown = lambda transposed: vocabulary(rows, config.vocab_size, new_id, transposed=transposed)
@@ -47,7 +49,10 @@ def decoder_rules(
 
 
 def clip_rules(config: VisionConfig, prefix: str) -> list[Rule]:
-    """A CLIP vision tower under `prefix`; its layers lie in two stacks, before and behind the selected one."""
+    """Returns the rules of a CLIP vision tower under `prefix`.
+
+    Its layers are two stacks: those up to the selected hidden state, and those after it.
+    """
     embeddings, block = f"{prefix}embeddings.", f"{prefix}encoder.layers.{{layer}}."
     selected = config.depth + 1 + config.select_layer
     rules = [
@@ -70,7 +75,7 @@ def clip_rules(config: VisionConfig, prefix: str) -> list[Rule]:
 
 
 def eva_rules(config: VisionConfig, prefix: str) -> list[Rule]:
-    """An EVA-CLIP vision tower under `prefix`."""
+    """Returns the rules of an EVA-CLIP vision tower under `prefix`."""
     layers, block = range(config.depth), f"{prefix}blocks.{{layer}}."
     rules = [
         Rule(f"{prefix}cls_token", "vision/class_embedding", leading_ones(2)),
@@ -89,21 +94,27 @@ def eva_rules(config: VisionConfig, prefix: str) -> list[Rule]:
 
 
 def projector_rules(config: ProjectorConfig, linear_in: str, linear_out: str) -> list[Rule]:
-    """The projector's one or two linear layers, by their names."""
+    """Returns the rules of the projector's one or two linear layers, which have these names in the tensors."""
     rules = _linear(linear_in, "projector/linear_in")
     return rules + _linear(linear_out, "projector/linear_out") if config.kind == "mlp2x_gelu" else rules
 
 
 def huggingface_table(config: ModelConfig, rows: int, new_id: int | None = None) -> Table:
-    """transformers' `LlavaForConditionalGeneration`; the rules have the names of the published files, the aliases lead
-    from those of later versions to them.
+    """Returns the table of transformers' `LlavaForConditionalGeneration`.
+
+    The rules hold the names of the published files; the aliases turn the names of later versions into these.
+
+    Args:
+      config: the model.
+      rows: rows of the vocabulary in the tensors.
+      new_id: see `vocabulary`.
 
     Raises:
-      ConvertError: a vision tower, projector or compressor that this class doesn't have.
+      ConvertError: the layout does not support the model's vision tower, projector or compressor.
     """
     _require_no_compressor(config, "huggingface")
     if config.vision.kind != "clip" or config.projector.kind != "mlp2x_gelu":
-        raise ConvertError(f"the layout 'huggingface' has no place for a vision tower of kind {config.vision.kind!r} "
+        raise ConvertError(f"the layout 'huggingface' does not support a vision tower of kind {config.vision.kind!r} "
                            f"with a projector of kind {config.projector.kind!r}; use the layout 'llava'")
     rules = [
         *decoder_rules(config.decoder, "language_model.model.", "language_model.lm_head", rows=rows, new_id=new_id),
@@ -119,11 +130,18 @@ def huggingface_table(config: ModelConfig, rows: int, new_id: int | None = None)
     return Table("huggingface", tuple(rules), _unused(config.decoder, r"language_model\.lm_head"), aliases)
 
 
-TOWER = "model.vision_tower.vision_tower."  # what precedes the vision tower's own names in the original layout
+TOWER = "model.vision_tower.vision_tower."  # prefix of the vision tower's own names in the original layout
 
 
 def llava_table(config: ModelConfig, rows: int, new_id: int | None = None) -> Table:
-    """The original `llava_llama` layout: LLaVA-1.5, the released VoCo-LLaMA, Shikra (linear), LLaMA-VID (EVA).
+    """Returns the table of the original `llava_llama` layout.
+
+    LLaVA-1.5, the released VoCo-LLaMA, Shikra (linear projector) and LLaMA-VID (EVA tower) use it.
+
+    Args:
+      config: the model.
+      rows: rows of the vocabulary in the tensors.
+      new_id: see `vocabulary`.
 
     Raises:
       ConvertError: the model has a compressor.
@@ -141,27 +159,33 @@ def llava_table(config: ModelConfig, rows: int, new_id: int | None = None) -> Ta
         (rf"^{re.escape(TOWER)}(embeddings|encoder|pre_layrnorm|post_layernorm)\.", rf"{TOWER}vision_model.\1."),
     )
     tower = re.escape(TOWER)
-    beside = (
+    unused = (
         (rf"{tower}(text_model\..*|visual_projection\..*|text_projection\..*|logit_scale)",) if is_clip
-        # BLIP-2 and LLaMA-VID run all but the last of the published blocks, and nothing behind them.
+        # BLIP-2 and LLaMA-VID run all but the last of the published blocks, and nothing after them.
         else (rf"{tower}blocks\.{config.vision.depth}\..*", rf"{tower}(norm|fc_norm|head|lm_head)\..*",
               rf"{tower}mask_token")
     )
-    return Table("llava", tuple(rules), _unused(config.decoder, "lm_head") + beside, aliases)
+    return Table("llava", tuple(rules), _unused(config.decoder, "lm_head") + unused, aliases)
 
 
 def llama_table(config: DecoderConfig, rows: int, new_id: int | None = None) -> Table:
-    """transformers' `LlamaForCausalLM`: a decoder alone."""
+    """Returns the table of transformers' `LlamaForCausalLM`, a decoder alone.
+
+    Args:
+      config: the decoder.
+      rows: rows of the vocabulary in the tensors.
+      new_id: see `vocabulary`.
+    """
     rules = decoder_rules(config, "model.", "lm_head", rows=rows, new_id=new_id)
     return Table("llama", tuple(rules), _unused(config, "lm_head"))
 
 
 def _unused(config: DecoderConfig, head: str) -> tuple[str, ...]:
-    """Buffers, and the copy of the embedding that some files hold as the head of a decoder that ties the two."""
+    """Returns regexes of tensors to ignore: buffers, and with tied embeddings the head, which is a copy of them."""
     return (*_BUFFERS, rf"{head}\.weight") if config.tie_embeddings else _BUFFERS
 
 
 def _require_no_compressor(config: ModelConfig, layout: str) -> None:
     if config.compressor.kind != "none":
-        raise ConvertError(f"the layout {layout!r} has no place for the compressor {config.compressor.kind!r} of a "
-                           "baseline; keep it as an Orbax checkpoint")
+        raise ConvertError(f"the layout {layout!r} does not support the compressor {config.compressor.kind!r} of a "
+                           "baseline; use the layout 'orbax'")

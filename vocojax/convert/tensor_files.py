@@ -1,4 +1,4 @@
-"""The tensors of a directory (one file or shards with an index), and of several places together."""
+"""The tensors of one file, of a directory (one file, or shards with an index), or of several of these together."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from vocojax.convert.safetensors_files import SafetensorsFile
 from vocojax.errors import ConvertError
 from vocojax.weights import Index, Weights
 
-# Name of the single file and of the index, by preference.
+# Single file, index, and pattern of shards; the first form that a directory has is read.
 _FORMS = (
     ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
@@ -19,14 +19,18 @@ _FORMS = (
 
 
 class MergedTensors:
-    """The tensors of several sources under one roof.
+    """The tensors of several sources as one.
 
     Args:
-      where: what they are together, for errors.
-      parts: sources, each with what renames its tensors.
+      where: name of the whole, for errors.
+      parts: sources, each with a function that renames its tensors.
+
+    Attributes:
+      where: as above.
+      shapes: shapes of the tensors by their new names.
 
     Raises:
-      ConvertError: two parts have a tensor of the same name.
+      ConvertError: two sources have a tensor of the same name.
     """
 
     def __init__(self, where: str, parts: list[tuple[Weights, Callable[[str], str]]]):
@@ -36,37 +40,38 @@ class MergedTensors:
             for name in part.shapes:
                 new = rename(name)
                 if new in self._homes:
-                    raise ConvertError(f"{part.where}: tensor {name} is in {self._homes[new][0].where} already")
+                    raise ConvertError(f"{part.where}: tensor {name} is also in {self._homes[new][0].where}; use only "
+                                       "one of the two")
                 self._homes[new] = part, name
         self.shapes = {new: part.shapes[name] for new, (part, name) in self._homes.items()}
 
     def dtype(self, name: str) -> np.dtype:
-        """The tensor's dtype."""
+        """Returns the tensor's dtype."""
         part, own = self._homes[name]
         return part.dtype(own)
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """A tensor, or the slice of it at `index`."""
+        """Reads a tensor, or the slice of it at `index`."""
         part, own = self._homes[name]
         return part.read(own, index)
 
 
 def open_file(path: str | Path) -> Weights:
-    """One file of tensors: safetensors by its suffix, anything else as torch's.
+    """Opens one file of tensors: safetensors if it has that suffix, else a file of torch.save.
 
     Raises:
-      ConvertError: it doesn't exist or can't be read.
+      ConvertError: the file does not exist or can't be read.
     """
     if not Path(path).is_file():
-        raise ConvertError(f"{path}: no such file")
+        raise ConvertError(f"{path}: no such file; check the path")
     return SafetensorsFile(path) if str(path).endswith(".safetensors") else PickleFile(path)
 
 
 def open_directory(directory: str | Path) -> Weights:
-    """The tensors of a directory in transformers' file layout; safetensors win over `.bin`.
+    """Opens the tensors of a directory in transformers' file layout; safetensors take precedence over `.bin`.
 
     Raises:
-      ConvertError: no weights, or shards and index that disagree.
+      ConvertError: there are no weights, or the shards and their index disagree.
     """
     directory = Path(directory)
     for single, index, pattern in _FORMS:
@@ -75,8 +80,9 @@ def open_directory(directory: str | Path) -> Weights:
         if (directory / single).is_file():
             return open_file(directory / single)
         if stray := sorted(path.name for path in directory.glob(pattern)):
-            raise ConvertError(f"{directory}: holds {', '.join(stray)} but no {index}: fetch the index")
-    raise ConvertError(f"{directory}: no weights: neither {_FORMS[0][0]} nor {_FORMS[1][0]}, alone or with an index")
+            raise ConvertError(f"{directory}: holds {', '.join(stray)} but no {index}; download the index too")
+    raise ConvertError(f"{directory}: no weights: neither {_FORMS[0][0]} nor {_FORMS[1][0]}, alone or with an index; "
+                       "download them or check the path")
 
 
 def _open_shards(directory: Path, index: Path, pattern: str) -> Weights:
@@ -85,21 +91,23 @@ def _open_shards(directory: Path, index: Path, pattern: str) -> Weights:
         if not all(isinstance(home, str) for home in homes.values()):
             raise TypeError("names of shards must be strings")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConvertError(f"{index}: not an index with a weight_map: {error}") from None
+        raise ConvertError(f"{index}: not an index with a weight_map: {error}; download it again") from None
     shards = sorted(set(homes.values()))
     for shard in shards:
         if not (directory / shard).is_file():
             tensors = sorted(name for name, home in homes.items() if home == shard)
-            raise ConvertError(f"{directory / shard}: missing; {index.name} says it holds {len(tensors)} tensors, the "
-                               f"first {tensors[0]}")
+            raise ConvertError(f"{directory / shard}: missing; {index.name} lists {len(tensors)} tensors in it, the "
+                               f"first is {tensors[0]}; download it")
     if unlisted := sorted(path.name for path in directory.glob(pattern) if path.name not in shards):
-        raise ConvertError(f"{directory / unlisted[0]}: a shard that {index.name} doesn't name; remove it or fetch the "
+        raise ConvertError(f"{directory / unlisted[0]}: not listed in {index.name}; remove this shard or download the "
                            "index again")
     files = {shard: open_file(directory / shard) for shard in shards}
     for name, shard in homes.items():
         if name not in files[shard].shapes:
-            raise ConvertError(f"{directory / shard}: lacks tensor {name}, which {index.name} says it holds")
+            raise ConvertError(f"{directory / shard}: lacks tensor {name}, which {index.name} lists in it; download "
+                               "shards and index again")
     for shard, file in files.items():
         if extra := sorted(name for name in file.shapes if homes.get(name) != shard):
-            raise ConvertError(f"{directory / shard}: holds tensor {extra[0]}, which {index.name} doesn't say")
+            raise ConvertError(f"{directory / shard}: holds tensor {extra[0]}, which {index.name} does not list in it; "
+                               "download shards and index again")
     return MergedTensors(str(directory), [(file, lambda name: name) for file in files.values()])

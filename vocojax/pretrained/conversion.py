@@ -1,4 +1,4 @@
-"""A conversion from end to end: open, write, and read again what was written."""
+"""Conversion of weights from one layout to another, with verification."""
 
 import hashlib
 import re
@@ -15,6 +15,8 @@ from vocojax.pretrained.export import VOCABULARY, Layout, export
 from vocojax.pretrained.source import Source, open_source, parameter_shapes
 from vocojax.weights import Weights
 
+_REMEDY = "convert the source again"
+
 
 def convert(
     source: str | Path,
@@ -30,11 +32,20 @@ def convert(
     allow_missing: Collection[str] = (),
     report: Callable[[str], None] = print,
 ) -> None:
-    """Converts weights from one layout to another; arguments as `open_source`'s and `export`'s.
+    """Converts weights from one layout to another.
 
     Args:
-      verify: read the target again and compare, see `verify_target`.
-      report: takes the lines of the report.
+      source: directory to read, see `open_source`.
+      target: directory to write, see `export`.
+      target_layout: see `export`.
+      dtype: see `export`.
+      verify: whether to read the target again and compare it, see `verify_target`.
+      vision: see `open_source`.
+      projector: see `open_source`.
+      tokenizer: see `open_source`.
+      num_vocos: see `open_source`.
+      allow_missing: see `open_source`.
+      report: called with each line of the report.
 
     Raises:
       ConvertError: see `open_source`, `export` and `verify_target`.
@@ -54,8 +65,14 @@ def convert(
 def verify_target(source: Source, target: str | Path, report: Callable[[str], None]) -> str:
     """Reads a converted directory again and compares it with its source, layer by layer.
 
-    Reports for every parameter the largest |Δ| from the source, which is the rounding to the target's dtype, and
-    returns a digest. The digest is of the parameters by path, so the same weights have the same one in every layout.
+    Args:
+      source: what was converted.
+      target: the converted directory.
+      report: called with a line for each parameter: the largest |Δ| from the source, which is the error of rounding to
+        the target's dtype.
+
+    Returns:
+      SHA-256 of all parameters by path: the same weights have the same digest in every layout.
 
     Raises:
       ConvertError: the configs differ in more than the vocabulary's length, or a value is not the source's rounded to
@@ -64,14 +81,17 @@ def verify_target(source: Source, target: str | Path, report: Callable[[str], No
     absent = parameter_shapes(source.config).keys() - source.weights.shapes.keys()
     written = open_source(target, allow_missing=[re.escape(path) for path in absent])
     if _without_vocabulary(written.config) != _without_vocabulary(source.config):
-        raise ConvertError(f"{target}: its config reads {written.config}, its source's {source.config}")
+        raise ConvertError(f"{target}: verification failed: its config is {written.config}, the source's is "
+                           f"{source.config}; {_REMEDY}")
     for entry in ("template", "fit", "visibility"):
         here, there = getattr(written.card, entry), getattr(source.card, entry)
         if here != there:
-            raise ConvertError(f"{target}: its {entry} reads {here!r}, its source's is {there!r}")
+            raise ConvertError(f"{target}: verification failed: its {entry} is {here!r}, the source's is {there!r}; "
+                               f"{_REMEDY}")
     if set(written.weights.shapes) != set(source.weights.shapes):
         odd = sorted(set(written.weights.shapes) ^ set(source.weights.shapes))
-        raise ConvertError(f"{target}: has other parameters than its source: {', '.join(odd)}")
+        raise ConvertError(f"{target}: verification failed: these parameters are only in it or only in the source: "
+                           f"{', '.join(odd)}; {_REMEDY}")
     whole = hashlib.sha256()
     wrong = []
     for path in sorted(written.weights.shapes):
@@ -81,12 +101,17 @@ def verify_target(source: Source, target: str | Path, report: Callable[[str], No
             wrong.append(path)
         report(f"{path} {written.weights.dtype(path).name} {list(written.weights.shapes[path])}: max |Δ| {largest:.3g}")
     if wrong:
-        raise ConvertError(f"{target}: read again, these are not what was to be written: {', '.join(wrong)}")
+        raise ConvertError(f"{target}: verification failed: these parameters are not the source's rounded to the "
+                           f"target's dtype: {', '.join(wrong)}; {_REMEDY}, with a wider --dtype if values overflow")
     return whole.hexdigest()
 
 
 def _compare(path: str, source: Weights, written: Weights, whole: Any, num_tokens: int) -> tuple[float, bool]:
-    """Largest |Δ| of a parameter, and whether it is the source's rounded to the dtype; feeds the digest `whole`."""
+    """Compares a parameter with the source's, and adds it to the digest `whole`.
+
+    Returns:
+      The largest |Δ|, and whether the parameter is exactly the source's rounded to the target's dtype.
+    """
     dtype, shape = written.dtype(path), written.shapes[path]
     whole.update(f"{path} {dtype.name} {list(shape)} ".encode())
     largest, is_exact = 0.0, True
@@ -95,13 +120,13 @@ def _compare(path: str, source: Weights, written: Weights, whole: Any, num_token
     for part in first:
         before, after = source.read(path, (part, *rest)), written.read(path, (part, *rest))
         whole.update(np.ascontiguousarray(after).reshape(-1).view(np.uint8).data)
-        if path in VOCABULARY:  # padding rows mean nothing, and <image> may have added one
+        if path in VOCABULARY:  # padding rows have no meaning, and <image> may have added one
             tokens = (slice(None),) * VOCABULARY[path] + (slice(num_tokens),)
             before, after = before[tokens], after[tokens]
         difference = before.astype(np.float32) - after.astype(np.float32)
         largest = max(largest, float(np.fmax.reduce(np.abs(difference), axis=None, initial=0)))
         is_exact &= np.array_equal(before.astype(dtype, copy=False), after, equal_nan=True)
-        is_exact &= not (np.isfinite(before) & ~np.isfinite(after)).any()  # overflow of the target's dtype
+        is_exact &= not (np.isfinite(before) & ~np.isfinite(after)).any()  # the target's dtype overflowed
     return largest, is_exact
 
 

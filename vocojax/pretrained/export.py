@@ -1,4 +1,4 @@
-"""Writes a model in a published layout, or as an Orbax checkpoint; a directory is complete or not there at all."""
+"""Export of a model to a published layout or to an Orbax checkpoint. A target is written completely or not at all."""
 
 import contextlib
 import copy
@@ -22,10 +22,8 @@ from vocojax.weights import check_tensors
 
 Layout = Literal["orbax", "huggingface", "llava"]
 SHARD_BYTES = 5 * 10**9
-IMAGE_TOKEN = "<image>"  # transformers' processor writes it where vision tokens go
-
-
-# Parameters with a row per token, and the axis the rows are on.
+IMAGE_TOKEN = "<image>"  # transformers' processor writes it in the place of vision tokens
+# Parameters with a row for each token, and the axis of these rows.
 VOCABULARY = {"decoder/embedding": 0, "decoder/head/kernel": 1}
 
 
@@ -39,15 +37,17 @@ def export(
     """Writes a model to a new directory.
 
     Args:
-      source: what to write; one stacked parameter at a time is in memory.
-      target: the directory. It appears when everything is in it.
-      layout: `huggingface` (a decoder alone becomes a `LlamaForCausalLM`), `llava` (the original layout), or `orbax`
-        (a run of training that has made no step).
-      dtype: of the arrays; None keeps each as it is.
-      check: called with the filled directory before it becomes the target; an error it raises leaves no target.
+      source: what to write. One stacked parameter at a time is in memory.
+      target: the directory. It appears when it is complete.
+      layout: one of
+        - `huggingface`: transformers' layout; a decoder alone becomes a `LlamaForCausalLM`;
+        - `llava`: the original layout;
+        - `orbax`: a training run before its first step.
+      dtype: dtype of the arrays; None keeps each array's own.
+      check: called with the complete directory before it becomes the target. If it raises an error, no target is left.
 
     Raises:
-      ConvertError: the target exists, or the layout has no place for this model.
+      ConvertError: the target exists, or the layout does not support this model.
     """
     dtypes = {path: np.dtype(dtype) if dtype else source.weights.dtype(path) for path in source.weights.shapes}
     with new_directory(Path(target)) as directory:
@@ -70,7 +70,8 @@ def _write_published(source: Source, directory: Path, layout: str, dtypes: Mappi
     rows = config.decoder.num_tokens
     ids = _special_ids(tokenizer)
     if source.decoder_only and layout == "llava":
-        raise ConvertError(f"{source.weights.where}: a decoder alone has no layout 'llava'; use 'huggingface'")
+        raise ConvertError(f"{source.weights.where}: the layout 'llava' does not support a decoder alone; use "
+                           "'huggingface'")
     if source.decoder_only:
         table = tables.llama_table(config.decoder, rows)
         values = huggingface.write_decoder(config.decoder, rows, ids)
@@ -78,7 +79,7 @@ def _write_published(source: Source, directory: Path, layout: str, dtypes: Mappi
         table = tables.llava_table(config, rows)
         values = llava.write_llava(config, rows, ids, card.fit)
     else:
-        tokenizer = copy.deepcopy(tokenizer)  # the caller's stays as it is
+        tokenizer = copy.deepcopy(tokenizer)  # the caller's must not change
         tokenizer.huggingface.add_tokens([IMAGE_TOKEN], special_tokens=True)
         image_id = tokenizer.huggingface.get_vocab()[IMAGE_TOKEN]
         rows = max(rows, image_id + 1)
@@ -96,7 +97,7 @@ def _write_published(source: Source, directory: Path, layout: str, dtypes: Mappi
 
 
 def _write_tensors(source: Source, directory: Path, table: Table, dtypes: Mapping[str, np.dtype]) -> None:
-    """Writes the shards and their index; every tensor goes to its place in its shard as its parameter's turn comes."""
+    """Writes the shards and their index, parameter by parameter; each tensor goes to its place in its shard."""
     weights = source.weights
     shapes = parameter_shapes(source.config, source.decoder_only)
     check_tensors(shapes, weights.shapes, weights.where)
@@ -118,17 +119,20 @@ def _write_tensors(source: Source, directory: Path, table: Table, dtypes: Mappin
             writers |= dict.fromkeys(names, writer)
         for path, tensors in by_path.items():
             parameter = weights.read(path)
-            if path in VOCABULARY:  # the padding rows' values mean nothing and are cut off
+            if path in VOCABULARY:  # padding rows are not exported
                 num_tokens = source.config.decoder.num_tokens
                 parameter = parameter[:num_tokens] if VOCABULARY[path] == 0 else parameter[:, :num_tokens]
             for name, slot in tensors:
                 array = parameter if slot.layer is None else parameter[slot.layer]
                 writers[name].write(name, slot.transform.backward(array).astype(dtypes[path], copy=False))
-            del parameter, array  # before the next one is read
+            del parameter, array  # frees the memory before the next one is read
 
 
 def _assign_shards(slots: Mapping[str, Slot], dtypes: Mapping[str, np.dtype]) -> dict[str, list[str]]:
-    """Tensors by shard, layers together and none above `SHARD_BYTES` (a larger tensor has a shard to itself)."""
+    """Returns the names of the tensors in each shard.
+
+    The tensors of a layer are consecutive. A shard has at most `SHARD_BYTES`; a larger tensor has a shard of its own.
+    """
     groups: list[list[str]] = [[]]
     size = 0
     for name in sorted(slots, key=lambda name: (slots[name].layer is not None, slots[name].layer or 0)):

@@ -1,4 +1,4 @@
-"""Models in memory from weights on disk, in any layout, and back."""
+"""Loading of models from directories in any layout, and saving."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ from vocojax.pretrained.source import Source, open_source
 from vocojax.runs import parameters as run_parameters
 from vocojax.runs.card import ModelCard, read_card
 from vocojax.runs.directory import is_run
-from vocojax.weights import ParametersInMemory, read_parameters
+from vocojax.weights import ParametersInMemory, misfit, read_parameters
 
 
 def load_model(
@@ -37,13 +37,20 @@ def load_model(
     """Loads a model from weights in any layout that `open_source` knows.
 
     Args:
-      directory: see `open_source`, as for vision, projector, tokenizer, num_vocos and allow_missing.
-      mesh: where the parameters go, by their logical axes; every device is sent only its part. None: the first device.
-      dtype: of the parameters and of the computation; None keeps the decoder's on disk.
-      seed: of the random values of parameters whose tensors are missing and may be.
+      directory: see `open_source`.
+      mesh: devices for the parameters, which are sharded by their logical axes; each device reads only its part. None:
+        the first device.
+      dtype: dtype of the parameters and of the computation; None: the decoder's on disk.
+      vision: see `open_source`.
+      projector: see `open_source`.
+      tokenizer: see `open_source`.
+      num_vocos: see `open_source`.
+      allow_missing: see `open_source`.
+      seed: for the random values of parameters whose tensors are allowed to be missing.
 
     Raises:
-      ConvertError, CheckpointError: see `open_source`; the directory holds a decoder alone.
+      ConvertError: see `open_source`; or the directory holds a decoder alone.
+      CheckpointError: see `open_source`.
     """
     source = open_source(directory, vision=vision, projector=projector, tokenizer=tokenizer, num_vocos=num_vocos,
                          allow_missing=allow_missing)
@@ -53,9 +60,21 @@ def load_model(
 def model_of(
     source: Source, directory: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None, seed: int = 0
 ) -> VocoLlama:
-    """Loads the model of a directory that is open already; arguments as `load_model`'s."""
+    """Loads the model of a directory that is already open.
+
+    Args:
+      source: the open directory.
+      directory: its path.
+      mesh: see `load_model`.
+      dtype: see `load_model`.
+      seed: see `load_model`.
+
+    Raises:
+      ConvertError: the directory holds a decoder alone.
+      CheckpointError: a run's arrays are damaged.
+    """
     if source.decoder_only:
-        raise ConvertError(f"{directory}: holds a decoder alone; name a vision tower (vision=...) or use load_decoder")
+        raise ConvertError(f"{directory}: holds a decoder alone; pass a vision tower (vision=...) or use load_decoder")
     dtype = jnp.dtype(dtype or source.weights.dtype("decoder/embedding"))
     model = abstract(lambda: VocoLlama(source.config, nnx.Rngs(seed), dtype))
     shapes = {path: variable.shape for path, variable in variables_of(model).items()}
@@ -71,15 +90,16 @@ def model_of(
 
 
 def load_decoder(directory: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> Decoder:
-    """Loads the decoder alone, from weights in any layout that `open_source` knows.
+    """Loads the decoder alone from weights in any layout that `open_source` knows.
 
     Args:
       directory: see `open_source`.
-      mesh: as for `load_model`.
-      dtype: of the parameters; None keeps the decoder's on disk.
+      mesh: see `load_model`.
+      dtype: dtype of the parameters; None: the decoder's on disk.
 
     Raises:
-      ConvertError, CheckpointError: see `open_source`.
+      ConvertError: see `open_source`.
+      CheckpointError: see `open_source`.
     """
     source = open_source(directory)
     dtype = jnp.dtype(dtype or source.weights.dtype("decoder/embedding"))
@@ -92,61 +112,59 @@ def load_decoder(directory: str | Path, *, mesh: Mesh | None = None, dtype: DTyp
 
 
 def load_parameters(directory: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """Loads some parameters of a model in any layout, for a stage that starts from it or learns from it.
+    """Loads some parameters of a model in any layout, for a stage that starts from it or has it as a teacher.
 
-    All processes of a cluster call this alike; every device reads only its part.
+    All processes of a cluster call this with the same arguments; each device reads only its part.
 
     Args:
-      directory: see `open_source`; a run may also be a vision tower's alone.
+      directory: see `open_source`; also a run that trained only a vision tower.
       wanted: shapes, dtypes and shardings by name.
 
     Raises:
-      ConvertError, CheckpointError: see `open_source`; parameters are missing or have another shape (all are named).
+      ConvertError: see `open_source`; or parameters are missing or have another shape (all are named).
+      CheckpointError: the same, of a run.
     """
     if is_run(directory):
         return run_parameters.load_parameters(directory, wanted)
     source = open_source(directory)
-    shapes = source.weights.shapes
-    problems = [f"{name} is missing" for name in wanted if name not in shapes]
-    problems += [f"{name} has shape {tuple(shapes[name])}, expected {leaf.shape}" for name, leaf in wanted.items()
-                 if name in shapes and tuple(shapes[name]) != tuple(leaf.shape)]
-    if problems:
-        raise ConvertError(f"{source.weights.where} does not fit the model: {'; '.join(problems)} (set config.model as "
-                           "its config.json says; init_new names what a stage does not take from it)")
+    if problem := misfit(source.weights.where, source.weights.shapes, wanted):
+        raise ConvertError(problem)
     return read_parameters(source.weights, wanted)
 
 
 def save_model(model: VocoLlama, card: ModelCard, directory: str | Path, layout: Layout = "huggingface") -> None:
-    """Writes a model with its tokenizer to a new directory; see `export`.
+    """Writes a model with its card and its tokenizer to a new directory.
 
     Args:
-      model: its parameters must be within this process's reach.
-      card: the model's; `vocojax.load_card` reads that of the directory it was loaded from.
-      directory: it appears when everything is in it.
-      layout: `huggingface`, `llava` or `orbax`.
+      model: the model; this process must be able to read all of its parameters.
+      card: the model's card; `load_card` reads that of the directory which the model was loaded from.
+      directory: the new directory. It appears when it is complete.
+      layout: see `export`.
 
     Raises:
-      ConvertError: the card is another model's, the directory exists, or the layout has no place for the model.
+      ConvertError: the card is another model's, the directory exists, or the layout does not support the model.
     """
     if card.model != model.config:
-        raise ConvertError("the card is another model's: its config is not the model's")
+        raise ConvertError("the card's config is not the model's; pass load_card of the directory that the model was "
+                           "loaded from")
     if card.tokenizer.voco_id != model.config.voco.token_id:
-        raise ConvertError(f"the model's <voco> is token {model.config.voco.token_id}, the tokenizer's is "
-                           f"{card.tokenizer.voco_id}: it is another model's")
+        raise ConvertError(f"<voco> is token {model.config.voco.token_id} in the model and token "
+                           f"{card.tokenizer.voco_id} in the card's tokenizer; pass the model's own card")
     export(Source(card, ParametersInMemory(parameters_of(model))), directory, layout)
 
 
 def load_card(directory: str | Path) -> ModelCard:
-    """Reads what a directory in any layout that `open_source` knows says about its model.
+    """Reads the card of the model in a directory in any layout that `open_source` knows.
 
     Raises:
-      ConvertError, CheckpointError: see `open_source`.
+      ConvertError: see `open_source`.
+      CheckpointError: see `open_source`.
     """
     return read_card(directory) if is_run(directory) else open_source(directory).card
 
 
 def _read(source: Source, directory: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """Reads a run in parallel, every device its part; other layouts tensor by tensor."""
+    """Reads a run's parameters in parallel, those of another layout one by one; each device reads only its part."""
     if is_run(directory):
         return run_parameters.load_parameters(directory, wanted)
     return read_parameters(source.weights, wanted)

@@ -1,4 +1,4 @@
-"""Images and conversations in, what a model takes out: tokenizer, image preparation and prompt layout together."""
+"""The processor: tokenizer, image preparation and prompt layout of a model together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from vocojax.runs.card import ModelCard
 
 @dataclass(frozen=True)
 class Processor:
-    """Prepares samples for a model.
+    """A function from images and conversations to samples of a model.
 
         processor = Processor.from_pretrained("voco-llama-7b")
         item = processor(["photo.png"], "What is in the picture?")   # laid out, ready for `packing.pack_row`
 
     Attributes:
-      tokenizer: with `<voco>`.
-      image_size: edge of the square images that the vision tower takes, in pixels.
-      unit: tokens and VoCo tokens that stand for one image.
-      template: how a conversation is written out.
+      tokenizer: a tokenizer that knows `<voco>`.
+      image_size: edge of the vision tower's square images, in pixels.
+      unit: numbers of vision tokens and VoCo tokens of one image.
+      template: writes a conversation as text.
       fit: how images become square.
     """
 
@@ -40,14 +40,15 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **parts: Any) -> "Processor":
-        """Returns the processor of the weights in a directory.
+        """Returns the processor of the model in a directory.
 
         Args:
-          directory: as `open_source` takes it.
-          parts: the other arguments of `open_source`.
+          directory: see `open_source`.
+          **parts: the other arguments of `open_source`.
 
         Raises:
-          ConvertError: no weights or no tokenizer there; names the file and the remedy.
+          ConvertError: see `open_source`.
+          CheckpointError: see `open_source`.
         """
         return cls.from_card(open_source(directory, **parts).card)
 
@@ -57,10 +58,16 @@ class Processor:
         return cls(card.tokenizer, card.model.vision.image_size, card.unit, template(card.template), card.fit)
 
     def load_images(self, images: Sequence[str | Path | Image.Image]) -> list[np.ndarray]:
-        """Image files or RGB images -> uint8 [image_size, image_size, 3] each.
+        """Loads images and makes them square.
+
+        Args:
+          images: files or PIL images.
+
+        Returns:
+          uint8 [image_size, image_size, 3], RGB, of each image.
 
         Raises:
-          ImageError: a file that can't be used.
+          ImageError: a file can't be used.
         """
         return [prepare(image.convert("RGB"), self.image_size, self.fit) if isinstance(image, Image.Image)
                 else load_image(image, self.image_size, self.fit) for image in images]
@@ -71,12 +78,16 @@ class Processor:
         """Lays out one sample.
 
         Args:
-          images: of the sample, a unit each.
-          conversation: a question, or turns; the answers in it are targets.
-          max_length: text beyond so many tokens is dropped.
+          images: the sample's images; each becomes a unit.
+          conversation: a question, or turns whose answers are targets.
+          max_length: the sample's maximum of tokens; further text is dropped.
+
+        Returns:
+          The sample: its layout and its images.
 
         Raises:
-          ImageError, LayoutError: an image or a text that can't be used.
+          ImageError: an image can't be used.
+          LayoutError: the text can't be used, or the units are too long.
         """
         turns = (Turn("user", conversation),) if isinstance(conversation, str) else conversation
         spans = self.template.spans(turns, self.tokenizer.eos_token)

@@ -1,4 +1,4 @@
-"""Opens weights in any layout: finds out what a directory holds and which tensors the model is made of."""
+"""Opening of weights in any layout: what a directory holds, and which tensors hold the model's parameters."""
 
 import functools
 import re
@@ -20,16 +20,15 @@ from vocojax.models.llama import Decoder
 from vocojax.models.parameters import abstract, variables_of
 from vocojax.models.voco import VocoLlama
 from vocojax.runs.card import ModelCard, read_card, read_published
+from vocojax.runs.checkpoint_files import first_line
 from vocojax.runs.directory import is_run, run_path
 from vocojax.runs.weights import RunWeights
 from vocojax.weights import Shape, Weights, check_tensors
 
-# Vocabularies grow to a multiple of this: tensor-parallel devices share them evenly, and libtpu reduce-scatters the
-# head's gradient, where it makes an all-reduce of it if a row is not whole pairs of registers of 128.
+# Vocabularies are padded to a multiple of this, so that tensor-parallel devices share them evenly. libtpu also needs
+# it to reduce-scatter the head's gradient: it uses an all-reduce if a row is not a multiple of two registers of 128.
 VOCAB_MULTIPLE = 256
-
-
-# Other architectures share LLaMA's tensor names, so that only this tells them apart.
+# Values of `model_type` that are read. Other architectures have LLaMA's tensor names too; only this entry differs.
 MODEL_TYPES = ("llama", "llava", "llava_llama", "shikra")
 
 
@@ -38,8 +37,8 @@ class Source:
     """A model on disk.
 
     Attributes:
-      card: everything about it but its weights. Factors of LoRA are merged in `weights`.
-      weights: the parameters by path.
+      card: everything about the model except its weights.
+      weights: the parameters by path. LoRA factors are merged.
     """
 
     card: ModelCard
@@ -52,7 +51,7 @@ class Source:
 
     @property
     def decoder_only(self) -> bool:
-        """Returns whether there is no vision tower."""
+        """True if the model is a decoder without vision tower and projector."""
         return is_decoder_only(self.weights)
 
 
@@ -63,7 +62,7 @@ def is_decoder_only(weights: Weights) -> bool:
 
 @functools.cache
 def parameter_shapes(config: ModelConfig, decoder_only: bool = False) -> Mapping[str, Shape]:
-    """Returns the shapes of a model's parameters by path: of all, or of its decoder's alone."""
+    """Returns the shapes of a model's parameters by path: of all of them, or only of the decoder's."""
     if not decoder_only:
         variables = variables_of(abstract(lambda: VocoLlama(config, nnx.Rngs(0))))
         return {path: tuple(variable.shape) for path, variable in variables.items()}
@@ -80,25 +79,27 @@ def open_source(
     num_vocos: int | None = None,
     allow_missing: Collection[str] = (),
 ) -> Source:
-    """Opens weights; only their headers are read.
+    """Opens weights. Only their headers are read.
 
     Args:
       directory: one of
-        - a `LlavaForConditionalGeneration` of transformers (key names of versions 4 and 5);
+        - a `LlavaForConditionalGeneration` of transformers (tensor names of versions 4 and 5);
         - the original layout: LLaVA-1.5, the released VoCo-LLaMA, Shikra, LLaMA-VID;
-        - a `LlamaForCausalLM` (LLaMA, Vicuna, ...): with `vision` the parts of a model, without it a decoder alone;
-        - a run of training, or a directory that a conversion wrote for it: its newest Orbax checkpoint.
-      vision: directory of a CLIP vision tower or file of an EVA-CLIP one, where the tensors have none.
-      projector: file of a projector, where the tensors have none.
-      tokenizer: directory of the tokenizer, where there is none beside the weights.
-      num_vocos: VoCo tokens per unit, where nothing says it; 1 by default.
-      allow_missing: regexes of tensors that may be missing, or superfluous.
+        - a `LlamaForCausalLM` (LLaMA, Vicuna, ...): part of a model if `vision` is given, else a decoder alone;
+        - a training run, or a conversion's target in the layout `orbax`: the newest Orbax checkpoint is read.
+      vision: directory of a CLIP vision tower or file of an EVA-CLIP one, if the directory has none.
+      projector: file of a projector, if the directory has none.
+      tokenizer: directory of the tokenizer, if the directory has none.
+      num_vocos: VoCo tokens per unit, if the directory does not say it; 1 by default.
+      allow_missing: regexes of tensors that may be missing or unexpected.
 
     Raises:
-      ConvertError, CheckpointError: name the file, the tensors and the remedy.
+      ConvertError: a file is missing or damaged, or the model is not supported; the message names the file, the tensors
+        and the remedy.
+      CheckpointError: a run has no complete checkpoint, or it is damaged.
     """
     if not run_path(directory).is_dir():
-        raise ConvertError(f"{directory}: no such directory")
+        raise ConvertError(f"{directory}: no such directory; check the path")
     if is_run(directory):
         _refuse_parts(directory, vision, projector)
         return _open_run(directory, tokenizer, num_vocos, allow_missing)
@@ -107,7 +108,7 @@ def open_source(
     where = str(directory / "config.json")
     if values.get("model_type", "llama") not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
-        raise ConvertError(f"{where}: model_type {values['model_type']!r} is not supported; {known} are")
+        raise ConvertError(f"{where}: model_type {values['model_type']!r} is not supported; supported are {known}")
     tensors = open_directory(directory)
     make_table: Callable[[ModelConfig, int, int | None], Table]
     if "text_config" in values:
@@ -124,7 +125,7 @@ def open_source(
     rows, voco_id = config.decoder.vocab_size, own_tokenizer.voco_id
     if "voco" in values:
         _require_same_voco(config.voco, own_tokenizer, num_vocos, where)
-    # The released code's vocabulary ends with the row, whether its tokenizer says so or not.
+    # The last row of the released code's vocabulary is `<voco>`'s, even if its tokenizer does not know the token.
     knows_voco |= "mm_hidden_size" in values and rows == voco_id + 1
     config = replace(
         config, decoder=_grown(config.decoder, voco_id),
@@ -132,7 +133,7 @@ def open_source(
     )
     table = make_table(config, rows, None if knows_voco and voco_id < rows else voco_id)
     shapes = parameter_shapes(config, decoder_only=make_table is _llama_table)
-    # A vocabulary without `<voco>` is that of a model which never learnt to compress: plain LLaVA.
+    # A model without `<voco>` in its vocabulary was never trained to compress: it is a plain LLaVA.
     trained_with: Visibility = "voco" if knows_voco or "voco" in values else "causal"
     said = huggingface.checked(where, lambda: read_published(values, llava.read_fit(values, where), trained_with))
     card = ModelCard(model=config, tokenizer=own_tokenizer, **said)
@@ -141,7 +142,7 @@ def open_source(
 
 def _refuse_parts(directory: str | Path, *parts: str | Path | None) -> None:
     if any(parts):
-        raise ConvertError(f"{directory}: has a vision tower and a projector of its own; leave out --vision and "
+        raise ConvertError(f"{directory}: already has a vision tower and a projector; leave out --vision and "
                            "--projector")
 
 
@@ -150,26 +151,26 @@ def _llama_table(config: ModelConfig, rows: int, new_id: int | None) -> Table:
 
 
 def _grown(config: DecoderConfig, voco_id: int) -> DecoderConfig:
-    """The decoder with a row for `<voco>` and a vocabulary that shards."""
+    """Returns the decoder's config with a row for `<voco>` and a vocabulary that can be sharded."""
     tokens = max(config.vocab_size, voco_id + 1)
     size = -(-tokens // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return replace(config, vocab_size=size, vocab_padding=size - tokens)
 
 
 def _read_tokenizer(directory: Path) -> tuple[Tokenizer, bool]:
-    """The tokenizer of a directory, and whether it knew `<voco>` before."""
+    """Reads the tokenizer of a directory; also returns whether its files already have `<voco>`."""
     try:
         raw = open_huggingface(directory)
         knows_voco = VOCO_TOKEN in raw.get_vocab()
         return Tokenizer(raw), knows_voco
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConvertError(f"{directory}: no usable tokenizer ({reason}); name a directory that has one with "
+        reason = first_line(error) or type(error).__name__
+        raise ConvertError(f"{directory}: no usable tokenizer ({reason}); pass a directory that has one as "
                            "--tokenizer") from None
 
 
 def _with_parts(tensors: Weights, vision: str | Path | None, projector: str | Path | None) -> Weights:
-    """The tensors of a decoder or a whole model with those of separate parts, by the names of the original layout."""
+    """Adds separate parts to the tensors of a decoder or of a model; all have the original layout's names."""
     parts: list[tuple[Weights, Callable[[str], str]]] = [(tensors, lambda name: name)]
     if vision is not None:
         tower = open_directory(vision) if Path(vision).is_dir() else open_file(vision)
@@ -204,8 +205,8 @@ def _open_run(
 
 def _require_same_voco(voco: VocoConfig, tokenizer: Tokenizer, num_vocos: int | None, where: str) -> None:
     if voco.token_id != tokenizer.voco_id:
-        raise ConvertError(f"{where}: says {VOCO_TOKEN} is token {voco.token_id}, the tokenizer says "
-                           f"{tokenizer.voco_id}; name the tokenizer that belongs to these weights with --tokenizer")
+        raise ConvertError(f"{where}: {VOCO_TOKEN} is token {voco.token_id} here and token {tokenizer.voco_id} in the "
+                           "tokenizer; pass the tokenizer that belongs to these weights as --tokenizer")
     if num_vocos not in (None, voco.num_vocos):
-        raise ConvertError(f"{where}: was made for {voco.num_vocos} VoCo tokens, not {num_vocos}; leave out "
+        raise ConvertError(f"{where}: the model has {voco.num_vocos} VoCo tokens per unit, not {num_vocos}; leave out "
                            "--num_vocos")

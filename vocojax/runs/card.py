@@ -1,4 +1,4 @@
-"""What a directory says about the model in it, besides its weights."""
+"""The model card: everything that a directory says about its model in addition to the weights."""
 
 import dataclasses
 import json
@@ -13,20 +13,21 @@ from vocojax.data.images import Fit
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.files import local_directory, write_atomically
 from vocojax.layout import UnitShape, Visibility, unit_shape
+from vocojax.runs.checkpoint_files import first_line
 from vocojax.runs.directory import CheckpointError, run_config, run_path
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Everything that a directory says about its model, in whatever layout it is.
+    """Everything about a model except its weights, read from a directory in any layout.
 
     Attributes:
-      model: configuration of the model. Of a decoder alone, vision tower and projector have no meaning.
-      tokenizer: with `<voco>`.
-      template: name of the template that prompts are written with, a key of `data.conversation.TEMPLATES`.
+      model: configuration of the model. Vision tower and projector have no meaning for a decoder alone.
+      tokenizer: a tokenizer that knows `<voco>`.
+      template: name of the template for prompts, a key of `data.conversation.TEMPLATES`.
       fit: how images become square.
-      visibility: who sees whom, as the model was trained: `causal` for upper bounds, baselines and plain LLaVA.
-      lora: factors that the checkpoint holds in addition to the kernels; rank 0 where there are none.
+      visibility: the mask that the model was trained with: `causal` for upper bounds, baselines and plain LLaVA.
+      lora: LoRA factors that the checkpoint holds in addition to the kernels; rank 0 if there are none.
     """
 
     model: ModelConfig
@@ -38,7 +39,7 @@ class ModelCard:
 
     @property
     def unit(self) -> UnitShape:
-        """Tokens and VoCo tokens of the model's units."""
+        """Numbers of tokens in the model's units."""
         return unit_shape(self.model)
 
     def published(self) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """The entry `prompt` of an export's `config.json`, of which earlier versions wrote the first two."""
+    """The entry `prompt` of an export's `config.json`. Earlier versions did not write `visibility`."""
 
     template: str = "vicuna_v1"
     fit: Fit | None = None
@@ -59,18 +60,18 @@ class _Prompt:
 
 
 def read_published(values: Mapping[str, Any], fit: Fit, visibility: Visibility) -> dict[str, Any]:
-    """Reads what an export of this project says in its `config.json` of prompts and images.
+    """Reads the entry `prompt` of an export's `config.json`.
 
     Args:
       values: the file's content.
-      fit: for a directory that does not say it.
-      visibility: likewise.
+      fit: used if the file does not say it.
+      visibility: used if the file does not say it.
 
     Returns:
       `template`, `fit` and `visibility`, as keyword arguments of `ModelCard`.
 
     Raises:
-      ConfigError: an entry is unknown or has a value that it can't have.
+      ConfigError: a key is unknown or a value is invalid.
     """
     said = build(_Prompt, values.get("prompt") or {}, "prompt")
     if said.template not in TEMPLATES:
@@ -79,19 +80,19 @@ def read_published(values: Mapping[str, Any], fit: Fit, visibility: Visibility) 
 
 
 def read_card(workdir: str | Path, tokenizer: str | Path | None = None) -> ModelCard:
-    """Reads the card of a run, or of a directory that a conversion wrote for training.
+    """Reads the card of a run, or of a directory that a conversion wrote in the layout `orbax`.
 
     Args:
       workdir: the run's directory, local or remote.
-      tokenizer: directory of the tokenizer, in place of the run's own.
+      tokenizer: directory of a tokenizer that replaces the run's own.
 
     Raises:
-      CheckpointError: the directory holds no run of a stage, or no usable tokenizer.
+      CheckpointError: the directory does not hold a stage's run, its config is invalid, or it has no usable tokenizer.
     """
     values = run_config(workdir)
     data = values.get("data", {})
     if "model" not in values:
-        raise CheckpointError(f"{workdir}/config.json: has no entry 'model'; a run of a training stage has one")
+        raise CheckpointError(f"{workdir}/config.json: has no entry 'model'; use the directory of a stage's run")
     try:
         model = build(ModelConfig, values["model"], "model")
         lora = build(LoraConfig, values.get("lora", {}), "lora")
@@ -106,12 +107,12 @@ def read_card(workdir: str | Path, tokenizer: str | Path | None = None) -> Model
         with local_directory(home) as local:
             return ModelCard(model=model, tokenizer=Tokenizer.from_directory(local), lora=lora, **said)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{home}: no usable tokenizer ({str(error).splitlines()[0]}); name a directory that has "
-                              "one with --tokenizer") from None
+        raise CheckpointError(f"{home}: no usable tokenizer ({first_line(error)}); pass a directory that has one as "
+                              "--tokenizer") from None
 
 
 def write_card(directory: Path, card: ModelCard) -> None:
-    """Writes the card of a run that has made no step: `config.json` and `tokenizer/`."""
+    """Writes the card of a run before its first step: `config.json` and `tokenizer/`."""
     card.tokenizer.save(directory / "tokenizer")
     values = {
         "model": config_to_dict(card.model),

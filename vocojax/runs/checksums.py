@@ -1,8 +1,8 @@
-"""A checksum of every array of a state, computed where the array lies.
+"""Checksums of the arrays of a state, computed on the devices that hold the arrays.
 
-It is a sum modulo 2^32 of hashes of (bits, index), so it does not depend on how an array is sharded: a state restored
-on another mesh has the checksums it was saved with, and a changed element always changes that of its array. (OCDBT and
-Zarr as Orbax writes them protect their indices, not the values.)
+A checksum is the sum of hashes of (bits, index) modulo 2^32. It does not depend on the sharding: a state that is
+restored on another mesh has the checksums it was saved with. One changed element always changes its array's checksum.
+(OCDBT and Zarr, as Orbax writes them, protect only their indices, not the values.)
 """
 
 from typing import Any
@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_CHUNK = 2**18  # elements whose hashes stay in a core's cache
+_CHUNK = 2**18  # elements hashed at a time, so that the hashes fit into a core's cache
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """Name of every array of a tree -> its checksum. Waits for the device."""
+    """Returns the checksum of each array of a tree by its path ("a/b"). Waits for the device."""
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
              for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     return {name: int(value) for name, value in jax.device_get(_checksums(named)).items()}
@@ -36,7 +36,7 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 
 def host_checksum(array: np.ndarray) -> int:
-    """The same of an array in host memory, without a device."""
+    """Returns the checksum of an array in host memory; no device is used."""
     bits, total = np.ascontiguousarray(array).reshape(-1).view(f"uint{8 * array.dtype.itemsize}"), 0
     for start in range(0, bits.size, _CHUNK):
         part = bits[start:start + _CHUNK].astype(np.uint32)
@@ -46,9 +46,9 @@ def host_checksum(array: np.ndarray) -> int:
 
 
 def _hashes(bits: Any, index: Any) -> Any:
-    """uint32 of numpy or JAX."""
+    """Returns hashes of (bits, index); arrays are uint32 of numpy or of JAX."""
     hashed = bits + index * np.uint32(0x9E3779B9)
-    # The finaliser of MurmurHash3, a bijection: other bits at an index are another hash.
+    # MurmurHash3's finaliser is a bijection: at a given index, different bits have different hashes.
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         hashed = (hashed ^ (hashed >> shift)) * np.uint32(factor)
     return hashed ^ (hashed >> 16)

@@ -1,6 +1,6 @@
-"""A run's files beside its checkpoints: the resolved config, package versions, and how they are written.
+"""A run's directory, and its files in addition to the checkpoints: the resolved config and the package versions.
 
-Paths are local or any that `etils.epath` knows (`gs://...`).
+Paths are local, or of any other kind that `etils.epath` supports (`gs://...`).
 """
 
 import hashlib
@@ -21,52 +21,62 @@ from vocojax.parallel import processes
 from vocojax.runs.earlier import upgraded
 
 PACKAGES = ("vocojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-# Keys of a stage's config that may change when a run goes on.
+# Keys of a stage's config that may change when a run resumes.
 MUTABLE_KEYS = ("log_every", "checkpoint", "validation", "run", "data.num_threads", "data.num_workers",
                 "data.keep_in_memory", "attention", "remat", "mesh")
-# Keys that may differ between the processes of a run; in all others they must agree, or would wait for each other.
+# Keys that may differ between the processes of a run. Other differences would make processes wait for each other.
 HOST_KEYS = ("data.num_threads", "data.num_workers", "data.keep_in_memory")
 
 
 class CheckpointError(VocojaxError, RuntimeError):
-    """A run's files don't allow what was asked of them."""
+    """A run's directory that is missing, damaged or of another config."""
 
 
 def run_path(workdir: str | os.PathLike) -> epath.Path:
-    """A run's directory; `CheckpointError` if there is no way to reach it from here."""
+    """Returns the path of a run's directory; a local one becomes absolute.
+
+    Raises:
+      CheckpointError: the file system can't be reached.
+    """
     path = epath.Path(workdir)
     try:
         path.exists()
     except ImportError as error:
         raise CheckpointError(f"workdir {str(workdir)!r} can't be reached: {error}. Install the package that opens it "
-                              "(gs://: pip install 'vocojax[gcs]'), or mount the bucket") from error
+                              "(for gs://: pip install 'vocojax[gcs]'), or mount the bucket") from error
     except OSError as error:
         raise CheckpointError(f"workdir {str(workdir)!r} can't be reached: {error}. Check the network and the "
-                              "credentials that the machine has") from error
+                              "machine's credentials") from error
     return path if is_remote(path) else epath.Path(Path(workdir).absolute())
 
 
 def strip(values: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> dict[str, Any]:
-    """A config without some keys."""
+    """Returns a config without some keys.
+
+    Args:
+      values: the config, nested.
+      keys: dotted keys to leave out.
+      prefix: dotted path of `values` in the whole config, with a final dot.
+    """
     return {name: strip(value, keys, f"{prefix}{name}.") if isinstance(value, Mapping) else value
             for name, value in values.items() if prefix + name not in keys}
 
 
 def fixed_keys(config: Any) -> dict[str, Any]:
-    """What of a run's config (a dataclass, or None) may not change when the run goes on."""
+    """Returns the part of a run's config (a dataclass, or None) that must not change when the run resumes."""
     return {} if config is None else strip(config_to_dict(config), MUTABLE_KEYS)
 
 
 def changed_keys(saved: Any, config: Any) -> list[str]:
-    """Dotted keys that may not change and have, since a run wrote down its config.
+    """Returns the dotted keys that must not change and have changed since a run saved its config.
 
-    A key that it didn't have then counts as the default that it has today; one that there is no more has changed.
+    A key that the saved config lacks has its default there. A key that no longer exists counts as changed.
 
     Args:
-      saved: the config as the run wrote it, or `fixed_keys` of it.
-      config: today's, a dataclass.
+      saved: the config that the run saved, or `fixed_keys` of it.
+      config: the present config, a dataclass.
     """
-    if config is None or isinstance(saved, str):  # at first checkpoints held a digest; config.json is what counts there
+    if config is None or isinstance(saved, str):  # the first checkpoints held a digest; config.json is compared instead
         return []
     try:
         filled = build(type(config), upgraded(saved))
@@ -80,11 +90,13 @@ def _digest(config: Mapping[str, Any]) -> str:
 
 
 def write_run_files(workdir: str | Path, config: Any) -> None:
-    """Writes config.json and versions.json; where there are checkpoints, the config must be the one they began with.
-
-    The config is a dataclass.
+    """Writes config.json and versions.json. If there are checkpoints, the config must be theirs.
 
     Process 0 writes; all processes must have the same config and see the same directory.
+
+    Args:
+      workdir: the run's directory.
+      config: the run's config, a dataclass.
 
     Raises:
       CheckpointError: the directory holds a run with another config (the keys are named), or processes differ.
@@ -104,12 +116,13 @@ def write_run_files(workdir: str | Path, config: Any) -> None:
         seen = json.loads(path.read_text())
     except (OSError, ValueError):
         seen = None
-    told = processes.from_all("configs", [_digest(strip(config_to_dict(config), HOST_KEYS)), seen is not None])
-    if blind := [index for index, (_, sees) in enumerate(told) if not sees]:
-        raise CheckpointError(f"workdir {workdir} of process 0 is not seen by processes {blind}: it must be a "
-                              "directory that all share, or a bucket")
-    if other := [index for index, (own, _) in enumerate(told) if own != told[0][0]]:
-        raise CheckpointError(f"processes {other} were started with another config than process 0")
+    reports = processes.from_all("configs", [_digest(strip(config_to_dict(config), HOST_KEYS)), seen is not None])
+    if blind := [index for index, (_, sees) in enumerate(reports) if not sees]:
+        raise CheckpointError(f"processes {blind} do not see process 0's workdir {workdir}: use a directory that all "
+                              "processes share, or a bucket")
+    if other := [index for index, (own, _) in enumerate(reports) if own != reports[0][0]]:
+        raise CheckpointError(f"processes {other} have another config than process 0: start all processes of a run "
+                              "with the same flags")
 
 
 def _changed(path: epath.Path, config: Any) -> str:
@@ -120,7 +133,7 @@ def _changed(path: epath.Path, config: Any) -> str:
     if not changed:
         return ""
     return (f"{path.parent} holds a run with another config (differing: {', '.join(changed)}): "
-            "use the config it began with, or another --workdir")
+            "use the run's own config, or another --workdir")
 
 
 def _version(package: str) -> str:
@@ -131,24 +144,24 @@ def _version(package: str) -> str:
 
 
 def is_run(directory: str | os.PathLike) -> bool:
-    """Returns whether a directory looks like a run of training."""
+    """Returns whether a directory looks like a training run: it has checkpoints."""
     return (run_path(directory) / "checkpoints").is_dir()
 
 
 def run_config(workdir: str | Path) -> dict[str, Any]:
-    """Returns the resolved config of a run, in today's keys.
+    """Reads the resolved config of a run and returns it with today's keys.
 
     Raises:
-      CheckpointError: the directory holds none, or one that is damaged.
+      CheckpointError: there is no config.json, or it is damaged.
     """
     path = run_path(workdir) / "config.json"
     if not path.exists():
-        raise CheckpointError(f"{workdir} holds no run: {path.name} is missing")
+        raise CheckpointError(f"{workdir} holds no run: {path.name} is missing; check the path")
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise CheckpointError(f"{path}: is damaged, it is not JSON ({error}); copy it back from a checkpoint's "
-                              "progress file or another copy of the run") from None
+        raise CheckpointError(f"{path}: is damaged, it is not JSON ({error}); copy it from a backup of the run, or "
+                              "write it again from the entry 'config' of a checkpoint's progress/metadata") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: is damaged, it holds no JSON object; copy it back from another copy of the run")
+        raise CheckpointError(f"{path}: is damaged, it is not a JSON object; copy it from a backup of the run")
     return upgraded(values)

@@ -1,14 +1,14 @@
-"""Configs of runs that earlier versions wrote, in today's keys. Every change of a key has its place here."""
+"""Configs of runs that earlier versions wrote, converted to today's keys. Every change of a key belongs here."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a run's saved config in today's keys; one that has them already is returned as it is.
+    """Returns a run's saved config with today's keys.
 
     Args:
-      config: what config.json holds, or the part of it that a checkpoint keeps. Any key may be missing.
+      config: content of config.json, or the part of it that a checkpoint holds. Any key may be missing.
     """
     values = dict(config)
     if "train" in values:  # version 0.1: two lists of regexes, of which exactly one matched each parameter

@@ -1,7 +1,7 @@
-"""The parameters of a run's newest checkpoint: read into shardings, checked against their checksums.
+"""The parameters of a run's newest checkpoint, read into shardings and checked against their checksums.
 
-A run writes what it trains with every checkpoint and what it does not train (`WORKDIR/frozen`) once; each parameter is
-in one of the two. Factors of LoRA are merged as they are read. `checkpoint_files.py` reads and checks single files.
+A run writes its trained parameters with each checkpoint and its frozen parameters once (`WORKDIR/frozen`). LoRA factors
+are merged while reading. `checkpoint_files.py` reads and checks single files.
 """
 
 from collections.abc import Mapping
@@ -20,32 +20,33 @@ from vocojax.models.lora import merge_factors, with_factors
 from vocojax.models.parameters import Parameters, abstract, variables_of, with_parameters
 from vocojax.models.voco import VocoLlama
 from vocojax.parallel import processes
-from vocojax.runs.checkpoint_files import damaged, described, not_saved, read_arrays, read_progress
+from vocojax.runs.checkpoint_files import damaged, described, not_saved, read_arrays, read_progress, shortened
 from vocojax.runs.checksums import checksums
 from vocojax.runs.directory import CheckpointError, run_config, run_path
+from vocojax.weights import misfit
 
 
 class SavedParameters:
-    """Where the parameters of a run's newest checkpoint lie and as what they were saved. No array is read.
+    """An index of the parameters in a run's newest checkpoint. No array is read.
 
     Args:
       workdir: the run's directory, local or remote.
 
     Attributes:
-      directory: the checkpoint's.
-      leaves: name -> metadata with `shape` and `dtype`, factors of LoRA included.
-      homes: name -> the directory that holds it.
-      checksums: `parameters/NAME` or `frozen/NAME` -> checksum as saved; empty for a converted checkpoint.
+      directory: the checkpoint's directory.
+      leaves: metadata (`shape`, `dtype`) of each parameter by name, LoRA factors included.
+      homes: directory that holds each parameter, by name.
+      checksums: saved checksums by `parameters/NAME` or `frozen/NAME`; empty for a converted checkpoint.
 
     Raises:
-      CheckpointError: there is no complete checkpoint, or parts of it are damaged or gone.
+      CheckpointError: there is no complete checkpoint, or parts of it are damaged or missing.
     """
 
     def __init__(self, workdir: str | Path):
         path = run_path(workdir)
         steps = ocp.utils.checkpoint_steps(path / "checkpoints") if (path / "checkpoints").is_dir() else []
         if not steps:
-            raise CheckpointError(f"{workdir} holds no complete checkpoint")
+            raise CheckpointError(f"{workdir} holds no complete checkpoint; check the path, or train first")
         self.directory = path / "checkpoints" / str(max(steps))
         self.leaves: dict[str, Any] = {}
         self.homes: dict[str, epath.Path] = {}
@@ -57,7 +58,7 @@ class SavedParameters:
         self.checksums = _saved_checksums(self.directory)
         frozen = [key.removeprefix("frozen/") for key in self.checksums if key.startswith("frozen/")]
         if lost := [name for name in frozen if name not in self.leaves]:
-            raise damaged(path / "frozen", f"{', '.join(lost[:5])}{' ...' * (len(lost) > 5)} missing")
+            raise damaged(path / "frozen", f"{shortened(lost)} missing")
 
 
 def load_model(workdir: str | Path, dtype: DTypeLike = jnp.float32) -> VocoLlama:
@@ -65,12 +66,16 @@ def load_model(workdir: str | Path, dtype: DTypeLike = jnp.float32) -> VocoLlama
 
     Args:
       workdir: the run's directory.
-      dtype: of its parameters and of its computation.
+      dtype: dtype of the parameters and of the computation.
+
+    Raises:
+      CheckpointError: there is no complete checkpoint of a model, or it is damaged.
     """
     try:
         config = build(ModelConfig, run_config(workdir)["model"], "model")
     except (KeyError, ConfigError) as error:
-        raise CheckpointError(f"{workdir}/config.json is not a stage's config: {error}") from error
+        raise CheckpointError(f"{workdir}/config.json is not a stage's config: {error}; use the directory of a stage's "
+                              "run") from error
     model = abstract(lambda: VocoLlama(config, nnx.Rngs(0), dtype))
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {name: jax.ShapeDtypeStruct(variable.shape, dtype, sharding=sharding)
@@ -79,32 +84,28 @@ def load_model(workdir: str | Path, dtype: DTypeLike = jnp.float32) -> VocoLlama
 
 
 def load_parameters(workdir: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """Loads parameters of a run's newest checkpoint; those that LoRA adapted come merged with their factors.
+    """Loads parameters of a run's newest checkpoint. LoRA factors are merged into their kernels.
 
-    All processes of a cluster call this alike.
+    All processes of a cluster call this with the same arguments.
 
     Args:
       workdir: the run's directory.
       wanted: shapes, dtypes and shardings by name.
 
     Raises:
-      CheckpointError: no checkpoint; parameters that are missing or have another shape (all are named); what is read is
-        not what was saved, or is gone.
+      CheckpointError: there is no complete checkpoint, parameters are missing or have another shape (all are named), or
+        arrays are damaged.
     """
     saved = SavedParameters(workdir)
-    problems = [f"{name} is missing" for name in wanted if name not in saved.leaves]
-    problems += [f"{name} has shape {tuple(saved.leaves[name].shape)}, expected {leaf.shape}"
-                 for name, leaf in wanted.items()
-                 if name in saved.leaves and tuple(saved.leaves[name].shape) != leaf.shape]
-    if problems:
-        raise CheckpointError(f"{saved.directory} does not fit the model: {'; '.join(problems)} "
-                              "(init_new names what a stage does not take from it)")
+    shapes = {name: tuple(leaf.shape) for name, leaf in saved.leaves.items()}
+    if problem := misfit(str(saved.directory), shapes, wanted):
+        raise CheckpointError(problem)
     reading = with_factors(wanted, saved.leaves)
     found: Parameters = {}
     for directory in dict.fromkeys(saved.homes.values()):
         here = {name: leaf for name, leaf in reading.items() if saved.homes[name] == directory}
         as_saved = {name: leaf for name, leaf in here.items() if leaf.dtype == saved.leaves[name].dtype}
-        # Arrays that change their dtype are read one by one, so that only one at a time exists in both.
+        # Arrays whose dtype changes are read one by one, so that only one at a time is in memory in both dtypes.
         for group in filter(None, (as_saved, *({name: here[name]} for name in here if name not in as_saved))):
             found |= _read_sound(directory, group, saved)
     if reading.keys() == wanted.keys():
@@ -115,14 +116,18 @@ def load_parameters(workdir: str | Path, wanted: Mapping[str, jax.ShapeDtypeStru
 def _read_sound(
     directory: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], saved: SavedParameters
 ) -> Parameters:
-    """Reads parameters of one directory, and casts them once their checksums are those that were saved."""
+    """Reads parameters of one directory, checks their checksums, and casts them.
+
+    Raises:
+      CheckpointError: on all processes, if one of them can't read its part or a checksum differs.
+    """
     as_saved = {name: jax.ShapeDtypeStruct(leaf.shape, saved.leaves[name].dtype, sharding=leaf.sharding)
                 for name, leaf in wanted.items()}
     found: Parameters = {}
     problem = ""
     try:
         found = read_arrays(directory, as_saved)
-    except Exception as error:  # whatever a damaged file makes of Orbax and TensorStore
+    except Exception as error:  # Orbax and TensorStore raise many types for damaged files
         problem = described(error)
     problem = next(filter(None, processes.from_all("parameters", problem)), "")
     if not problem and saved.checksums:
@@ -136,16 +141,16 @@ def _read_sound(
 def _saved_leaves(directory: epath.Path) -> dict[str, Any]:
     try:
         metadata = ocp.PyTreeCheckpointHandler().metadata(directory)
-    except Exception as error:  # whatever a damaged file makes of Orbax
+    except Exception as error:  # Orbax raises many types for damaged files
         raise damaged(directory, described(error)) from error
     return dict(getattr(metadata, "tree", metadata))
 
 
 def _saved_checksums(directory: epath.Path) -> dict[str, int]:
-    """Reads the checksums of a run's checkpoint; a converted one has none."""
+    """Reads the checksums of a checkpoint; a converted one has none."""
     if not (directory / "progress").exists() and not (directory / "optimizer").exists():
         return {}
     try:
         return read_progress(directory)["checksums"]
-    except Exception as error:  # whatever a damaged file makes of JSON
+    except Exception as error:  # a damaged file may have any content
         raise damaged(directory, described(error)) from error

@@ -1,7 +1,6 @@
-"""The weights of a run as host arrays, parameter by parameter: what conversions read and write.
+"""The weights of a run, read and written by conversions as host arrays, one parameter at a time.
 
-A conversion's target looks like a run of training that has made no step, so that a stage can start from it
-(`init_from`):
+A conversion's target looks like a training run before its first step, so that a stage can start from it (`init_from`):
 
     DIR/config.json, DIR/tokenizer/   the card, see `card.py`
     DIR/checkpoints/0/parameters      every parameter, a flat dict by path
@@ -13,33 +12,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401 (teaches numpy the name bfloat16)
+import ml_dtypes  # noqa: F401 (registers the name bfloat16 with numpy)
 import numpy as np
 import orbax.checkpoint as ocp
 
 from vocojax.config import LoraConfig
 from vocojax.models.lora import factor_names, is_factor, merge
-from vocojax.runs.checkpoint_files import damaged
+from vocojax.runs.checkpoint_files import damaged, described, not_saved
 from vocojax.runs.checksums import host_checksum
 from vocojax.runs.directory import CheckpointError
 from vocojax.runs.parameters import SavedParameters
 from vocojax.weights import Index, Shape, Weights
 
-_CHUNK_BYTES = 128 * 2**20  # at most, for the files that a parameter is cut into; stacked ones are cut by layers too
+_CHUNK_BYTES = 128 * 2**20  # maximum of a file; a larger parameter has several, a stacked one a file or more per layer
 
 
 class RunWeights:
-    """The parameters of a run's newest checkpoint as `Weights`; factors of LoRA are merged as they are read.
+    """The parameters of a run's newest checkpoint as `Weights`. LoRA factors are merged while reading.
 
-    One whole parameter is held in memory: slices of the one last read cost nothing.
+    The last parameter that was read stays in memory, so that further slices of it need no reading.
 
     Args:
-      directory: the run's.
-      lora: scale of the factors, where the checkpoint holds some.
+      directory: the run's directory.
+      lora: gives the scale of LoRA factors, if the checkpoint has any.
+
+    Attributes:
+      where: the checkpoint, for errors.
+      shapes: shapes of the parameters by path.
 
     Raises:
-      CheckpointError: there is no complete checkpoint; what is read is not what the run saved; or the checkpoint holds
-        factors and `lora` does not say how they are scaled.
+      CheckpointError: there is no complete checkpoint, it is damaged, or it has LoRA factors and `lora` has none.
     """
 
     def __init__(self, directory: str | Path, lora: LoraConfig):
@@ -50,8 +52,8 @@ class RunWeights:
             name: tuple(leaf.shape) for name, leaf in self._saved.leaves.items() if not is_factor(name)
         }
         if len(self.shapes) < len(self._saved.leaves) and not lora.rank:
-            raise CheckpointError(f"{directory}/config.json: has no lora.rank and lora.alpha, but the checkpoint has "
-                                  "factors of LoRA; copy the file back from another copy of the run")
+            raise CheckpointError(f"{directory}/config.json: lora.rank and lora.alpha are missing, but the checkpoint "
+                                  "has LoRA factors; copy the file from a backup of the run")
         self._last: tuple[str, np.ndarray] | None = None
 
     def dtype(self, name: str) -> np.dtype:
@@ -59,11 +61,11 @@ class RunWeights:
         return np.dtype(self._saved.leaves[name].dtype)
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """Returns a parameter, or the slice of it at `index`."""
+        """Reads a parameter, or the slice of it at `index`."""
         if self._last is None or self._last[0] != name:
-            self._last = None  # releases the one before first
+            self._last = None  # frees the previous parameter before the next is read
             self._last = name, self._read_merged(name)
-        return self._last[1] if index is None else self._last[1][index].copy()  # a view would keep the whole alive
+        return self._last[1] if index is None else self._last[1][index].copy()  # a view would keep all of it in memory
 
     def _read_merged(self, name: str) -> np.ndarray:
         a, b = factor_names(name)
@@ -80,16 +82,16 @@ class RunWeights:
                 item={name: np.zeros(0)}, partial_restore=True,
                 restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
             ))[name]
-        except Exception as error:  # whatever a damaged file makes of Orbax and TensorStore
-            raise damaged(path, f"{name} can't be read: {error}") from error
-        key = f"{path.name}/{name}"
-        if self._saved.checksums and self._saved.checksums.get(key) != host_checksum(value):
-            raise damaged(path, f"not what was saved (checksum): {key}")
+        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+            raise damaged(path, f"{name} can't be read: {described(error)}") from error
+        key, saved = f"{path.name}/{name}", self._saved.checksums
+        if saved and (problem := not_saved({key: host_checksum(value)}, saved, [key])):
+            raise damaged(path, problem)
         return value
 
 
 class _Later:
-    """A parameter that is read when its turn to be written has come; to Orbax it looks like an array."""
+    """A parameter that is read only when it is written. To Orbax it looks like an array."""
 
     def __init__(self, weights: Weights, path: str, dtype: np.dtype):
         self._weights, self._path = weights, path
@@ -102,7 +104,7 @@ class _Later:
 
 
 class _LaterHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `_Later`s one after the other."""
+    """A handler for Orbax that writes `_Later`s one after the other."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
@@ -115,9 +117,14 @@ class _LaterHandler(ocp.type_handlers.NumpyHandler):
 
 
 def write_parameters(directory: Path, weights: Weights, dtypes: Mapping[str, np.dtype]) -> None:
-    """Writes DIR/checkpoints/0/parameters, holding one parameter in memory at a time.
+    """Writes DIR/checkpoints/0/parameters with one parameter at a time in memory.
 
-    Plain zarr rather than OCDBT, which keeps what it has written of an array in memory until the array is whole.
+    The format is plain zarr, because OCDBT keeps an array in memory until all of it is written.
+
+    Args:
+      directory: DIR.
+      weights: the parameters.
+      dtypes: dtype of each parameter, by path.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
         (_Later, _LaterHandler()),
@@ -127,7 +134,7 @@ def write_parameters(directory: Path, weights: Weights, dtypes: Mapping[str, np.
     # Plain zarr is complete as it is written: Orbax would look for parts to merge, and warn that there are none.
     handler.finalize = lambda directory: None  # type: ignore[method-assign]
     tree = {path: _Later(weights, path, dtypes[path]) for path in sorted(weights.shapes)}
-    # Orbax cuts `shard_axes` into single entries: the layers of a stacked parameter, nothing of another.
+    # Orbax cuts `shard_axes` into single entries: here the layers of a stacked parameter.
     chunks = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if "blocks/" in path else ())
               for path in tree}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(parameters=handler)) as checkpointer:
