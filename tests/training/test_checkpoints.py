@@ -104,9 +104,9 @@ def test_what_all_checkpoints_share_is_named_once_if_it_is_damaged(lost, tmp_pat
     with Checkpoints(tmp_path / "run", CheckpointConfig(), RUN) as checkpoints:
         with pytest.raises(CheckpointError) as caught:
             checkpoints.restore(tiny_state(0))
-        assert re.fullmatch(re.escape(str(frozen)) + r" IS DAMAGED: .*\. Every checkpoint of the run needs it, so that "
-                            r"no earlier one helps: copy it back from a copy of the run, or from another run of the "
-                            r"same config and init_from, which writes the same", str(caught.value))
+        assert re.fullmatch(re.escape(str(frozen)) + r" IS DAMAGED: .*\. All checkpoints of the run need it, so an "
+                            r"earlier one does not help\. Copy it from a backup, or from another run with the same "
+                            r"config and init_from, which has the same", str(caught.value))
         assert not caplog.records and on_disk(tmp_path / "run") == [1, 2]
         shutil.copytree(tmp_path / "same" / "frozen", frozen, dirs_exist_ok=True)
         assert checkpoints.restore(tiny_state(0))[0] == 2
@@ -221,18 +221,18 @@ def test_weights_of_a_run_are_compared_with_their_checksums(stage, tmp_path):
             except error as problem:
                 reported.add(number)
                 assert "DAMAGED" in str(problem), problem
-                part = "Every checkpoint of the run needs it" if "frozen" in file.parts else "Its own run"
+                part = "All checkpoints of the run need it" if "frozen" in file.parts else "If a training run wrote it"
                 assert part in str(problem), problem
         file.write_bytes(content)
     assert {0, 1} <= reported
     (run / "frozen").rename(tmp_path / "gone")
     for load, error in ((load_model, CheckpointError), (load_converted, ConvertError)):
-        with pytest.raises(error, match=r"frozen IS DAMAGED: .* missing\. Every checkpoint of the run needs it"):
+        with pytest.raises(error, match=r"frozen IS DAMAGED: .* missing\. All checkpoints of the run need it"):
             load(run)
     (tmp_path / "gone").rename(run / "frozen")
     damage(step / "parameters")
     second = dataclasses.replace(stage, steps=1, init_from=str(run))
-    with pytest.raises(CheckpointError, match=r"parameters IS DAMAGED: .*\. Its own run, started again, puts"):
+    with pytest.raises(CheckpointError, match=r"parameters IS DAMAGED: .*\. If a training run wrote it, run its "):
         train(second, tmp_path / "second")
     assert on_disk(tmp_path / "run") == [1]
 
