@@ -9,7 +9,7 @@ JAX = ">=0.10,<0.11.1"
 
 setup(
     name="vocojax",
-    version="0.1.0",
+    version="0.2.0",
     description="VoCo-LLaMA in JAX/Flax: an image's 576 vision tokens compressed into 1 to 128 VoCo tokens",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

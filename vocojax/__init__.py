@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     load = Assistant.from_pretrained
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "PRESETS", "Answer", "Assistant", "ConfigError", "ConvertError", "IntervalMask", "ModelCard", "ModelConfig",
     "Processor", "Request", "SamplingConfig", "StageConfig", "Store", "Tokenizer", "Video", "VocoCache",

@@ -20,7 +20,7 @@ import enum
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from vocojax.config import ModelConfig
 from vocojax.errors import VocojaxError
 
 Visibility = Literal["voco", "causal"]
+VISIBILITIES: tuple[Visibility, ...] = get_args(Visibility)
 IGNORE = -100  # label of a token that is not a target; the usual value in PyTorch code
 
 

@@ -174,7 +174,7 @@ def test_what_can_not_be_prepared_is_refused(tmp_path, source):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--shard=4"], "Unknown command line flag 'shard'"),
-    (["images", "--shards=4"], "Beam's go behind `--`"),
+    (["images", "--shards=4"], "Beam's come after `--`"),
 ])
 def test_misspelt_flags_are_not_handed_to_beam(flags, message):
     command = [sys.executable, "launch/prepare_data.py", "--target=x", *flags]

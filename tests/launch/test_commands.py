@@ -56,6 +56,7 @@ def test_every_script_is_a_verb():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
+    (["train", f"--config={ROOT}/configs/voco.py", "--config.step=4", "--workdir=x"], "error: --config: "),
     (["answer", "--chekpoint=x"], "error: Unknown command line flag 'chekpoint'. Did you mean: checkpoint ?"),
     (["train", f"--config={ROOT}/configs/voco.py", "--wrkdir=x"], "error: Unknown command line flag 'wrkdir'"),
     (["answer", "--store=x", "--checkpoint=y", "now"], "error: unexpected arguments: now"),

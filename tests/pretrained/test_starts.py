@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from vocojax.models.parameters import parameters_of
 from vocojax.models.voco import VocoLlama
 from vocojax.pretrained.loading import load_model, load_parameters, save_model
 from vocojax.runs.card import ModelCard
+from vocojax.runs.directory import CheckpointError
 from vocojax.runs.parameters import load_model as load_run
 from vocojax.training.config import DistillConfig
 from vocojax.training.stage import train
@@ -66,6 +68,27 @@ def test_a_teacher_may_have_any_layout(stage, start, tmp_path, layout):
     other = dataclasses.replace(stage.model, decoder=dataclasses.replace(stage.model.decoder, rope_theta=5e5))
     with pytest.raises(ConfigError, match=r"distill\.teacher must be of the same model, but .* decoder\.rope_theta"):
         train(dataclasses.replace(stage, model=other, init_from=""), tmp_path / "other")
+
+
+def test_a_run_without_its_tokenizer_is_a_start_and_a_teacher(stage, tmp_path):
+    """Nothing of its tokenizer is needed for either."""
+    train(dataclasses.replace(stage, steps=1), tmp_path / "first")
+    shutil.rmtree(tmp_path / "first" / "tokenizer")
+    first = str(tmp_path / "first")
+    train(dataclasses.replace(stage, steps=1, init_from=first, distill=DistillConfig(teacher=first)), tmp_path / "next")
+
+
+def test_random_parameters_that_are_frozen_are_warned_of(stage, tmp_path, caplog):
+    train(dataclasses.replace(stage, steps=1), tmp_path / "run")
+    assert any("parameters are random and frozen, so they never learn anything (vision/" in record.getMessage()
+               for record in caplog.records)
+
+
+def test_a_checkpoint_without_its_parameters_is_damaged(stage, tmp_path):
+    train(dataclasses.replace(stage, steps=1), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "1" / "parameters")
+    with pytest.raises(CheckpointError, match=r"parameters IS DAMAGED: .*run its command again"):
+        load_run(tmp_path / "run")
 
 
 def test_a_directory_that_does_not_fit_names_every_parameter(tmp_path):

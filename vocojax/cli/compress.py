@@ -55,6 +55,9 @@ def main(arguments: Sequence[str]) -> None:
     cluster.initialize(cluster.find_cluster(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id))
     paths = find_files(FLAGS.images, jax.process_index(), jax.process_count())
     assistant = Assistant.from_pretrained(FLAGS.checkpoint, mesh=parse_mesh(FLAGS.mesh), dtype=FLAGS.dtype)
+    if not assistant.reads_caches:
+        raise InputError(f"{FLAGS.checkpoint}: was not trained with the VoCo mask, so it has no VoCo tokens to store; "
+                         "answer its questions from whole images, or name another checkpoint")
     store = Store(FLAGS.store, FLAGS.storage, None if FLAGS.max_gib is None else int(FLAGS.max_gib * 2**30))
     outcome = compress_files(assistant, store, paths, FLAGS.batch_size, FLAGS.threads)
     good = [path for path in paths if path not in outcome.bad][: FLAGS.batch_size]

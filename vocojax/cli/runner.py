@@ -53,6 +53,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:
         sys.exit(f"error: {one_line(error)} (--help lists the flags)")
+    except AttributeError as error:  # a key that the config does not have
+        sys.exit(f"error: --config: {one_line(error)}")
     except (VocojaxError, OSError) as error:  # of a config file, which is read with the flags
         sys.exit(f"error: {one_line(error)}")
 

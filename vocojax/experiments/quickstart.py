@@ -21,11 +21,13 @@ from vocojax.data.conversation import Turn, template
 from vocojax.data.sources.easy_vqa import EasyVqaCaptions, EasyVqaSource
 from vocojax.data.tokenizer import Tokenizer, word_tokenizer
 from vocojax.evaluation import report
-from vocojax.evaluation.benchmarks.easy_vqa import Answers, EasyVqaBenchmark
+from vocojax.evaluation.benchmarks.easy_vqa import EasyVqaBenchmark
 from vocojax.evaluation.retention import Score, format_table, table
 from vocojax.experiments.contrastive import ContrastiveConfig, pretrain_vision
 from vocojax.files import write_atomically
 from vocojax.inference.assistant import Assistant
+from vocojax.inference.many import Way, answer_many
+from vocojax.inference.requests import Answer
 from vocojax.layout import Visibility, lay_out_sample, unit_shape
 from vocojax.training.config import StageConfig, stage_config
 from vocojax.training.stage import train
@@ -48,9 +50,10 @@ class Arm:
     visibility: Visibility
 
 
+VOCO_1 = Arm("VoCo-1", "voco_1", "voco")
 ARMS = (
     Arm(UPPER, "upper_bound", "causal"),
-    Arm("VoCo-1", "voco_1", "voco"),
+    VOCO_1,
     Arm(LOWER, "upper_bound", "voco"),
 )
 FURTHER_ARMS = (
@@ -131,7 +134,7 @@ class Quickstart:
         with self._timed("evaluation"):
             answers = {arm.name: [self._answer(benchmark, arm, seed) for seed in self.seeds] for arm in arms}
         with self._timed("two-stage check"):
-            two_stage = self._check_two_stages(benchmark, answers["VoCo-1"][0])
+            two_stage = self._check_two_stages(benchmark, answers[VOCO_1.name][0])
         self.seconds["total"] = time.perf_counter() - started
         scores: dict[str, list[Score]] = {
             name: [benchmark.score(answer) for answer in runs] for name, runs in answers.items()
@@ -182,21 +185,23 @@ class Quickstart:
         for job, taken in zip(jobs, seconds, strict=True):
             self.seconds[job.name] = self.seconds.get(job.name, 0.0) + taken
 
-    def _answer(self, benchmark: EasyVqaBenchmark, arm: Arm, seed: int) -> Answers:
-        return benchmark.answer_single_pass(Assistant.from_run(self._run(seed, arm.stage), arm.visibility))
+    def _answer(self, benchmark: EasyVqaBenchmark, arm: Arm, seed: int, way: Way = "single pass") -> list[Answer]:
+        assistant = Assistant.from_run(self._run(seed, arm.stage), arm.visibility)
+        return list(answer_many(assistant, benchmark.requests(), way=way, batch_size=256, with_logits=True))
 
-    def _check_two_stages(self, benchmark: EasyVqaBenchmark, single_pass: Answers) -> dict[str, float | int]:
+    def _check_two_stages(self, benchmark: EasyVqaBenchmark, single_pass: Sequence[Answer]) -> dict[str, float | int]:
         """Compares answers from a VoCo cache with those of the single pass."""
-        cached = benchmark.answer_two_stage(Assistant.from_run(self._run(self.seeds[0], "voco_1")))
-        finite = np.isfinite(single_pass.logits)  # all but the <voco> token's
+        cached = self._answer(benchmark, VOCO_1, self.seeds[0], "caches")
+        logits_2QV = np.array([[answer.first_logits_V for answer in answers] for answers in (cached, single_pass)])
+        is_token = np.isfinite(logits_2QV[1])  # all but the <voco> token
         return {
-            "questions": len(cached.texts),
-            "identical_answers": sum(a == b for a, b in zip(cached.texts, single_pass.texts, strict=True)),
-            "max_abs_logit_diff": float(np.abs(cached.logits[finite] - single_pass.logits[finite]).max()),
+            "questions": len(cached),
+            "identical_answers": sum(a.text == b.text for a, b in zip(cached, single_pass, strict=True)),
+            "max_abs_logit_diff": float(np.abs(logits_2QV[0][is_token] - logits_2QV[1][is_token]).max()),
         }
 
     def _write_report(
-        self, result: Mapping[str, Any], benchmark: EasyVqaBenchmark, answers: Mapping[str, Sequence[Answers]],
+        self, result: Mapping[str, Any], benchmark: EasyVqaBenchmark, answers: Mapping[str, Sequence[Sequence[Answer]]],
         arms: Sequence[Arm],
     ) -> None:
         seed = self.seeds[0]
@@ -210,7 +215,7 @@ class Quickstart:
         examples = [
             report.Example(
                 benchmark.image_paths[benchmark.image_of[i]], benchmark.questions[i].text,
-                benchmark.questions[i].answer, {name: runs[0].texts[i] for name, runs in answers.items()},
+                benchmark.questions[i].answer, {name: runs[0][i].text for name, runs in answers.items()},
             )
             for i in chosen
         ]

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from vocojax.config import require
 from vocojax.data.conversation import Conversation, Template, Turn, template
 from vocojax.data.images import Fit
 from vocojax.data.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ from vocojax.inference.decoding.sampling import GREEDY, SamplingConfig, one_each
 from vocojax.inference.decoding.text import AnswerText, FinishedText
 from vocojax.inference.prompts import batch_bucket, bucket, filled, lay_out_prompt, text_prompts, whole_prompts
 from vocojax.inference.visuals import Visual, VisualSource, listed, prepare_visual
-from vocojax.layout import SampleLayout, Visibility, lay_out_unit, unit_shape, units_stand_alone
+from vocojax.layout import VISIBILITIES, SampleLayout, Visibility, lay_out_unit, unit_shape, units_stand_alone
 from vocojax.models.llama import KeyValues
 from vocojax.models.voco import VocoLlama
 from vocojax.pretrained.loading import model_of
@@ -60,6 +61,7 @@ class Assistant:
         max_length: int = 2048,
         mesh: Mesh | None = None,
     ):
+        require(visibility in VISIBILITIES, "visibility", f"must be one of {list(VISIBILITIES)}", visibility)
         self.model = model
         self.processor = Processor(tokenizer, model.config.vision.image_size, unit_shape(model.config), template, fit)
         self.visibility: Visibility = visibility
@@ -168,6 +170,8 @@ class Assistant:
 
     def caches_of(self, visuals: Sequence[Visual], store: Store | None = None) -> list[VocoCache]:
         """Returns the cache of each visual, from the store where it is there, else compressed and put in."""
+        if not isinstance(store, Store | None):
+            raise InputError(f"store must be a Store, got {type(store).__name__}: Store('caches') is one")
         different = {visual.digest: visual for visual in visuals}
         caches: dict[str, VocoCache] = {}
         if store is not None:

@@ -74,8 +74,10 @@ def find_files(patterns: Sequence[str], index: int = 0, count: int = 1) -> list[
     Raises:
       FileNotFoundError: there is none at all; a share may be empty.
     """
-    found = sorted({path for pattern in patterns for path in glob.glob(pattern, recursive=True)
-                    if Path(path).is_file()})
+    # A name is no pattern where there is a file of that name: photo[1].png.
+    matching = (path for pattern in patterns
+                for path in ([pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)))
+    found = sorted({path for path in matching if Path(path).is_file()})
     if not found:
         raise FileNotFoundError(f"no file matches {' '.join(patterns)}")
     return found[index::count]
@@ -134,7 +136,8 @@ def int8_loss(assistant: Assistant, cache: VocoCache, question: str) -> Int8Loss
     first = SamplingConfig(max_new_tokens=1)
     requests = [[Request(question, (unit,), first) for unit in form.split()] for form in (cache, rounded)]
     exact, small = (
-        np.array([answer.first_logits_V for answer in answer_many(assistant, asked, with_logits=True, progress=None)])
+        np.array([answer.first_logits_V for answer in answer_many(
+            assistant, asked, way="caches", with_logits=True, progress=None)])
         for asked in requests
     )
     is_token = exact > -1e29  # neither <voco> nor the vocabulary's padding

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from vocojax.config import require
 from vocojax.data.images import ImageError
 from vocojax.errors import InputError
 from vocojax.inference.assistant import Assistant
@@ -55,6 +56,9 @@ def answer_many(
       CacheError: a request's cache is another model's, or an entry of the store can't be written.
       InputError: a single pass is asked for about a visual of which there is only the cache, or with `num_vocos`.
     """
+    if not isinstance(requests, list | tuple):
+        raise InputError(f"requests must be a list of Requests, got {type(requests).__name__}")
+    require(batch_size >= 1, "batch_size", "must be >= 1", batch_size)
     way = way or ("caches" if assistant.reads_caches else "single pass")
     if way == "single pass" and num_vocos is not None:
         raise InputError("the number of VoCo tokens can be chosen only where answers come from caches: this model, or "

@@ -30,8 +30,17 @@ class Request:
     system: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.visuals, tuple):
+        if not isinstance(self.visuals, tuple | list):
             raise InputError(f"visuals must be a tuple, got {type(self.visuals).__name__}: write (visual,) for one")
+        object.__setattr__(self, "visuals", tuple(self.visuals))
+        if not isinstance(self.sampling, SamplingConfig):
+            raise InputError(f"sampling must be a SamplingConfig, got {type(self.sampling).__name__}")
+        if not isinstance(self.system, str | None):
+            raise InputError(f"system must be a text or None, got {type(self.system).__name__}")
+        turns = () if isinstance(self.conversation, str) else self.conversation
+        if not isinstance(turns, tuple | list) or not all(isinstance(turn, Turn) for turn in turns):
+            raise InputError("conversation must be a question or a tuple of Turns, got "
+                             f"{type(self.conversation).__name__}")
 
     @property
     def turns(self) -> Conversation:

@@ -4,10 +4,12 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from PIL import Image
 
+from vocojax.config import require, require_positive
 from vocojax.data.images import Fit, ImageError, decode, prepare_units, read
 from vocojax.data.videos import Sampling, read_frames
 from vocojax.inference.caches.fingerprint import image_digest, visual_digest
@@ -28,6 +30,12 @@ class Video:
     frames: int = 8
     sampling: Sampling = "uniform"
     seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "frames")
+        require(self.sampling in get_args(Sampling), "sampling", f"must be one of {list(get_args(Sampling))}",
+                self.sampling)
+        require(self.seconds > 0, "seconds", "must be > 0", self.seconds)
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,11 @@ def prepare_visual(source: VisualSource, size: int, fit: Fit) -> Visual:
         images = (image.convert("RGB") for image in source.images)
     elif isinstance(source, Image.Image):
         images = [source.convert("RGB")]
-    else:
+    elif isinstance(source, str | Path):
         images = [decode(read(source), str(source))]
+    else:
+        raise ImageError("image", f"must be a path, a PIL image, an array, a Video, Frames or a Visual, got "
+                         f"{type(source).__name__}", "no image")
     units = tuple(unit for image in images for unit in prepare_units(image, size, fit))
     if not units:
         raise ImageError(str(source), "has no image: give at least one", "no image")
@@ -90,7 +101,7 @@ def prepare_visual(source: VisualSource, size: int, fit: Fit) -> Visual:
 
 def listed(sources: VisualSource | Sequence[VisualSource]) -> list[VisualSource]:
     """Returns one source, or several, as a list."""
-    return [sources] if isinstance(sources, VisualSource) else list(sources)
+    return [sources] if isinstance(sources, VisualSource) or not isinstance(sources, Sequence) else list(sources)
 
 
 def _checked(source: Visual | np.ndarray, size: int) -> tuple[np.ndarray, ...]:

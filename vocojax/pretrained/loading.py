@@ -128,7 +128,9 @@ def load_parameters(directory: str | Path, wanted: Mapping[str, jax.ShapeDtypeSt
         return run_parameters.load_parameters(directory, wanted)
     source = open_source(directory)
     if problem := misfit(source.weights.where, source.weights.shapes, wanted):
-        raise ConvertError(problem)
+        rows = source.config.decoder  # the vocabulary has grown to a size that shards
+        raise ConvertError(f"{problem}. Its vocabulary is read as --config.model.decoder.vocab_size={rows.vocab_size} "
+                           f"--config.model.decoder.vocab_padding={rows.vocab_padding}")
     return read_parameters(source.weights, wanted)
 
 

@@ -51,7 +51,7 @@ class SavedParameters:
         self.leaves: dict[str, Any] = {}
         self.homes: dict[str, epath.Path] = {}
         for directory in (path / "frozen", self.directory / "parameters"):
-            if directory.exists():
+            if directory.exists() or directory.name == "parameters":
                 leaves = _saved_leaves(directory)
                 self.leaves |= leaves
                 self.homes |= dict.fromkeys(leaves, directory)

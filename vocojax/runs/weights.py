@@ -71,9 +71,12 @@ class RunWeights:
         a, b = factor_names(name)
         if a not in self._saved.leaves:
             return self._read_saved(name)
-        kernel = self._read_saved(name)
-        return np.asarray(merge(kernel, self._read_saved(a), self._read_saved(b), self._lora.scale,
-                                jnp.dtype(kernel.dtype)))
+        kernel, a_LIR, b_LRO = self._read_saved(name).copy(), self._read_saved(a), self._read_saved(b)
+        with jax.default_device(jax.devices("cpu")[0]):
+            for layer in np.ndindex(kernel.shape[:-2]):  # one at a time: a whole stack in fp32 is large
+                kernel[layer] = merge(kernel[layer], a_LIR[layer], b_LRO[layer], self._lora.scale,
+                                      jnp.dtype(kernel.dtype))
+        return kernel
 
     def _read_saved(self, name: str) -> np.ndarray:
         path = self._saved.homes[name]

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -45,12 +45,6 @@ class StepEvent:
     state: TrainState
     due: Due
     data_state: dict[str, Any] | None
-
-
-class Hook(Protocol):
-    """Something that a run does after every step, when the next batch is on its way."""
-
-    def on_step(self, event: StepEvent) -> None: ...
 
 
 class MetricsInFlight:

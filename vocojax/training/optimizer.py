@@ -30,15 +30,15 @@ def learning_rate_multipliers(
     multipliers: dict[str, float] = {}
     used = set()
     for name in names:
-        deciding = next(((pattern, rate) for pattern, rate in rules if re.fullmatch(pattern, name)), None)
+        deciding = next((index for index, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, name)), None)
         if deciding is None:
             raise ConfigError("learning_rates", f"must cover every parameter; no regex matches {name!r}")
-        pattern, rate = deciding
-        used.add(pattern)
+        used.add(deciding)
+        rate = rules[deciding][1]
         if rate != "freeze":
             multipliers[name] = rate
-    for pattern, _ in rules:
-        if pattern not in used:
+    for index, (pattern, _) in enumerate(rules):
+        if index not in used:
             raise ConfigError("learning_rates", f"has the regex {pattern!r}, which decides for no parameter: it "
                               "matches none, or only those that one before it matches")
     return multipliers

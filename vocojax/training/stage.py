@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from vocojax.config import ConfigError, VisionConfig, build, config_to_dict, differing_keys
+from vocojax.config import ConfigError, ModelConfig, VisionConfig, build, config_to_dict, differing_keys
 from vocojax.data.loader import BatchStream, merge_states
 from vocojax.files import write_files
 from vocojax.models.lora import is_factor
@@ -21,7 +21,8 @@ from vocojax.models.parameters import Parameters, parameters_of
 from vocojax.parallel import processes
 from vocojax.parallel.mesh import BATCH, make_mesh, shard_batch
 from vocojax.parallel.shardings import row_share
-from vocojax.pretrained.loading import load_card, load_parameters
+from vocojax.pretrained.loading import load_parameters
+from vocojax.pretrained.source import open_source
 from vocojax.runs.directory import is_run, run_config, run_path, write_run_files
 from vocojax.training import loop
 from vocojax.training.checkpoints import Checkpoints
@@ -35,6 +36,8 @@ from vocojax.training.step import TrainState
 from vocojax.training.validation import Validation
 
 LOG = logging.getLogger(__name__)
+# Sizes of the vocabulary differ between layouts of one model; loading compares the shapes.
+SHAPES = ("decoder.vocab_size", "decoder.vocab_padding")
 
 
 def train(config: StageConfig, workdir: str | Path, bar_position: int = 0) -> None:
@@ -113,8 +116,9 @@ def _train(
 def _check_teacher(config: StageConfig) -> None:
     if not config.distill.teacher:
         return
-    teacher = load_card(config.distill.teacher).model
-    if odd := differing_keys(config_to_dict(teacher), config_to_dict(config.model)):
+    teacher = _saved_config(config.distill.teacher)
+    mine = {part: values for part, values in config_to_dict(config.model).items() if part in teacher}
+    if odd := [key for key in differing_keys(teacher, mine) if key not in SHAPES]:
         raise ConfigError("distill.teacher", f"must be of the same model, but {config.distill.teacher} differs in "
                           f"{', '.join(odd)}")
 
@@ -137,6 +141,9 @@ def _initial_state(config: StageConfig, program: Program) -> TrainState:
     if taken:
         parameters |= load_parameters(config.init_from, taken)
         _warn_of_differences(config)
+    if idle := [name for name in abstract_state.frozen if name in new]:
+        LOG.warning("%d parameters are random and frozen, so they never learn anything (%s ...): set init_from, or "
+                    "train them by learning_rates", len(idle), idle[0])
     trained = {name: parameters[name] for name in abstract_state.trained}
     moments = jax.tree.map(lambda leaf: leaf.sharding, abstract_state.optimizer)
     return TrainState(
@@ -157,15 +164,22 @@ def _warn_of_differences(config: StageConfig) -> None:
     """Warns where `init_from`'s model differs from the stage's in what no shape tells."""
     saved, mine = _saved_config(config.init_from), config_to_dict(config.model)
     for part in ("vision", "decoder"):
-        for key in differing_keys(saved[part], mine[part], f"model.{part}.") if part in saved else ():
-            LOG.warning("%s is not what %s, where the parameters come from, was made with", key, config.init_from)
+        for key in differing_keys(saved[part], mine[part], f"{part}.") if part in saved else ():
+            if key in SHAPES:
+                continue
+            LOG.warning("model.%s is not what %s, where the parameters come from, was made with", key, config.init_from)
 
 
 def _saved_config(directory: str) -> dict[str, Any]:
-    """Returns the model's config in a directory of any layout; of a vision tower's own run, the tower's alone."""
-    if is_run(directory) and "vision" in (values := run_config(directory)):
-        return {"vision": config_to_dict(build(VisionConfig, values["vision"], "vision"))}
-    return config_to_dict(load_card(directory).model)
+    """Returns the model's config in a directory of any layout; of a vision tower or a decoder alone, its part."""
+    if is_run(directory):  # a run needs no tokenizer for this
+        values = run_config(directory)
+        if "vision" in values:
+            return {"vision": config_to_dict(build(VisionConfig, values["vision"], "vision"))}
+        return config_to_dict(build(ModelConfig, values["model"], "model"))
+    source = open_source(directory)
+    saved = config_to_dict(source.config)
+    return {"decoder": saved["decoder"]} if source.decoder_only else saved
 
 
 def _teacher_parameters(config: StageConfig, program: Program) -> Parameters:

@@ -42,6 +42,10 @@ class VocoCache:
     image_digests: tuple[str, ...]
     fingerprint: Fingerprint | None = None
 
+    def __repr__(self) -> str:
+        model = "no model named" if self.fingerprint is None else f"model {self.fingerprint.digest[:12]}"
+        return f"VocoCache({self.num_units} units of {self.tokens_per_unit} tokens, {self.k_LUNGD.dtype.name}, {model})"
+
     @property
     def num_units(self) -> int:
         """Number of units, U."""

@@ -16,14 +16,13 @@ from typing import NamedTuple
 
 from etils import epath
 
-from vocojax.files import is_remote
+from vocojax.files import is_partial, is_remote
 from vocojax.inference.caches.cache import CacheError, VocoCache
 from vocojax.inference.caches.files import DamagedCache, Storage, from_bytes, to_bytes, write_cache
 from vocojax.inference.caches.fingerprint import Fingerprint
 
 # The last four parts of an entry's path, and the name of a half-written one. Nothing else is ever removed.
 _ENTRY = re.compile(r"[0-9a-f]{32}/\d+(-int8)?/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors")
-_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.safetensors\.[0-9a-f]{32}\.partial")
 _ABANDONED = 3600  # seconds after which the writer of a half-written file must have been killed
 
 
@@ -144,7 +143,7 @@ class Store:
     def _sweep(self, directory: epath.Path) -> None:
         self._swept.add(directory)
         for path in directory.iterdir():
-            if _PARTIAL.fullmatch(path.name):
+            if is_partial(path.name):
                 with contextlib.suppress(OSError):  # another process was faster, or it is another user's
                     if time.time() - os.stat(path).st_mtime > _ABANDONED:
                         path.unlink(missing_ok=True)

@@ -40,6 +40,13 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for key in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, key)
+            require(isinstance(value, int) and not isinstance(value, bool), key, "must be a whole number", value)
+        for key in ("temperature", "top_p", "repetition_penalty"):
+            require(isinstance(getattr(self, key), int | float), key, "must be a number", getattr(self, key))
+        is_strings = isinstance(self.stop, tuple | list) and all(isinstance(text, str) for text in self.stop)
+        require(is_strings, "stop", "must be a tuple of strings, as in stop=('\\n',)", self.stop)
         require_positive(self, "max_new_tokens")
         require(self.temperature >= 0, "temperature", "must be >= 0", self.temperature)
         require(self.top_k >= 0, "top_k", "must be >= 0", self.top_k)
