@@ -120,8 +120,8 @@ def test_a_single_pass_needs_pixels(assistant, cache):
         ask(assistant, [Request("what?", (cache,))], way="single pass")
 
 
-def test_visuals_are_a_tuple(tmp_path):
-    for one in ("photo.png", [tmp_path]):
+def test_visuals_are_several(tmp_path):
+    for one in ("photo.png", tmp_path):
         with pytest.raises(InputError, match=r"visuals must be a tuple, got .*: write \(visual,\) for one"):
             Request("what?", one)
 
