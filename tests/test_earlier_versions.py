@@ -1,4 +1,4 @@
-"""What version 0.1 wrote is still read: runs (also with LoRA, and an upper bound), a conversion, a store of caches.
+"""Files of version 0.1 are still read: runs (also with LoRA, and an upper bound), a conversion, a store of caches.
 
 The archive was made by that version, with the losses, logits and answers that it got; none of it is ever made again.
 """

@@ -86,6 +86,12 @@ def test_rooms_import_the_rooms_below_them_only(module):
         assert not lazy or imported.startswith(allowed), f"{module} hides its import of {imported}"
 
 
+def test_nothing_goes_through_the_public_names():
+    """They are lazy, so that an upward import could hide behind them; the version alone is read there."""
+    through = {module for module, path in MODULES.items() if "vocojax" in {imported for imported, _ in imports(path)}}
+    assert through == {"vocojax.cli.main", "vocojax.costs.steps.search"}
+
+
 def test_every_room_has_its_place():
     assert {room(module) for module in MODULES} - {""} <= LEVEL.keys()
     scripts = [path for folder in ("launch", "configs") for path in (ROOT / folder).glob("*.py")]

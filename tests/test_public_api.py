@@ -1,4 +1,4 @@
-"""What the package offers to those who import it: names, their types, one base of its errors, and its old paths."""
+"""The package as its importers see it: names, their types, one base of its errors, and its old paths."""
 
 import importlib
 import os

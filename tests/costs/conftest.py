@@ -1,4 +1,4 @@
-"""What libtpu has to be told before it loads on a machine without a TPU; it then compiles for any generation."""
+"""The environment that libtpu needs before it loads on a machine without a TPU; it then compiles for any generation."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What is due after a step, for every combination of intervals, stops and times."""
+"""Tests of what is due after a step, for every combination of intervals, stops and times."""
 
 from hypothesis import given
 from hypothesis import strategies as st

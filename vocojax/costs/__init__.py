@@ -1,4 +1,4 @@
-"""What things cost, without the machine they run on: estimates good for comparing, not for promising seconds.
+"""Costs of kernels, steps, answers and data without the machine: estimates to compare by, no promise of seconds.
 
 `rows`: typical rows of samples, the one set that every figure here rests on.
 `topologies`: machines that are not there, to compile for.

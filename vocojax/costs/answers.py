@@ -1,4 +1,4 @@
-"""What an answer costs without a cache, with an image's vision tokens cached, and with its VoCo tokens (paper Table 7).
+"""Costs of an answer without a cache, with an image's vision tokens cached, and with its VoCo tokens (paper Table 7).
 
 Every row is a prompt of one image and T tokens of text, laid out by `layout.py` and read by `decode.first_token`:
 

@@ -1,4 +1,4 @@
-"""What the input pipeline costs, measured on synthetic data; `launch/data_report.py` prints it."""
+"""Costs of the input pipeline, measured on synthetic data; `launch/data_report.py` prints it."""
 
 import json
 import multiprocessing

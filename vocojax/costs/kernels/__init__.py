@@ -1,4 +1,4 @@
-"""What a kernel costs on an accelerator that is not there, read from the code that its compiler emits.
+"""Costs of a kernel on an accelerator that is not there, read from the code that its compiler emits.
 
 libtpu and XLA's CUDA backend compile for a described device on any x86 Linux machine. `tpu` replays the VLIW bundles
 (`bundles`) of a Pallas TPU kernel, `gpu` reads ptxas' report and the machine code of a Triton kernel. `report` compares

@@ -1,4 +1,4 @@
-"""What a benchmark is. A new one is a module of this folder with a class that has these methods."""
+"""The protocol of a benchmark. A new one is a module of this folder with a class that has these methods."""
 
 from collections.abc import Sequence
 from typing import Protocol

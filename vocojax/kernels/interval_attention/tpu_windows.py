@@ -1,4 +1,4 @@
-"""What one grid step of the TPU kernels sees: its heads, and the window of every array (the index maps).
+"""The view of one grid step of the TPU kernels: its heads, and the window of every array (the index maps).
 
 A step of the tile kernels is one tile of several heads. The list of tiles (`codes`, in scalar memory) says which tile:
 its row of the batch, query block and key block. Arrays are `[B, S, heads * width]`, so a block of columns is a group of
