@@ -4,6 +4,15 @@ import json
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests run their programs a few times on tiny shapes: most of their time is compilation. LLVM optimizes
+# less, which saves a quarter of the suite's time.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 
 from pathlib import Path
 
