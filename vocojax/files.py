@@ -18,10 +18,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from etils import epath
+from etils.epath.gpath import PosixGPath
 
 from vocojax.errors import ConvertError
 
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.partial")
+
+
+class LiteralPath(PosixGPath):
+    """A local path whose `glob` takes only its argument for a pattern.
+
+    `epath` takes the directory for a part of the pattern: in `runs/[v2]` it finds nothing. Paths made from this one
+    (`/`, `parent`, `iterdir`) are of the same kind, also inside Orbax.
+    """
+
+    def glob(self, pattern: str) -> Iterator["LiteralPath"]:
+        """Yields the files below this directory that match the pattern."""
+        return (type(self)(path) for path in sorted(Path(self).glob(pattern)))
 
 
 def is_remote(path: str | os.PathLike) -> bool:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from vocojax.config import LoraConfig
 from vocojax.data.loader import BatchStream
 from vocojax.evaluation.report import loss_curve
+from vocojax.files import LiteralPath
 from vocojax.models.parameters import parameters_of
 from vocojax.parallel.preemption import Preempted
 from vocojax.runs.checksums import checksums, host_checksum
@@ -54,6 +55,42 @@ def damage(directory):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["[v2] voco", "a*b? {0}", "~x", "100% über 模", "a:/b"])
+def test_a_path_is_never_taken_for_a_pattern(name, tmp_path):
+    workdir = tmp_path / name / "run"
+    write(workdir, (1, 2), CheckpointConfig(keep=2))
+    damage(workdir / "checkpoints" / "2" / "progress")
+    with Checkpoints(workdir, CheckpointConfig(), RUN) as checkpoints:
+        step, state, _ = checkpoints.restore(tiny_state(0))
+    assert step == 1 and state.trained["a"].tolist() == [1, 1, 1] and state.frozen["b"].tolist() == [0, 1, 2, 3]
+    assert SavedParameters(workdir).leaves.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("back\\slash", r"has a backslash in its path, which TensorStore reads as '/': rename the directory"),
+    (os.fsdecode(b"\xff"), "has a path that is not UTF-8"),
+])
+def test_a_path_that_tensorstore_cannot_open_is_refused_before_anything_is_written(name, message, stage, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        train(stage, tmp_path / name)
+    with pytest.raises(CheckpointError, match=message):
+        RunWeights(tmp_path / name, LoraConfig())
+    with pytest.raises(CheckpointError, match=r"'odd://run' has an unknown scheme before '://'"):
+        train(stage, "odd://run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["parameters", "optimizer", "frozen"])
+def test_the_first_checkpoint_is_read_back(part, tmp_path, monkeypatch):
+    """Here Orbax does not merge the files of one part, as it happened in directories with brackets in their names."""
+    glob = LiteralPath.glob
+    monkeypatch.setattr(LiteralPath, "glob", lambda path, pattern: () if part in str(path) else glob(path, pattern))
+    with Checkpoints(tmp_path, CheckpointConfig(), RUN) as checkpoints, pytest.raises(
+        CheckpointError, match=rf"^{tmp_path}/checkpoints/1: was written, but can't be read back: .*Use a --workdir on"
+    ):
+        checkpoints.save(1, tiny_state(1), {})
 
 
 def test_newest_permanent_and_best_ones_stay(tmp_path):

@@ -16,7 +16,7 @@ from etils import epath
 
 from vocojax.config import ConfigError, build, config_to_dict, differing_keys
 from vocojax.errors import VocojaxError
-from vocojax.files import is_remote, write_atomically
+from vocojax.files import LiteralPath, is_remote, write_atomically
 from vocojax.parallel import processes
 from vocojax.runs.earlier import upgraded
 
@@ -38,16 +38,35 @@ def run_path(workdir: str | os.PathLike) -> epath.Path:
     Raises:
       CheckpointError: the file system can't be reached.
     """
-    path = epath.Path(workdir)
     try:
+        path = epath.Path(workdir)
         path.exists()
+    except (KeyError, NotImplementedError):
+        raise CheckpointError(f"workdir {str(workdir)!r} has an unknown scheme before '://'; use a local path or "
+                              "gs://BUCKET/PATH") from None
     except ImportError as error:
         raise CheckpointError(f"workdir {str(workdir)!r} can't be reached: {error}. Install the package that opens it "
                               "(for gs://: pip install 'vocojax[gcs]'), or mount the bucket") from error
     except OSError as error:
         raise CheckpointError(f"workdir {str(workdir)!r} can't be reached: {error}. Check the network and the "
                               "machine's credentials") from error
-    return path if is_remote(path) else epath.Path(Path(workdir).absolute())
+    return path if is_remote(path) else LiteralPath(Path(workdir).absolute())
+
+
+def checkpoint_path(workdir: str | os.PathLike) -> epath.Path:
+    """Returns `run_path` of a directory whose checkpoints are to be written or read.
+
+    Raises:
+      CheckpointError: see `run_path`; or the path has characters with which checkpoints would be written elsewhere.
+    """
+    path, name = run_path(workdir), os.fspath(workdir)
+    if not is_remote(path) and "\\" in str(path):
+        raise CheckpointError(f"workdir {name!r} has a backslash in its path, which TensorStore reads as '/': "
+                              "rename the directory, or use another one")
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        raise CheckpointError(f"workdir {name!r} has a path that is not UTF-8, which TensorStore can't open: rename "
+                              "the directory, or use another one")
+    return path
 
 
 def strip(values: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> dict[str, Any]:
@@ -101,7 +120,7 @@ def write_run_files(workdir: str | Path, config: Any) -> None:
     Raises:
       CheckpointError: the directory holds a run with another config (the keys are named), or processes differ.
     """
-    path = run_path(workdir) / "config.json"
+    path = checkpoint_path(workdir) / "config.json"
     problem = ""
     if processes.is_first():
         problem = _changed(path, config)

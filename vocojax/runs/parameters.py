@@ -22,7 +22,7 @@ from vocojax.models.voco import VocoLlama
 from vocojax.parallel import processes
 from vocojax.runs.checkpoint_files import damaged, described, not_saved, read_arrays, read_progress, shortened
 from vocojax.runs.checksums import checksums
-from vocojax.runs.directory import CheckpointError, run_config, run_path
+from vocojax.runs.directory import CheckpointError, checkpoint_path, run_config
 from vocojax.weights import misfit
 
 
@@ -43,7 +43,7 @@ class SavedParameters:
     """
 
     def __init__(self, workdir: str | Path):
-        path = run_path(workdir)
+        path = checkpoint_path(workdir)
         steps = ocp.utils.checkpoint_steps(path / "checkpoints") if (path / "checkpoints").is_dir() else []
         if not steps:
             raise CheckpointError(f"{workdir} holds no complete checkpoint; check the path, or train first")

@@ -20,7 +20,7 @@ from vocojax.config import LoraConfig
 from vocojax.models.lora import factor_names, is_factor, merge
 from vocojax.runs.checkpoint_files import damaged, described, not_saved
 from vocojax.runs.checksums import host_checksum
-from vocojax.runs.directory import CheckpointError
+from vocojax.runs.directory import CheckpointError, checkpoint_path
 from vocojax.runs.parameters import SavedParameters
 from vocojax.weights import Index, Shape, Weights
 
@@ -142,6 +142,6 @@ def write_parameters(directory: Path, weights: Weights, dtypes: Mapping[str, np.
               for path in tree}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(parameters=handler)) as checkpointer:
         checkpointer.save(
-            (directory / "checkpoints" / "0").absolute(),
+            checkpoint_path(directory) / "checkpoints" / "0",
             args=ocp.args.Composite(parameters=ocp.args.PyTreeSave(tree, save_args=chunks)),
         )

@@ -29,7 +29,7 @@ from vocojax.models.parameters import Parameters
 from vocojax.parallel import processes
 from vocojax.runs.checkpoint_files import damaged, described, first_line, not_saved, read_arrays, read_progress, sha256
 from vocojax.runs.checksums import checksums
-from vocojax.runs.directory import CheckpointError, changed_keys, fixed_keys, run_path
+from vocojax.runs.directory import CheckpointError, changed_keys, checkpoint_path, fixed_keys
 from vocojax.training.config import CheckpointConfig
 from vocojax.training.step import TrainState
 
@@ -54,7 +54,8 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig, run_config: Any = None):
         self.config, self._run_config = config, run_config
-        self._workdir = run_path(workdir)
+        self._workdir = checkpoint_path(workdir)
+        self._was_read_back = False
         self._frozen_checksums: dict[str, int] | None = None
         policies: list[Any] = [keep.LatestN(config.keep)]
         if config.keep_every:
@@ -78,7 +79,8 @@ class Checkpoints:
     ) -> None:
         """Begins to write a checkpoint after `step` optimizer steps; one that exists is left as it is.
 
-        Returns when the arrays are copied, so that the next step may donate them.
+        Returns when the arrays are copied, so that the next step may donate them. The first checkpoint of a start is
+        waited for and read back: a run whose checkpoints can't be read must not train to its end.
 
         Args:
           step: the number of steps taken.
@@ -94,6 +96,8 @@ class Checkpoints:
         try:
             with jax.transfer_guard("allow"):
                 self._save(step, state, progress, metrics)
+            if not self._was_read_back:
+                self._read_back(step, bool(state.frozen))
         except (OSError, ValueError, RuntimeError) as error:
             raise self.failure(error) from error
 
@@ -122,6 +126,27 @@ class Checkpoints:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 checkpointer.save(self._workdir / "frozen", args=ocp.args.PyTreeSave(frozen), force=True)
         self._frozen_checksums = checksums({"frozen": frozen})
+
+    def _read_back(self, step: int, has_frozen: bool) -> None:
+        """Waits for the first checkpoint of this start, and opens every array of it.
+
+        Raises:
+          CheckpointError: on all processes, if it is not complete.
+        """
+        self._manager.wait_until_finished()
+        directory, problem = self._workdir / "checkpoints" / str(step), ""
+        if processes.is_first():
+            parts = [directory / "parameters", directory / "optimizer", *([self._workdir / "frozen"] * has_frozen)]
+            try:
+                read_progress(directory)
+                for part in parts:
+                    ocp.PyTreeCheckpointHandler().metadata(part)
+            except Exception as error:  # Orbax and TensorStore raise many types
+                problem = described(error)
+        if problem := processes.from_first("read back", problem):
+            raise CheckpointError(f"{directory}: was written, but can't be read back: {problem}. Use a --workdir on "
+                                  "another file system")
+        self._was_read_back = True
 
     def restore(self, wanted: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
         """Restores the newest sound checkpoint; None if there is no checkpoint at all.

@@ -120,7 +120,7 @@ def tool(name: str) -> str:
       FileNotFoundError: it is in none of them.
     """
     installed = [shutil.which(name), f"/usr/local/cuda/bin/{name}"]
-    installed += [path for root in sys.path for path in glob.glob(f"{root}/nvidia/*/bin/{name}")]
+    installed += [path for root in sys.path for path in glob.glob(f"{glob.escape(root)}/nvidia/*/bin/{name}")]
     for path in installed:
         if path and os.path.exists(path):
             return path

@@ -189,9 +189,9 @@ def _compile_call(call: Any, device: Any, folder: str) -> Compiled:
     operands = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=on) for v in call.invars]
     function = lambda *x: call.primitive.bind(*x, **call.params)
     function.__name__ = name
-    before = set(glob.glob(f"{folder}/*"))
+    before = set(glob.glob(f"{glob.escape(folder)}/*"))
     jax.jit(function).lower(*operands).compile()
-    new = [f for f in sorted(set(glob.glob(f"{folder}/*")) - before) if f"-{name}" in f]
+    new = [f for f in sorted(set(glob.glob(f"{glob.escape(folder)}/*")) - before) if f"-{name}" in f]
     dump = lambda end: next(f for f in new if f.endswith(end) and "schedule-" not in f)
     semantics = [str(s).lower() for s in getattr(call.params["compiler_params"], "dimension_semantics", None) or ()]
     return Compiled(
