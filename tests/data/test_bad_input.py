@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vocojax.data.config import DataConfig
-from vocojax.data.images import ImageError
+from vocojax.data.images import ImageError, load_image
 from vocojax.data.loader import BatchStream, SkippedTooMany
 from vocojax.data.prepared import PreparedSource
 from vocojax.data.sources import LlavaSource
@@ -136,15 +136,31 @@ def test_a_stream_counts_every_damaged_record(damaged, tiny_config):
 def test_files_outside_the_root_are_not_read(tmp_path):
     (tmp_path / "secret.png").write_bytes(b"")
     (tmp_path / "images").mkdir()
-    os.symlink(tmp_path / "secret.png", tmp_path / "images" / "link.png")
+    (tmp_path / "mnt" / "coco").mkdir(parents=True)
+    os.symlink(tmp_path / "mnt" / "coco", tmp_path / "images" / "coco")
     os.symlink("loop", tmp_path / "images" / "loop")
-    names = ["../secret.png", str(tmp_path / "secret.png"), "link.png", "a/../../secret.png", "loop/x.png"]
+    names = ["../secret.png", str(tmp_path / "secret.png"), "coco/../../secret.png", "a/../../secret.png",
+             "loop/x.png", "coco/../1.png"]
     (tmp_path / "x.json").write_text(json.dumps([record_of(name) for name in names]))
     source = LlavaSource(tmp_path / "x.json", tmp_path / "images")
     for index in range(4):
         with pytest.raises(LayoutError, match="leaves the image root"):
             source[index]
-    with pytest.raises((LayoutError, ImageError)):
-        from vocojax.data.images import load_image
-
+    with pytest.raises(ImageError):
         load_image(source[4].images[0], 8)
+    assert source[5].images == (tmp_path.resolve() / "images" / "1.png",)  # not mnt/1.png, which is outside
+
+
+def test_links_of_the_user_are_followed(tmp_path):
+    """A linked directory, a linked file, a linked root and absolute paths through it."""
+    (tmp_path / "mnt" / "coco").mkdir(parents=True)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "mnt" / "coco" / "1.png")
+    os.symlink(tmp_path / "mnt" / "coco", tmp_path / "images" / "coco")
+    os.symlink(tmp_path / "mnt" / "coco" / "1.png", tmp_path / "images" / "one.png")
+    os.symlink(tmp_path / "mnt", tmp_path / "root")
+    names = ["coco/1.png", "one.png", "coco/1.png", str(tmp_path / "root" / "coco" / "1.png"),
+             str(tmp_path / "mnt" / "coco" / "1.png")]
+    for name, root in zip(names, ("images", "images", "root", "root", "root"), strict=True):
+        (tmp_path / "x.json").write_text(json.dumps([record_of(name)]))
+        assert load_image(LlavaSource(tmp_path / "x.json", tmp_path / root)[0].images[0], 8).shape == (8, 8, 3)

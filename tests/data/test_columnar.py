@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vocojax.data.sources import columnar
 from vocojax.data.sources.columnar import ColumnarRecords
+from vocojax.errors import InputError
 from vocojax.layout import LayoutError
 
 
@@ -25,6 +26,23 @@ def test_records_are_those_of_the_json(tmp_path, monkeypatch):
     assert [ColumnarRecords(tmp_path / "lines.jsonl")[i] for i in range(5)] == records
     (tmp_path / "none.json").write_text(" [ ] ")
     assert len(ColumnarRecords(tmp_path / "none.json")) == 0
+
+
+def test_byte_order_marks_are_passed_over(tmp_path):
+    """Also those in the middle, where files were joined."""
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"id": 0}\r\n\xef\xbb\xbf{"id": 1}\r\n\xef\xbb\xbf\r\n')
+    read = ColumnarRecords(tmp_path / "x.jsonl")
+    assert [read[i]["id"] for i in range(len(read))] == [0, 1]
+    (tmp_path / "y.jsonl").write_text('{"id": 0}', encoding="utf-16")
+    with pytest.raises(InputError, match=r"y\.jsonl: is UTF-16: save it as UTF-8"):
+        ColumnarRecords(tmp_path / "y.jsonl")
+
+
+@pytest.mark.parametrize("after", ['[{"id": 1}]', '\n[{"id": 1}]', " x", '\n{"id": 1}', "\0"])
+def test_what_follows_a_list_is_not_passed_over(tmp_path, after):
+    (tmp_path / "x.json").write_text('[{"id": 0}]' + after)
+    with pytest.raises(InputError, match=r"x\.json: not a JSON list in UTF-8: .*\(byte 1\d\); join several lists with"):
+        ColumnarRecords(tmp_path / "x.json")
 
 
 VALUES = st.recursive(

@@ -17,9 +17,12 @@ def test_llava_records_become_turns():
     ("record", "reason"),
     [
         ([], "no conversation"),
-        ([{"from": "system", "value": "x"}], "unknown role"),
-        ([{"from": "gpt", "value": "x"}], "roles out of turn"),
+        ([{"from": "tool", "value": "x"}], "unknown role"),
         (turns("q", "a", "q")[::2], "roles out of turn"),
+        ([*turns("q", "a"), {"from": "system", "value": "x"}], "roles out of turn"),
+        ([{"from": "system", "value": "x"}] * 2, "roles out of turn"),
+        (turns(" \n", "a"), "empty question"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "no text"),
         (turns("q", "  "), "empty answer"),
         ([{"from": "human"}], "no text"),
     ],
@@ -28,6 +31,31 @@ def test_bad_conversations_name_record_and_reason(record, reason):
     with pytest.raises(LayoutError, match="record 'r1'") as error:
         conversation_from_llava("r1", record)
     assert error.value.reason == reason
+
+
+def test_a_record_s_system_turn_replaces_the_template_s_prompt():
+    record = [{"from": "system", "value": "Answer in one word."}, *turns("what?", "a bus")]
+    said = {name: "".join(span.text for span in template(name).spans(conversation_from_llava("r", record), "</s>"))
+            for name in ("vicuna_v1", "short", "bare", "plain")}
+    assert said == {"vicuna_v1": "Answer in one word. USER: what? ASSISTANT: a bus</s>",
+                    "short": "Answer in one word. USER: what? ASSISTANT: a bus</s>",
+                    "bare": "Answer in one word. what? a bus</s>", "plain": "a bus\n"}
+
+
+@pytest.mark.parametrize(("name", "opening"), [("short", "ASSISTANT: Hello</s>"), ("bare", "Hello</s>")])
+def test_an_assistant_who_speaks_first_is_no_target(name, opening):
+    conversation = conversation_from_llava("r", [{"from": "gpt", "value": "Hello"}, *turns("what?", "a bus")])
+    spans = template(name).spans(conversation, "</s>")
+    assert "".join(span.text for span in spans).startswith(opening)
+    assert [span.text for span in spans if span.is_target] == [" a bus", "</s>"]
+
+
+def test_the_chat_form_of_hugging_face_is_read():
+    parts = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": parts},
+                {"role": "assistant", "content": "a bus"}]
+    assert conversation_from_llava("r", messages) == (
+        Turn("system", "S"), Turn("user", "<image>\nwhat?"), Turn("assistant", "a bus"))
 
 
 def test_targets_are_answers_with_their_end():

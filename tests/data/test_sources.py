@@ -13,6 +13,7 @@ from vocojax.data.config import DataConfig, PartConfig
 from vocojax.data.conversation import Turn
 from vocojax.data.loader import BatchStream
 from vocojax.data.sources import open_source
+from vocojax.data.sources.llava import LlavaSource
 from vocojax.data.sources.mixture import MixtureSource
 from vocojax.data.sources.shikra import ShikraSource, write_place
 from vocojax.data.sources.video_chatgpt import VideoChatGptSource
@@ -38,6 +39,49 @@ def test_webvid_rows_are_captioned_videos(tmp_path):
     (tmp_path / "y.csv").write_text("videoid,name\n")
     with pytest.raises(ValueError, match="lacks the columns page_dir"):
         WebVidSource(tmp_path / "y.csv", tmp_path)
+
+
+def test_a_byte_order_mark_is_not_part_of_a_column(tmp_path):
+    (tmp_path / "x.csv").write_text("videoid,page_dir,name\n1,a,A dog\n", encoding="utf-8-sig")
+    assert WebVidSource(tmp_path / "x.csv", tmp_path)[0].id == "1"
+
+
+def llava_record(path, asked, **files):
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "a bus"}]
+    path.write_text(json.dumps([{"id": "r", **files, "conversations": turns}]))
+    return LlavaSource(path, path.parent)[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "files", "reason"),
+    [
+        ("<image>\nwhat?", {"video": "v.mp4"}, ""),
+        ("<video>\nwhat?", {"video": "v.mp4"}, ""),
+        ("<image>\n<image>\nwhat?", {"video": ["v.mp4", "w.mp4"]}, ""),
+        ("<image>\n<video>\nwhat?", {"video": "v.mp4", "image": "i.png"}, ""),
+        ("<image>\n<image>\nwhat?", {"video": "v.mp4", "image": "i.png"}, ""),
+        ("<image>\n<video>\nwhat?", {"video": "v.mp4"}, "more <image> than images"),
+        ("<video>\n<video>\nwhat?", {"video": "v.mp4", "image": "i.png"}, "more <video> than videos"),
+        ("<image>\nwhat?", {}, "more <image> than images"),
+    ],
+)
+def test_a_video_may_be_marked_as_an_image(tmp_path, asked, files, reason):
+    """As in LLaMA-VID's and LLaVA-NeXT's data."""
+    try:
+        sample = llava_record(tmp_path / "x.json", asked, **files)
+    except LayoutError as error:
+        assert error.reason == reason
+    else:
+        assert not reason
+        assert [file.name for file in sample.videos] == [name for name in ("v.mp4", "w.mp4") if name in str(files)]
+
+
+def test_the_chat_form_of_hugging_face(tmp_path):
+    messages = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a bus"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": messages, "images": ["i.png"]}))
+    sample = LlavaSource(tmp_path / "x.jsonl", tmp_path)[0]
+    assert sample.images == (tmp_path.resolve() / "i.png",)
+    assert sample.threads == ((Turn("user", "<image>what?"), Turn("assistant", "a bus")),)
 
 
 def test_video_chatgpt_raw_and_converted(tmp_path):

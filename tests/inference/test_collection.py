@@ -126,6 +126,12 @@ def test_only_a_newline_ends_a_line_of_questions(tmp_path):
     assert [question.seed for question in read_questions(file, seed=2**32 - 1)] == [2**32 - 1, 0]
 
 
+def test_byte_order_marks_in_questions_are_passed_over(tmp_path):
+    line = '\ufeff{"image": "a.png", "question": "what?"}\n'  # two files joined, each with its own
+    (tmp_path / "q.jsonl").write_text(line * 2 + "\ufeff", encoding="utf-8")
+    assert len(read_questions(tmp_path / "q.jsonl")) == 2
+
+
 def test_the_loss_of_int8_is_measured(assistant, cache):
     loss = int8_loss(assistant, cache, "what color is the shape?")
     assert 0 < loss.mean < loss.largest < 0.05 * loss.spread and loss.same_token == 1

@@ -59,7 +59,7 @@ def read_json(path: str | Path) -> Json:
       ConvertError: the file does not exist or does not hold a JSON object.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConvertError(f"{path}: no such file; check the path of the directory") from None
     except ValueError as error:

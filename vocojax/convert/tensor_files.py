@@ -87,7 +87,7 @@ def open_directory(directory: str | Path) -> Weights:
 
 def _open_shards(directory: Path, index: Path, pattern: str) -> Weights:
     try:
-        homes: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        homes: dict[str, str] = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         if not all(isinstance(home, str) for home in homes.values()):
             raise TypeError("names of shards must be strings")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

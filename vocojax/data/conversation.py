@@ -12,14 +12,16 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-_ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names
+# LLaVA's names, and those of Hugging Face's chat data.
+_ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
 class Turn(NamedTuple):
     """One message.
 
-    In a prompt the last turn is the user's; in training every assistant turn is a target. A system turn, if any, comes
-    first and replaces the template's system prompt.
+    In a prompt the last turn is the user's. In training every assistant turn is a target, except one that opens the
+    conversation: it answers nothing. A system turn, if any, comes first and replaces the template's system prompt.
     """
 
     role: Literal["system", "user", "assistant"]
@@ -30,32 +32,55 @@ Conversation = tuple[Turn, ...]
 
 
 def conversation_from_llava(record: str, turns: Sequence[Mapping[str, Any]]) -> Conversation:
-    """Reads LLaVA's `[{"from": "human" | "gpt", "value": text}, ...]`.
+    """Reads the turns of a record.
+
+    Args:
+      record: names the record in errors.
+      turns: LLaVA's `[{"from": "human" | "gpt" | "system", "value": text}, ...]`, or those of Hugging Face's chat data,
+        `[{"role": "user" | "assistant" | "system", "content": text or parts}, ...]`.
 
     Raises:
-      LayoutError: no turns, an unknown role, roles that don't alternate from the user on, an empty answer.
+      LayoutError: no turns, an unknown role, a system turn that is not the first, two turns of one role in a row, an
+        empty question or answer.
     """
     if not isinstance(turns, list | tuple) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         raise LayoutError(record, "has no conversation", "no conversation")
-    conversation = []
+    conversation: list[Turn] = []
     for index, turn in enumerate(turns):
-        role, text = turn.get("from"), turn.get("value")
-        if not isinstance(role, str) or role not in _ROLES:
-            raise LayoutError(record, f"turn {index} has the unknown role {role!r}; known: human, gpt", "unknown role")
-        if not isinstance(text, str):
+        name = turn.get("from", turn.get("role"))
+        if not isinstance(name, str) or name not in _ROLES:
+            raise LayoutError(record, f"turn {index} has the unknown role {name!r}; known: {', '.join(_ROLES)}",
+                              "unknown role")
+        role, text = _ROLES[name], _text_of(turn.get("value", turn.get("content")))
+        if text is None:
             raise LayoutError(record, f"turn {index} has no text", "no text")
         if not is_unicode(text):
             raise LayoutError(record, f"turn {index} is not UTF-8", "not UTF-8")
-        if _ROLES[role] != ("user", "assistant")[index % 2]:
-            raise LayoutError(record, f"turn {index} is {role}'s, out of turn", "roles out of turn")
-        if role == "gpt" and not text.strip():
-            raise LayoutError(record, f"turn {index} is an empty answer", "empty answer")
-        conversation.append(Turn(_ROLES[role], text))  # type: ignore[arg-type]
+        if role in {turn.role for turn in conversation[-1:]} or (role == "system" and conversation):
+            raise LayoutError(record, f"turn {index} is {name}'s, out of turn", "roles out of turn")
+        if role != "system" and not text.strip():
+            kind = "answer" if role == "assistant" else "question"
+            raise LayoutError(record, f"turn {index} is an empty {kind}", f"empty {kind}")
+        conversation.append(Turn(role, text))
     return tuple(conversation)
 
 
+def _text_of(content: Any) -> str | None:
+    """Returns a turn's text, with `<image>` and `<video>` in place of such parts; None for anything else."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        text = part["text"] if kind == "text" and "text" in part else f"<{kind}>"
+        if kind not in ("text", "image", "video") or not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "\n".join(texts)
+
+
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: one with lone surrogates, from JSON's escapes, can't."""
+    """Returns whether a text can be written as UTF-8: one with lone surrogates, from JSON's escapes, can't."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -78,13 +103,14 @@ def _dialogue(system: str, clean: Callable[[str], str]) -> Callable[[Conversatio
     def spans(conversation: Conversation, end: str) -> list[Span]:
         own_system, turns = _split_system(conversation)
         out = [Span(system if own_system is None else own_system)]
-        for turn in turns:
-            text = clean(turn.text)
+        for index, turn in enumerate(turns):
+            text, space = clean(turn.text), " " if out[-1].text and out[-1].text != end else ""
             if turn.role == "user":
-                opening = " " if out[-1].text and out[-1].text != end else ""
-                out.append(Span(f"{opening}USER: {text} ASSISTANT:"))
-            else:
+                out.append(Span(f"{space}USER: {text} ASSISTANT:"))
+            elif index:
                 out += [Span(" " + text, is_target=True), Span(end, is_target=True)]
+            else:
+                out += [Span(f"{space}ASSISTANT: {text}"), Span(end)]
         return out
 
     return spans
@@ -108,9 +134,14 @@ def _bare(conversation: Conversation, end: str) -> list[Span]:
     """Questions and answers one after the other, without roles."""
     system, turns = _split_system(conversation)
     out = [] if system is None else [Span(system + " ")]
-    for turn in turns:
+    for index, turn in enumerate(turns):
         text = _without_markers(turn.text)
-        out += [Span(text)] if turn.role == "user" else [Span(" " + text, is_target=True), Span(end, is_target=True)]
+        if turn.role == "user":
+            out.append(Span(text))
+        elif index:
+            out += [Span(" " + text, is_target=True), Span(end, is_target=True)]
+        else:
+            out += [Span(text), Span(end)]
     return out
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from vocojax.data.picture_files import too_many_scans, without_notes
 from vocojax.data.resampling import reduce_columns, reduce_rows, resize
 from vocojax.errors import InputError, VocojaxError
 from vocojax.models.clip import CLIP_MEAN
@@ -22,9 +23,11 @@ Fit = Literal["pad", "pad_white", "crop", "square", "anyres"]
 MEAN_COLOUR = tuple(int(mean * 255) for mean in CLIP_MEAN)
 WHITE = (255, 255, 255)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that runs another program
-MAX_PIXELS = 2**26  # in the square that holds an image: `pad` makes one from its longer side
+MAX_PIXELS = 2**27  # 11,585 x 11,585; four bytes each while an image is decoded
 MAX_ASPECT = 200  # longer side to shorter one: `crop` enlarges the shorter one to the tower's size
 MAX_BYTES = 2**28
+BAND = 2**22  # pixels of a padded image that are in memory at once
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 # LLaVA-1.6's grids of tiles, (rows, columns), in the order in which ties are decided.
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
@@ -82,25 +85,49 @@ def read(path: str | Path) -> bytes:
 def decode(content: bytes, name: str) -> Image.Image:
     """Decodes an image to RGB.
 
-    EXIF's orientation is not applied, as in the code that LLaVA and VoCo-LLaMA were trained with. 16-bit greyscale
-    keeps its upper 8 bits; transparency is dropped.
+    EXIF's orientation is not applied, as in the code that LLaVA and VoCo-LLaMA were trained with. Transparency is
+    dropped. Of several pictures in a file, the first is read. Greyscale deeper than 8 bits: see `_deep_grey`.
 
     Args:
       content: the content of the file.
       name: names the image in errors.
 
     Raises:
-      ImageError: it is empty, truncated, not an image, or (checked before decoding) above `MAX_PIXELS` or `MAX_ASPECT`.
+      ImageError: it is empty, truncated, not an image, or (checked before decoding) above `MAX_PIXELS` or `MAX_ASPECT`,
+        or a JPEG of too many scans.
     """
     try:
         with _open(content, name) as image:
-            if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
-                return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode.startswith(("I", "F")):  # Pillow would clip them at 255
+                return _deep_grey(image, name).convert("RGB")
             return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
     except ImageError:
         raise
     except Exception as error:  # a damaged file may make a decoder raise anything
         raise ImageError(name, f"cannot be decoded: {error}", "undecodable image") from error
+
+
+def _deep_grey(image: Image.Image, name: str) -> Image.Image:
+    """Returns a greyscale image of more than 8 bits as one of 8 bits.
+
+    Up to 16 bits, the format says how many there are, and the upper 8 are kept. 32-bit integers and floats have no
+    agreed white: it is the first of 1 (floats only), 255, 65,535 and the largest 32-bit integer that no value exceeds.
+    """
+    tags, values = getattr(image, "tag_v2", {}), np.asarray(image)  # tags: of a TIFF
+    if image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I"):
+        bits = tags.get(BITS_PER_SAMPLE, (16,))[0]  # 12 in some
+        grey = (values.clip(0, 2**bits - 1) >> (bits - 8)).astype(np.uint8)
+    else:
+        signed = tags.get(SAMPLE_FORMAT, (1,))[0] == 2
+        if image.mode == "I" and not signed:
+            values = values.view(np.uint32)  # Pillow reads them as signed
+        values = np.nan_to_num(values.astype(np.float64), posinf=np.inf, neginf=0)
+        whites = [1.0] * (image.mode == "F") + [255.0, 65535.0, 2.0**31 - 1 if signed else 2.0**32 - 1]
+        white = next((white for white in whites if values.max() <= white), None)
+        if white is None:
+            raise ImageError(name, f"has values up to {values.max():g}: save it with 8 or 16 bits", "undecodable image")
+        grey = np.rint(values.clip(0) * (255 / white)).astype(np.uint8)
+    return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == 0 else grey)  # 0: the lowest value is white
 
 
 def pixel_size(content: bytes, name: str) -> tuple[int, int]:
@@ -117,7 +144,7 @@ def _open(content: bytes, name: str) -> ImageFile.ImageFile:
     if not content:
         raise ImageError(name, "cannot be decoded: it is empty", "undecodable image")
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(io.BytesIO(without_notes(content)), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError(name, f"has too many pixels: {error}", "too many pixels") from error
     except UnidentifiedImageError as error:
@@ -126,13 +153,15 @@ def _open(content: bytes, name: str) -> ImageFile.ImageFile:
         raise ImageError(name, f"cannot be decoded: {error}", "undecodable image") from error
     if problem := too_large(*image.size):
         raise ImageError(name, problem, "too many pixels")
+    if problem := too_many_scans(content, image.width * image.height):
+        raise ImageError(name, problem, "too many scans")
     return image
 
 
 def too_large(width: int, height: int) -> str:
     """Returns what is wrong with an image of this size if it, or what a fit makes of it, is too large; or ''."""
-    if max(width, height) ** 2 > MAX_PIXELS:
-        return f"has {width} x {height} pixels, more than {MAX_PIXELS} in a square that holds it"
+    if width * height > MAX_PIXELS:
+        return f"has {width} x {height} pixels, more than {MAX_PIXELS}: make it smaller"
     if max(width, height) > MAX_ASPECT * min(width, height):
         return f"has {width} x {height} pixels, sides of more than {MAX_ASPECT} to 1"
     return ""
@@ -218,12 +247,21 @@ def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, ...]) -> n
     """Puts the image in the middle of a square of one colour and resizes that to `size`."""
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
-    if side < size or not top:
+    if side < size:
         square = Image.new("RGB", (side, side), colour)
         square.paste(image, (left, top))
         return resize(square, size, size)
     # The horizontal pass does not change rows of one colour: only the image's own rows go through it.
     across = np.empty((side, size), np.uint32)
     across[:top] = across[top + image.height :] = np.array([*colour, 255], np.uint8).view(np.uint32)
-    reduce_columns(image, across[top : top + image.height])
+    own = across[top : top + image.height]
+    if not left:
+        reduce_columns(image, own)
+        return reduce_rows(across, size)
+    rows = max(1, BAND // side)
+    for first in range(0, image.height, rows):
+        last = min(first + rows, image.height)
+        band = Image.new("RGB", (side, last - first), colour)
+        band.paste(image.crop((0, first, image.width, last)), (left, 0))
+        reduce_columns(band, own[first:last])
     return reduce_rows(across, size)

@@ -192,6 +192,7 @@ def read_questions(path: str | Path, seed: int = 0) -> list[Question]:
         raise InputError(f"{path}: must be UTF-8: {error}") from error
     questions: list[Question] = []
     for number, line in enumerate(lines, start=1):
+        line = line.removeprefix("\ufeff")  # a byte order mark; every file of several that were joined has its own
         if not line.strip():
             continue
         try:

@@ -1,5 +1,6 @@
 """Samples, and the interface of the sources that they come from."""
 
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,28 +43,32 @@ class Source(Protocol):
 class Root:
     """The directory of the files that records name; a record can't name a file outside it.
 
+    A link in the directory is followed: the user put it there. A record can't use one to leave the directory, because
+    its `..` are taken out before any link is followed.
+
     Args:
       directory: the directory.
     """
 
     def __init__(self, directory: str | Path):
-        self._directory = Path(directory).resolve()
+        self._directory, self._unresolved = Path(directory).resolve(), os.path.abspath(directory)
 
     def file(self, record: str, name: str, kind: str = "image") -> Path:
         """Returns the path of a file.
 
         Args:
           record: the record that names the file, for errors.
-          name: the file's path in the directory.
+          name: the file's path in the directory, or an absolute one that leads there.
           kind: `image` or `video`, for errors.
 
         Raises:
-          LayoutError: the file is outside the directory, or a symbolic link leads there.
+          LayoutError: the file is outside the directory.
         """
-        try:
-            path = (self._directory / name).resolve()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise LayoutError(record, f"{kind} {name!r} is not a path: {error}", "malformed record") from error
+        if "\0" in name:
+            raise LayoutError(record, f"{kind} {name!r} is not a path", "malformed record")
+        path = Path(os.path.normpath(os.path.join(self._unresolved, name)))
+        if path.is_relative_to(self._unresolved):
+            path = self._directory / path.relative_to(self._unresolved)
         if not path.is_relative_to(self._directory):
             raise LayoutError(record, f"{kind} {name!r} leaves the {kind} root {self._directory}",
                               f"{kind} outside root")

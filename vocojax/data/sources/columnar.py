@@ -22,7 +22,7 @@ from vocojax.errors import InputError
 from vocojax.files import new_file
 from vocojax.layout import LayoutError
 
-VERSION = 2  # of the Arrow files
+VERSION = 3  # of the Arrow files
 BATCH = 16  # records per Arrow batch; reading one record reads its batch
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])  # finds where each element begins and ends without decoding it
 _SCHEMA = pa.schema([("record", pa.large_binary()), ("problem", pa.string())])
@@ -93,7 +93,13 @@ def parse(path: Path) -> Iterator[tuple[bytes, str]]:
 
 def _lines(path: Path) -> Iterator[tuple[bytes, str]]:
     with path.open("rb") as file:
-        for line in filter(None, map(bytes.strip, file)):
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise InputError(f"{path}: is UTF-16: save it as UTF-8")
+        file.seek(0)
+        for text in file:
+            line = text.removeprefix(codecs.BOM_UTF8).strip()  # every file of several that were joined has its own mark
+            if not line:
+                continue
             try:
                 json.loads(line.decode("latin-1"))  # accepts any bytes; `_problem` checks for UTF-8
             except (ValueError, RecursionError):
@@ -131,7 +137,8 @@ def _elements_of_lenient_json(text: mmap.mmap, path: Path) -> Iterator[bytes]:
     try:
         elements = _LIST.decode(strict)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON list in UTF-8: {error}") from None
+        raise InputError(f"{path}: not a JSON list in UTF-8: {error}; join several lists with `jq -s add`, and name a "
+                         "file of one record per line .jsonl") from None
     end = 0
     for element in elements:
         start = strict.find(element, end)

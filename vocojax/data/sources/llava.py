@@ -1,4 +1,8 @@
-"""LLaVA's instruct and alignment JSON: a list of {id, image?, conversations: [{from, value}, ...]}."""
+"""LLaVA's instruct and alignment JSON: a list of {id, image?, video?, conversations: [{from, value}, ...]}.
+
+`image` and `video` are a path or a list of paths. Hugging Face's chat data are read as well: `messages` in place of
+`conversations`, `images` and `videos` for the lists.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,18 +47,21 @@ def sample_from_llava(record: Mapping[str, Any], index: int, root: Root) -> Samp
       LayoutError: the record can't be used.
     """
     name = str(record.get("id", f"#{index}"))
-    conversation = conversation_from_llava(name, record.get("conversations", ()))
+    conversation = conversation_from_llava(name, record.get("conversations", record.get("messages", ())))
     files = {kind: _names(name, record, kind) for kind in ("image", "video")}
-    for kind, names in files.items():
-        markers = sum(turn.text.count(f"<{kind}>") for turn in conversation if turn.role == "user")
-        if markers > len(names):
-            raise LayoutError(name, f"has {markers} <{kind}> but {len(names)} {kind}s", f"more <{kind}> than {kind}s")
+    asked = " ".join(turn.text for turn in conversation if turn.role == "user")
+    videos, images = len(files["video"]), len(files["image"])
+    if (markers := asked.count("<video>")) > videos:
+        raise LayoutError(name, f"has {markers} <video> but {videos} videos", "more <video> than videos")
+    images += videos - markers  # a video may be marked <image>, as in LLaMA-VID's and LLaVA-NeXT's data
+    if (markers := asked.count("<image>")) > images:
+        raise LayoutError(name, f"has {markers} <image> but {images} images", "more <image> than images")
     paths = {kind: tuple(root.file(name, file, kind) for file in names) for kind, names in files.items()}
     return Sample(name, paths["image"], (conversation,), paths["video"])
 
 
 def _names(record: str, values: Mapping[str, Any], kind: str) -> list[str]:
-    names = values.get(kind) or []
+    names = values.get(kind) or values.get(kind + "s") or []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise LayoutError(record, f"{kind} must be a path or a list of paths, got {names!r}", "malformed record")

@@ -23,7 +23,7 @@ class WebVidSource:
     """
 
     def __init__(self, path: str | Path, video_root: str | Path):
-        with Path(path).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
             try:
                 missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
