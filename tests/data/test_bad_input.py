@@ -14,6 +14,7 @@ from PIL import Image
 from vocojax.data.config import DataConfig
 from vocojax.data.images import ImageError, load_image
 from vocojax.data.loader import BatchStream, SkippedTooMany
+from vocojax.data.packing import row_shape
 from vocojax.data.prepared import PreparedSource
 from vocojax.data.sources import LlavaSource
 from vocojax.layout import LayoutError
@@ -102,7 +103,8 @@ def damaged(tmp_path_factory, llava_data):
 
 def test_every_damaged_record_is_used_or_has_a_reason(damaged, tiny_config, words):
     data, count = damaged
-    source, outcomes = PreparedSource(LlavaSource(data.path, data.image_root), tiny_config, data, words), Counter()
+    shape, outcomes = row_shape(data, 32, tiny_config.unit_tokens, "voco"), Counter()
+    source = PreparedSource(LlavaSource(data.path, data.image_root), tiny_config, data, words, shape)
     assert len(source) == count >= 500
     for index in range(count):
         try:

@@ -11,6 +11,7 @@ from vocojax.data.videos import Sampling
 SourceName = Literal["llava", "easy_vqa", "easy_vqa_captions", "webvid", "video_chatgpt", "shikra_rec", "shikra_reg",
                      "shikra_pointqa", "tfds"]
 Split = Literal["train", "validation", "test"]
+Plan = Literal["single_pass", "two_stage"]  # rows hold whole samples, or their text after a prefix of compressed units
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class DataConfig:
       tokenizer: directory of a Hugging Face tokenizer.
       threads_per_sample: for `easy_vqa`, the most questions about an image in one sample; None for no limit.
       template: how a conversation becomes text, see `data/conversation.py`.
-      row_length: tokens per row.
+      row_length: tokens per row; with the stage's `plan="two_stage"` tokens of text, as units have their own room.
       images_per_row: the most units (images, tiles, frames) per row.
       max_targets: the most targets per row; None for `row_length`.
       packers: number of packers that the records are dealt to; None for one per row of a batch. It must divide the rows

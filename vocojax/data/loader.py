@@ -18,15 +18,16 @@ import grain
 import numpy as np
 
 from vocojax.config import ConfigError, ModelConfig
-from vocojax.data.config import DataConfig, PartConfig
+from vocojax.data.config import DataConfig, PartConfig, Plan
 from vocojax.data.images import ImageError
-from vocojax.data.packers import Packer, Plan, RowReport, StreamStateError
-from vocojax.data.packing import Row, RowShape, empty_rows, pack_row, row_of, row_shape
+from vocojax.data.packers import Packer, PlannedRow, RowReport, StreamStateError
+from vocojax.data.packing import Row, RowShape, row_of, row_shape
 from vocojax.data.prepared import PreparedSource
 from vocojax.data.sources import identity, open_source
 from vocojax.data.tally import SkippedTooMany, Tally
+from vocojax.data.text_rows import TextRowShape, text_row_shape
 from vocojax.data.tokenizer import Tokenizer
-from vocojax.layout import Visibility, unit_shape
+from vocojax.layout import Visibility, lay_out_unit, unit_shape
 
 __all__ = ["BatchStream", "SkippedTooMany", "StreamStateError", "merge_states", "open_tokenizer", "unit_shape"]
 BATCHES_AHEAD = 2  # batches made before the step asks for them
@@ -73,13 +74,14 @@ class BatchStream:
       visibilities: the model's visibility, and its teacher's if it has one.
       process_index: which part of each batch this process makes.
       process_count: number of processes; each makes rows / process_count rows of a batch.
+      plan: `single_pass` for rows of whole samples (`packing.py`), `two_stage` for rows of text (`text_rows.py`).
 
     Raises:
       ConfigError: something that the configs name can't be used, or the processes can't share the packers evenly.
     """
 
     def __init__(self, model: ModelConfig, data: DataConfig, rows: int, seed: int, *visibilities: Visibility,
-                 process_index: int = 0, process_count: int = 1):
+                 process_index: int = 0, process_count: int = 1, plan: Plan = "single_pass"):
         self.packers, self.seed = data.packers or rows, seed
         if rows % self.packers:
             raise ConfigError("data.packers", f"must divide the {rows} rows of a batch, got {self.packers}")
@@ -90,9 +92,13 @@ class BatchStream:
         self._own = range(process_index * share, (process_index + 1) * share)
         self.tokenizer = open_tokenizer(data, model)
         self.tally = Tally(data.max_skipped_share)
-        self.shape: RowShape = row_shape(data, model.vision.image_size, model.unit_tokens, *visibilities)
-        self._source = PreparedSource(open_source(data), model, data, self.tokenizer)
-        self._identity = {**_identity(data, model, self.tokenizer), "packers": self.packers, "seed": seed,
+        self.shape: RowShape | TextRowShape = row_shape(
+            data, model.vision.image_size, model.unit_tokens, *visibilities)
+        if plan == "two_stage":
+            alone = lay_out_unit("unit", self.tokenizer, unit_shape(model))
+            self.shape = text_row_shape(data, model.vision.image_size, unit_shape(model), alone)
+        self._source = PreparedSource(open_source(data), model, data, self.tokenizer, self.shape)
+        self._identity = {**_identity(data, model, self.tokenizer), "plan": plan, "packers": self.packers, "seed": seed,
                           "records": len(self._source)}
         self._data, self._rows_per_packer = data, rows // self.packers
         if len(self._source) == 0:
@@ -187,7 +193,7 @@ def _with_defaults(state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a saved state in today's keys: those that are newer than the state have their defaults."""
     parts = [{**_fixed(PartConfig()), **part} for part in state.get("mixture", [])]
     renamed = {"packers" if key == "lanes" else key: value for key, value in state.items()}  # version 0.1's name
-    return {**_fixed(DataConfig()), **renamed, "mixture": parts}
+    return {**_fixed(DataConfig()), "plan": "single_pass", **renamed, "mixture": parts}
 
 
 def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -223,8 +229,8 @@ def _close_all(iterators: list[grain.DatasetIterator]) -> None:
 class _Group(grain.IterDataset):
     """The rows of some packers: its elements are (these packers' rows of a batch, stacked; the rows' reports)."""
 
-    def __init__(self, source: PreparedSource, data: DataConfig, shape: RowShape, packers: int, seed: int,
-                 rows_per_packer: int, states: Mapping[int, Mapping[str, Any]]):
+    def __init__(self, source: PreparedSource, data: DataConfig, shape: RowShape | TextRowShape, packers: int,
+                 seed: int, rows_per_packer: int, states: Mapping[int, Mapping[str, Any]]):
         super().__init__()
         self.source, self.data, self.shape, self.packers, self.seed = source, data, shape, packers, seed
         self.rows_per_packer, self.states = rows_per_packer, states
@@ -251,7 +257,7 @@ class _GroupIterator(grain.DatasetIterator):
         ahead = self._rows + 2 * self._group.data.num_threads
         while sum(len(made) for _, made in self._batches) < ahead and (plans := list(
                 itertools.islice(self._plans, self._rows))):
-            rows = empty_rows(self._rows, self._group.shape)
+            rows = self._group.shape.empty(self._rows)
             self._batches.append((rows, [self._pool.submit(self._make, plan, row_of(rows, index))
                                          for index, plan in enumerate(plans)]))
         rows, made = self._batches.popleft()
@@ -267,7 +273,7 @@ class _GroupIterator(grain.DatasetIterator):
         self._pool.shutdown(wait=False, cancel_futures=True)
         super().close()
 
-    def _plan_rows(self) -> Iterator[Plan]:
+    def _plan_rows(self) -> Iterator[PlannedRow]:
         """Yields the packers' rows in turn, without end unless a packer finds no usable record."""
         for number, state in self._group.states.items():
             self._packers[number].set_state(state)
@@ -279,7 +285,7 @@ class _GroupIterator(grain.DatasetIterator):
                     if plan.report.empty:
                         return
 
-    def _make(self, plan: Plan, row: Row) -> RowReport:
+    def _make(self, plan: PlannedRow, row: Row) -> RowReport:
         """Decodes the images of a planned row and packs it; a record with an unusable image becomes padding."""
         items = []
         for position, prepared in plan.members:
@@ -288,5 +294,5 @@ class _GroupIterator(grain.DatasetIterator):
             except ImageError as error:
                 if self._packers[plan.report.packer].counts(position):
                     plan.report.skipped.append((error.reason, str(error)))
-        pack_row(items, self._group.shape, row)
+        self._group.shape.pack(items, row)
         return plan.report

@@ -15,6 +15,7 @@ import grain
 from vocojax.data.images import ImageError
 from vocojax.data.packing import RowShape, Size, best_fit
 from vocojax.data.prepared import Prepared, PreparedSource
+from vocojax.data.text_rows import TextRowShape
 from vocojax.errors import VocojaxError
 from vocojax.layout import LayoutError
 
@@ -49,7 +50,7 @@ class RowReport:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedRow:
     """A planned row.
 
     Attributes:
@@ -74,8 +75,8 @@ class Packer:
       count_once: report records of the first epoch only, because they are kept in memory from then on.
     """
 
-    def __init__(self, number: int, count: int, seed: int, source: PreparedSource, shape: RowShape, window: int,
-                 count_once: bool):
+    def __init__(self, number: int, count: int, seed: int, source: PreparedSource,
+                 shape: RowShape | TextRowShape, window: int, count_once: bool):
         self._number, self._count, self._source, self._shape, self._size = number, count, source, shape, window
         self._order = grain.MapDataset.range(len(source)).shuffle(seed).repeat()
         self._counted = len(source) if count_once else None
@@ -101,7 +102,7 @@ class Packer:
                 raise StreamStateError(f"record #{record} could be used when the data state was saved and now can't: "
                                        f"{error}: restore its file, or the batches would be different ones") from error
 
-    def next_row(self) -> Plan:
+    def next_row(self) -> PlannedRow:
         """Plans the next row."""
         report = RowReport(self._number)
         self._fill(report)
@@ -111,7 +112,7 @@ class Packer:
         self._window = [entry for i, entry in enumerate(self._window) if i not in set(chosen)]
         report.position, report.window = self._position, tuple(position for position, _ in self._window)
         report.empty = not members
-        return Plan(members, report)
+        return PlannedRow(members, report)
 
     def _fill(self, report: RowReport) -> None:
         failed = 0

@@ -78,6 +78,22 @@ class RowShape:
             and sum(item.layout.num_targets for item in items) <= self.targets
         )
 
+    def size(self, layout: SampleLayout) -> Size:
+        """Returns the room that a sample needs: every token takes one of the row."""
+        return Size(len(layout), layout.num_units, layout.num_targets)
+
+    def most_tokens(self, num_units: int) -> int:
+        """Returns the most tokens that a sample may have, however many units it has."""
+        return self.length
+
+    def empty(self, count: int) -> Row:
+        """Returns `empty_rows` of this shape."""
+        return empty_rows(count, self)
+
+    def pack(self, items: Sequence[Item], row: Row | None = None) -> Row:
+        """Returns `pack_row` with this shape."""
+        return pack_row(items, self, row)
+
 
 def row_shape(data: DataConfig, image_size: int, tokens_per_image: int, *visibilities: Visibility) -> RowShape:
     """Returns the shape of a stage's rows.

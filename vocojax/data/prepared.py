@@ -9,8 +9,9 @@ from vocojax.config import ModelConfig
 from vocojax.data.config import DataConfig
 from vocojax.data.conversation import Template, template
 from vocojax.data.images import ImageError, count_units, decode, pixel_size, prepare_units, read
-from vocojax.data.packing import Item, Size
+from vocojax.data.packing import Item, RowShape, Size
 from vocojax.data.sources.base import Sample, Source
+from vocojax.data.text_rows import TextRowShape
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.data.videos import choose_frames, probe, read_frames
 from vocojax.layout import LayoutError, SampleLayout, lay_out_sample, require_targets, unit_shape
@@ -45,10 +46,12 @@ class PreparedSource:
       model: model config, for the size and tokens of a unit.
       data: data config of the stage.
       tokenizer: the model's tokenizer.
+      shape: of a row.
     """
 
-    def __init__(self, source: Source, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer):
-        self._source, self._data, self._tokenizer = source, data, tokenizer
+    def __init__(self, source: Source, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer,
+                 shape: RowShape | TextRowShape):
+        self._source, self._data, self._tokenizer, self._shape = source, data, tokenizer, shape
         self._image_size = model.vision.image_size
         self._unit = unit_shape(model)
         self._template: Template = template(data.template)
@@ -77,9 +80,9 @@ class PreparedSource:
                               f"{self._data.images_per_row}: raise data.images_per_row", "too many images")
         threads = [self._template.spans(thread, self._tokenizer.eos_token) for thread in sample.threads]
         layout = require_targets(
-            lay_out_sample(sample.id, units, threads, self._tokenizer, self._unit, self._data.row_length)
+            lay_out_sample(sample.id, units, threads, self._tokenizer, self._unit, self._shape.most_tokens(units))
         )
-        size = Size(len(layout), units, layout.num_targets)
+        size = self._shape.size(layout)
         if size.targets > self._data.target_slots:
             raise LayoutError(sample.id, f"has {size.targets} targets, a row has room for "
                               f"{self._data.target_slots}: raise data.max_targets", "too many targets")

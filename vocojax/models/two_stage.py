@@ -5,6 +5,8 @@ differentiable in the model's parameters. Nothing here jits, reads a tokenizer o
 what the rows hold. Inference runs exactly these functions, and so does training that compresses units alone.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -30,6 +32,95 @@ def compress(
       Keys and values [L, U, keep, G, D], keys rotated to the positions they have where the unit stands alone.
     """
     return model(rows, keep=keep, attention=attention, remat=remat)[1]
+
+
+class Units(NamedTuple):
+    """The units that one device runs for a batch of texts, in X chunks of C units that run one after the other.
+
+    Attributes:
+      images_XCHWC: uint8 RGB images.
+      text_XC: int32, the text that reads the unit; -1 for no unit. Chunks without any unit are skipped.
+      slot_XC: int32, the unit's place among those of its text.
+      position_XC: int32, rotary position of the unit's first token.
+      ids_R: int32 token ids of one unit alone, padding before it.
+      positions_R: int32 rotary positions of one unit alone.
+      vision_R: int32, as `Rows.vision_BS`.
+      start_R: int32, of the interval mask.
+      stop_R: int32, of the interval mask.
+    """
+
+    images_XCHWC: jax.Array
+    text_XC: jax.Array
+    slot_XC: jax.Array
+    position_XC: jax.Array
+    ids_R: jax.Array
+    positions_R: jax.Array
+    vision_R: jax.Array
+    start_R: jax.Array
+    stop_R: jax.Array
+
+
+def compress_in_chunks(
+    model: VocoLlama, units: Units, text_B: jax.Array, slots: int, *, axes: tuple[str, ...] = (),
+    attention: str | None = None, remat: str = "none",
+) -> KeyValues:
+    """Runs units chunk after chunk, and makes the key/value prefix of texts from their VoCo tokens.
+
+    The backward pass runs a chunk again when it needs it, from the images on. So the prefix is all that is kept of a
+    unit. A unit runs at the positions that it has in its sample, so nothing has to be rotated afterwards.
+
+    Inside a `jax.shard_map`, every device runs its own units, whatever text they belong to. After each chunk the VoCo
+    tokens' keys and values are gathered from all devices, and every device keeps those of its texts; their gradients go
+    back the same way. Nothing else of a unit leaves its device.
+
+    Args:
+      model: whose keys and values they are.
+      units: of this device.
+      text_B: int32, the names of this device's texts in `Units.text_XC`.
+      slots: places for units per text, T.
+      axes: the mesh axes of the devices that share the units; none for one device.
+      attention: implementation of `interval_attention`; None picks by platform.
+      remat: a key of `stack.REMAT_POLICIES`, for the layers inside a chunk.
+
+    Returns:
+      Keys and values [L, B, T * N, G, D]. Places without a unit hold zeros, which the texts' mask must hide.
+    """
+    decoder, kept, chunk = model.config.decoder, model.config.unit_vocos, units.text_XC.shape[1]
+    kept_shape = decoder.depth, chunk, kept, decoder.num_kv_heads, decoder.head_width
+
+    def run(images_CHWC: jax.Array, position_C: jax.Array) -> KeyValues:
+        repeat = lambda x_R: jnp.broadcast_to(x_R, (chunk, *x_R.shape))
+        rows = Rows(repeat(units.ids_R), units.positions_R + position_C[:, None], repeat(units.start_R),
+                    repeat(units.stop_R), repeat(units.vision_R), images_CHWC[:, None])
+        return compress(model, rows, kept, attention=attention, remat=remat)
+
+    def skip(images_CHWC: jax.Array, position_C: jax.Array) -> KeyValues:
+        nothing = jnp.zeros(kept_shape, model.dtype)
+        return KeyValues(nothing, nothing)
+
+    @jax.checkpoint
+    def run_chunk(images_CHWC: jax.Array, position_C: jax.Array, is_used: jax.Array) -> KeyValues:
+        return jax.lax.cond(is_used, run, skip, images_CHWC, position_C)
+
+    def add_chunk(prefix: KeyValues, chunk_units: tuple[jax.Array, ...]) -> tuple[KeyValues, None]:
+        images_CHWC, text_C, slot_C, position_C = chunk_units
+        is_used = (text_C >= 0).any()
+        if axes:  # all devices run the chunk or none does, because layers are gathered inside it
+            is_used = jax.lax.pmax(is_used.astype(jnp.int32), axes) > 0
+        compressed = run_chunk(images_CHWC, position_C, is_used)
+        everyones = lambda x, axis: jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
+        text_A, slot_A = everyones(text_C, 0), everyones(slot_C, 0)
+        is_own_AB = (text_A[:, None] == text_B) & (text_A >= 0)[:, None]
+        outside_A = len(text_B) + jnp.arange(len(text_A))  # other devices' units are dropped
+        row_A = jnp.where(is_own_AB.any(1), is_own_AB.argmax(1), outside_A)
+        put = lambda x_LBTNGD, x_LCNGD: x_LBTNGD.at[:, row_A, slot_A].set(
+            everyones(x_LCNGD, 1), mode="drop", unique_indices=True)
+        return KeyValues(*map(put, prefix, compressed)), None
+
+    empty = jnp.zeros((decoder.depth, len(text_B), slots, *kept_shape[2:]), model.dtype)
+    chunks = units.images_XCHWC, units.text_XC, units.slot_XC, units.position_XC
+    prefix, _ = jax.lax.scan(add_chunk, KeyValues(empty, empty), chunks)
+    return KeyValues(*(x.reshape(*x.shape[:2], -1, *x.shape[4:]) for x in prefix))
 
 
 def place(units: KeyValues, units_BT: jax.Array, decoder: DecoderConfig) -> KeyValues:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vocojax.config import ConfigError, LoraConfig, ModelConfig, build, require, require_positive
-from vocojax.data.config import DataConfig, SourceName, Split
+from vocojax.data.config import DataConfig, Plan, SourceName, Split
 from vocojax.layout import Visibility
 from vocojax.models.stack import REMAT_POLICIES
 from vocojax.parallel.mesh import MeshConfig
@@ -170,6 +170,11 @@ class StageConfig:
       mesh: devices along each axis.
       run: runtime options that do not change the computation.
       visibility: who sees whom in training: `voco`, or `causal` for the bounds and the baselines.
+      plan: how a step computes the loss. `single_pass`: rows hold whole samples. `two_stage`: units run alone, and rows
+        of text read their VoCo tokens' keys and values, so memory hardly grows with the number of frames. Both give the
+        same loss and gradients; in two stages `data.row_length` counts text only.
+      unit_chunk: for `two_stage`, how many units run at once on a device, at most; the largest divisor of a device's
+        units (its rows x `data.images_per_row`) up to this is used.
       batch_size: rows per optimizer step.
       accumulate: parts that a batch is cut into, which run one after the other.
       init_from: directory of the parameters that this stage starts from, in any layout: an earlier stage's run, a
@@ -196,6 +201,8 @@ class StageConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     run: RunConfig = field(default_factory=RunConfig)
     visibility: Visibility = "voco"
+    plan: Plan = "single_pass"
+    unit_chunk: int = 8
     batch_size: int = 128
     accumulate: int = 1
     init_from: str = ""
@@ -219,7 +226,7 @@ class StageConfig:
             require(every > 0 and self.checkpoint.every % every == 0, "checkpoint.every",
                     f"must be a multiple of validation.every {every} > 0 to keep the best by "
                     f"{self.checkpoint.best_metric}", self.checkpoint.every)
-        require_positive(self, "steps", "batch_size", "accumulate", "log_every")
+        require_positive(self, "steps", "batch_size", "accumulate", "unit_chunk", "log_every")
         require(self.batch_size % self.accumulate == 0, "accumulate", f"must divide batch_size {self.batch_size}",
                 self.accumulate)
         require(self.remat in REMAT_POLICIES, "remat", f"must be one of {sorted(REMAT_POLICIES)}", self.remat)
@@ -236,6 +243,13 @@ class StageConfig:
             require(self.visibility == "causal", "visibility",
                     f"must be 'causal' for the baseline {self.model.compressor.kind!r}, which has no VoCo tokens",
                     self.visibility)
+
+
+        if self.plan == "two_stage":
+            require(self.visibility == "voco", "visibility", "must be 'voco' for plan 'two_stage', whose units run "
+                    "alone", self.visibility)
+            require(not self.distill.teacher, "distill.teacher", "must be '' for plan 'two_stage': a teacher sees all "
+                    "vision tokens, so use 'single_pass'", self.distill.teacher)
 
 
 def require_regex(key: str, pattern: str) -> None:

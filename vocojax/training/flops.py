@@ -78,24 +78,41 @@ class Composition:
 
     def __init__(self, unit_tokens: int):
         self._unit_tokens, self._peak = unit_tokens, peak_flops(jax.devices()[0].device_kind)
-        self._tokens = self._images = self._pairs = self._teacher_pairs = 0.0
+        self._tokens = self._in_units = self._images = self._pairs = self._teacher_pairs = 0.0
 
     def see(self, batch: Mapping[str, np.ndarray]) -> None:
         """Counts a host batch."""
         if self._peak is None:
             return
         self._tokens += float(batch["num_tokens"].sum())
+        if "unit_slot" in batch:
+            self._see_two_stages(batch)
+            return
         self._images += float((batch["vision"] >= 0).sum()) / self._unit_tokens
         self._pairs += visible_pairs(batch["start"], batch["stop"])
         if "teacher_start" in batch:
             self._teacher_pairs += visible_pairs(batch["teacher_start"], batch["teacher_stop"])
+
+    def _see_two_stages(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Counts the units of rows of text, and what both see."""
+        units = float((batch["unit_slot"] >= 0).sum())
+        start_1R, stop_1R = batch["unit_start"][:1], batch["unit_stop"][:1]
+        self._images += units
+        self._in_units += units * float((stop_1R > np.arange(stop_1R.shape[1])).sum())
+        self._pairs += units * visible_pairs(start_1R, stop_1R)
+        # A query for each key of the prefix, which sees that key alone, makes masks without a prefix.
+        rows, prefix = len(batch["start"]), batch["stop"].shape[1] - batch["start"].shape[1]
+        own = np.tile(np.arange(prefix, dtype=np.int32), (rows, 1))
+        added = float((batch["stop"][:, :prefix] > own).sum())
+        self._pairs += visible_pairs(np.concatenate([own, batch["start"]], axis=1), batch["stop"]) - added
 
     def utilisation(self, flops: StepFlops, tokens: float, targets: float, seconds: float) -> float | None:
         """Returns the MFU of steps with so many tokens and targets in so many seconds; None if no peak is known."""
         if self._peak is None or not self._tokens:
             return None
         share = tokens / self._tokens
-        done = flops.total(tokens, targets, share * self._images, share * self._pairs, share * self._teacher_pairs)
+        run = tokens + share * self._in_units
+        done = flops.total(run, targets, share * self._images, share * self._pairs, share * self._teacher_pairs)
         return done / (seconds * self._peak * jax.device_count())
 
 

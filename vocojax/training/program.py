@@ -17,8 +17,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from vocojax.config import ConfigError
-from vocojax.data.packing import pack_row, row_shape
-from vocojax.layout import Visibility
 from vocojax.models.gathering import cut
 from vocojax.models.lora import add_lora, factor_names
 from vocojax.models.parameters import Parameters, abstract, variables_of
@@ -27,6 +25,7 @@ from vocojax.parallel.mesh import BATCH, BATCH_AXES, replicated
 from vocojax.parallel.shardings import over_devices, parameter_shardings, parts_of
 from vocojax.training.config import StageConfig
 from vocojax.training.optimizer import learning_rate_multipliers, make_optimizer, with_multipliers
+from vocojax.training.plan import empty_row
 from vocojax.training.step import Evaluate, Gradient, Step, TrainState, make_evaluation, make_step
 
 
@@ -82,8 +81,9 @@ def make_program(config: StageConfig, mesh: Mesh) -> Program:
     model_in_parts = cut(model, parts, config.dtype)
     teacher_in_parts = None if teacher is None else cut(teacher, parts, config.dtype)
     distribute = functools.partial(over_devices, mesh=mesh, shardings=shardings) if mesh.size > 1 else _as_it_is
-    step = make_step(model_in_parts, teacher_in_parts, optimizer, config, distribute)
-    evaluate = make_evaluation(model_in_parts, teacher_in_parts, config, distribute)
+    axes = BATCH_AXES if mesh.size > 1 else ()
+    step = make_step(model_in_parts, teacher_in_parts, optimizer, config, distribute, axes)
+    evaluate = make_evaluation(model_in_parts, teacher_in_parts, config, distribute, axes)
 
     # The new state keeps the old one's shardings, so that nothing is compiled twice and every donated buffer is used.
     state_shardings, batch_shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, batch))
@@ -121,11 +121,6 @@ def _check_lora_rules(model: VocoLlama, multipliers: Mapping[str, float]) -> Non
                               "as the rules of configs/voco_lora.py do")
 
 
-def views(config: StageConfig) -> list[Visibility]:
-    """Returns the visibilities that a stage's batches carry: its own, and its teacher's if it has one."""
-    return [config.visibility, "causal"] if config.distill.teacher else [config.visibility]
-
-
 def _abstract_state(
     config: StageConfig,
     model: VocoLlama,
@@ -160,11 +155,9 @@ def _abstract_moments(optimizer: optax.GradientTransformation, trained: Any, mes
 
 
 def _abstract_batch(config: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes and shardings of a batch: an empty packed row tells them."""
-    model = config.model
-    row = pack_row([], row_shape(config.data, model.vision.image_size, model.unit_tokens, *views(config)))
+    """Returns shapes and shardings of a batch: an empty row tells them."""
     rows = NamedSharding(mesh, BATCH)
     return {
         name: jax.ShapeDtypeStruct((config.batch_size, *array.shape), array.dtype, sharding=rows)
-        for name, array in row.items()
+        for name, array in empty_row(config).items()
     }

@@ -19,19 +19,19 @@ from vocojax.files import write_files
 from vocojax.models.lora import is_factor
 from vocojax.models.parameters import Parameters, parameters_of
 from vocojax.parallel import processes
-from vocojax.parallel.mesh import BATCH, make_mesh, shard_batch
+from vocojax.parallel.mesh import BATCH, make_mesh
 from vocojax.parallel.shardings import row_share
 from vocojax.pretrained.loading import load_parameters
 from vocojax.pretrained.source import open_source
 from vocojax.runs.directory import is_run, run_config, run_path, write_run_files
-from vocojax.training import loop
+from vocojax.training import loop, plan
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.compilation_cache import programs_kept_in
 from vocojax.training.config import StageConfig
 from vocojax.training.flops import Composition, StepFlops
 from vocojax.training.optimizer import matches
 from vocojax.training.parameter_table import report_parameters
-from vocojax.training.program import Program, make_model, make_program, views
+from vocojax.training.program import Program, make_model, make_program
 from vocojax.training.step import TrainState
 from vocojax.training.validation import Validation
 
@@ -74,8 +74,8 @@ def _train(
     _check_teacher(config)
     index, count = row_share(NamedSharding(mesh, BATCH), config.batch_size)
     stream = BatchStream(
-        config.model, config.data, config.batch_size, config.seed, *views(config), process_index=index,
-        process_count=count,
+        config.model, config.data, config.batch_size, config.seed, *plan.views(config), process_index=index,
+        process_count=count, plan=config.plan,
     )
     with contextlib.closing(stream):
         if processes.is_first():
@@ -98,7 +98,7 @@ def _train(
 
         def place(batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
             composition.see(batch)
-            return shard_batch(batch, mesh)
+            return plan.place(batch, config, mesh, index, count)
 
         def scalars(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
             utilisation = composition.utilisation(flops, sums["tokens"], sums["targets"], seconds)

@@ -1,7 +1,7 @@
 """The training state and one optimizer step over a batch of packed rows."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,11 +11,10 @@ import optax
 from vocojax.layout import IGNORE
 from vocojax.models.gathering import gathered, scatter_gradients_first
 from vocojax.models.parameters import Parameters, with_parameters
-from vocojax.models.voco import VocoLlama, rows_from_batch
+from vocojax.models.voco import VocoLlama
 from vocojax.training.config import StageConfig
 from vocojax.training.objectives import TargetSums, Teacher, target_sums
-
-Batch = Mapping[str, jax.Array]
+from vocojax.training.plan import Batch, hidden_states
 
 
 class TrainState(NamedTuple):
@@ -42,24 +41,23 @@ Evaluate = Callable[[TrainState, Batch], TargetSums]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_objective(model: VocoLlama, teacher: VocoLlama | None, config: StageConfig) -> Objective:
+def make_objective(
+    model: VocoLlama, teacher: VocoLlama | None, config: StageConfig, axes: tuple[str, ...] = ()
+) -> Objective:
     """Returns the function (trained, state, batch) -> (the loss summed over targets, all sums); arguments as of
     `make_step`. The trained parameters are an argument of their own because the gradient is taken by them."""
-
-    def hidden_states(of: VocoLlama, batch: Batch, view: str) -> jax.Array:
-        return of(rows_from_batch(batch, view), attention=config.attention, remat=config.remat)[0]
 
     def guide(state: TrainState, batch: Batch) -> Teacher | None:
         if teacher is None:
             return None
         whole = gathered(with_parameters(teacher, state.teacher), stacked=False)
-        hidden_BSE = jax.lax.stop_gradient(hidden_states(whole, batch, "teacher_"))
+        hidden_BSE = jax.lax.stop_gradient(hidden_states(whole, batch, config, "teacher_"))
         return Teacher(whole.decoder, hidden_BSE, config.distill.temperature, config.distill.weight)
 
     def objective(trained: Parameters, state: TrainState, batch: Batch) -> tuple[jax.Array, TargetSums]:
         taught_by = guide(state, batch)
         student = with_parameters(model, {**trained, **state.frozen})
-        hidden_BSE = hidden_states(gathered(student, stacked=False), batch, "")
+        hidden_BSE = hidden_states(gathered(student, stacked=False), batch, config, axes=axes)
         decoder, hidden_BSE = scatter_gradients_first(student.decoder, hidden_BSE)
         head = gathered(decoder, stacked=False)
         sums = target_sums(head, hidden_BSE, batch["target_index"], batch["target_ids"], taught_by)
@@ -74,6 +72,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     config: StageConfig,
     over_devices: Callable[[Gradient], Gradient] = lambda gradient: gradient,
+    axes: tuple[str, ...] = (),
 ) -> Step:
     """Returns the function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -86,8 +85,9 @@ def make_step(
       optimizer: over the flat dict of what trains.
       config: of the stage.
       over_devices: makes of a gradient function one for rows on many devices.
+      axes: the mesh axes that rows are split over then.
     """
-    objective = make_objective(model, teacher, config)
+    objective = make_objective(model, teacher, config, axes)
     gradient = over_devices(functools.partial(_accumulate, jax.grad(objective, has_aux=True), config.accumulate))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -116,9 +116,10 @@ def make_evaluation(
     teacher: VocoLlama | None,
     config: StageConfig,
     over_devices: Callable[[Gradient], Gradient] = lambda gradient: gradient,
+    axes: tuple[str, ...] = (),
 ) -> Evaluate:
     """Returns the function (state, batch) -> sums over the batch's targets; arguments as of `make_step`."""
-    objective = make_objective(model, teacher, config)
+    objective = make_objective(model, teacher, config, axes)
 
     def no_gradient(trained: Parameters, state: TrainState, batch: Batch) -> tuple[Parameters, TargetSums]:
         return {}, objective(trained, state, batch)[1]

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig
 from vocojax.data.loader import BatchStream
-from vocojax.parallel.mesh import shard_batch
 from vocojax.training.config import StageConfig, ValidationConfig
 from vocojax.training.objectives import TargetSums
-from vocojax.training.program import Program, views
+from vocojax.training.plan import place, views
+from vocojax.training.program import Program
 from vocojax.training.step import TrainState
 
 IN_FLIGHT = 2  # batches on their way to the device
@@ -35,10 +35,11 @@ class Validation:
 
     def __init__(self, config: StageConfig, program: Program, process_index: int = 0, process_count: int = 1):
         self._config, self._program = config, program
+        self._share = process_index, process_count
         try:
             self._stream = BatchStream(
                 config.model, validation_data(config.data, config.validation), config.batch_size, config.seed,
-                *views(config), process_index=process_index, process_count=process_count,
+                *views(config), process_index=process_index, process_count=process_count, plan=config.plan,
             )
         except ConfigError as error:
             raise ConfigError(f"validation: {error.key}", error.problem) from None
@@ -60,7 +61,7 @@ class Validation:
         totals: list[TargetSums] = []  # sums up to each of the last batches
         try:
             for _ in range(self._config.validation.batches):
-                batch = shard_batch(next(self._stream), mesh)
+                batch = place(next(self._stream), self._config, mesh, *self._share)
                 with jax.transfer_guard("disallow"):
                     sums = self._program.evaluate(state, batch)
                     totals = [*totals[-IN_FLIGHT:], _add(totals[-1], sums) if totals else sums]
