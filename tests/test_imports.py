@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Rooms of one line do not import each other.
 ORDER = (
     ("errors",),
-    ("devices",),
+    ("devices", "liveness"),
     ("kernels",),
     ("files", "config"),
     ("layout",),

@@ -24,6 +24,7 @@ from vocojax.models.clip import ClipVision, normalise
 from vocojax.models.layers import Linear, parameter
 from vocojax.models.parameters import Parameters, abstract, parameters_of, with_parameters
 from vocojax.runs.directory import write_run_files
+from vocojax.runs.owner import owned
 from vocojax.training import loop
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import CheckpointConfig, OptimizerConfig
@@ -134,7 +135,6 @@ def pretrain_vision(
       workdir: the run's directory.
       bar_position: the terminal line of the progress bar.
     """
-    write_run_files(workdir, config)
     model = abstract(lambda: ContrastiveModel(config, nnx.Rngs(0)))
     optimizer = make_optimizer(config.optimizer, config.steps)
     stream = _CaptionStream(source, config, tokenizer)
@@ -159,12 +159,14 @@ def pretrain_vision(
         return state._replace(step=state.step + 1, trained=trained, optimizer=optimizer_state), metrics
 
     at_the_end = CheckpointConfig(every=config.steps, keep=1)
-    with Checkpoints(workdir, at_the_end, config) as checkpoints:
-        state, first_step, useful_seconds = create(jax.random.key(config.seed)), 0, 0.0
-        if restored := checkpoints.restore(state):
-            first_step, state, progress = restored
-            stream.set_state(progress["data"])
-            useful_seconds = progress["useful_seconds"]
-        shown = loop.LoopConfig("vision", config.steps, config.log_every, bar_position)
-        task = loop.Task(step, stream, jax.device_put)
-        loop.run(shown, workdir, task, state, first_step, checkpoints, useful_seconds)
+    with owned(workdir):
+        write_run_files(workdir, config)
+        with Checkpoints(workdir, at_the_end, config) as checkpoints:
+            state, first_step, useful_seconds = create(jax.random.key(config.seed)), 0, 0.0
+            if restored := checkpoints.restore(state):
+                first_step, state, progress = restored
+                stream.set_state(progress["data"])
+                useful_seconds = progress["useful_seconds"]
+            shown = loop.LoopConfig("vision", config.steps, config.log_every, bar_position)
+            task = loop.Task(step, stream, jax.device_put)
+            loop.run(shown, workdir, task, state, first_step, checkpoints, useful_seconds)

@@ -30,6 +30,7 @@ from vocojax.parallel import processes
 from vocojax.runs.checkpoint_files import damaged, described, first_line, not_saved, read_arrays, read_progress, sha256
 from vocojax.runs.checksums import checksums
 from vocojax.runs.directory import CheckpointError, changed_keys, checkpoint_path, fixed_keys
+from vocojax.runs.owner import taken_over
 from vocojax.training.config import CheckpointConfig
 from vocojax.training.step import TrainState
 
@@ -93,6 +94,8 @@ class Checkpoints:
         """
         if step == self.latest:
             return
+        if problem := processes.from_first("owner", taken_over(self._workdir) if processes.is_first() else ""):
+            raise CheckpointError(problem)
         try:
             with jax.transfer_guard("allow"):
                 self._save(step, state, progress, metrics)
@@ -122,9 +125,13 @@ class Checkpoints:
     def _save_frozen(self, frozen: Parameters) -> None:
         if self._frozen_checksums is not None:
             return
+        directory = self._workdir / "frozen"
+        if directory.exists() and self._manager.all_steps():
+            raise CheckpointError(f"{directory}: belongs to the checkpoints that are there, which need it: "
+                                  "use another --workdir")
         if frozen:  # a directory that exists was left by a start that never wrote a checkpoint
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                checkpointer.save(self._workdir / "frozen", args=ocp.args.PyTreeSave(frozen), force=True)
+                checkpointer.save(directory, args=ocp.args.PyTreeSave(frozen), force=True)
         self._frozen_checksums = checksums({"frozen": frozen})
 
     def _read_back(self, step: int, has_frozen: bool) -> None:

@@ -24,6 +24,7 @@ from vocojax.parallel.shardings import row_share
 from vocojax.pretrained.loading import load_parameters
 from vocojax.pretrained.source import open_source
 from vocojax.runs.directory import is_run, run_config, run_path, write_run_files
+from vocojax.runs.owner import owned
 from vocojax.training import loop, plan
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.compilation_cache import programs_kept_in
@@ -53,10 +54,16 @@ def train(config: StageConfig, workdir: str | Path, bar_position: int = 0) -> No
     Raises:
       ConfigError: the config does not fit the devices, the data or `init_from`.
       CheckpointError: a checkpoint can't be read or written, or `workdir` holds a run with another config.
+      RunInUse: another run trains in `workdir`.
       NonFiniteLoss: the loss became NaN or infinite.
       SkippedTooMany: too many records can't be read.
       Preempted: the run was asked to stop, and is saved.
     """
+    with owned(workdir):
+        _train_as_owner(config, workdir, bar_position)
+
+
+def _train_as_owner(config: StageConfig, workdir: str | Path, bar_position: int) -> None:
     write_run_files(workdir, config)
     mesh = make_mesh(config.mesh)
     with (

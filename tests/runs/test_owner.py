@@ -1,0 +1,132 @@
+"""One run at a time owns a directory; what a killed owner leaves is no obstacle."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training.test_checkpoints import RUN, tiny_state
+from vocojax.liveness import this_process
+from vocojax.runs import owner
+from vocojax.runs.directory import CheckpointError, run_path
+from vocojax.runs.owner import RunInUse, owned, taken_over
+from vocojax.training.checkpoints import Checkpoints
+from vocojax.training.config import CheckpointConfig
+from vocojax.training.stage import train
+
+ROOT = Path(__file__).parents[2]
+OWNER = """
+import sys
+from vocojax.runs.owner import owned
+with owned(sys.argv[1]):
+    print("owns", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def another_run(tmp_path):
+    """A process that owns `tmp_path/run` until its standard input is closed."""
+    process = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path / "run")], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"})
+    assert process.stdout.readline() == "owns\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def claim(directory, seconds_ago=0.0, **changes):
+    """Writes a claim of a process on another machine."""
+    directory.mkdir(exist_ok=True)
+    values = {"host": "far", "machine": "00000000", "pid": 7, "started": 1, "time": time.time() - seconds_ago}
+    (directory / "owner.json").write_text(json.dumps(values | changes))
+
+
+def test_a_second_start_is_refused_by_host_and_pid_and_changes_nothing(another_run, stage, tmp_path):
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(RunInUse, match=rf"^{tmp_path}/run is in use by process {another_run.pid} on "
+                                       rf"{socket.gethostname()}, which trains there: wait until it ends, stop it "
+                                       rf"\(kill {another_run.pid} on that host\), or use another --workdir$"):
+        train(stage, tmp_path / "run")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    another_run.communicate("end\n", timeout=60)
+    assert another_run.returncode == 0 and list((tmp_path / "run").iterdir()) == []
+    with owned(tmp_path / "run"):
+        pass
+
+
+def test_a_killed_owner_is_followed_at_once(another_run, tmp_path):
+    another_run.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    # Dead, but its parent has not asked for its status.
+    while Path(f"/proc/{another_run.pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+    began = time.monotonic()
+    with owned(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / "owner.json").read_text())["pid"] == os.getpid()
+    assert time.monotonic() - began < 5 and list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_later_process_with_the_same_id_is_not_the_owner(tmp_path):
+    values = dataclasses.asdict(this_process())
+    claim(tmp_path, **values)
+    with pytest.raises(RunInUse), owned(tmp_path):
+        pass
+    claim(tmp_path, **values | {"started": values["started"] - 1})
+    with owned(tmp_path):
+        pass
+
+
+def test_an_owner_on_another_machine_is_waited_for(tmp_path, monkeypatch):
+    """It counts as dead when it renews nothing, or was last there long ago; a sign of life refuses the start."""
+    monkeypatch.setattr(owner, "STALE", 0.5)
+    claim(tmp_path)
+    began = time.monotonic()
+    with owned(tmp_path):
+        assert 0.5 <= time.monotonic() - began < 5
+    claim(tmp_path, seconds_ago=601)
+    began = time.monotonic()
+    with owned(tmp_path):
+        assert time.monotonic() - began < 0.5
+    monkeypatch.setattr(owner, "STALE", 30)
+    claim(tmp_path)
+    renewal = threading.Timer(0.3, claim, (tmp_path,))
+    renewal.start()
+    with pytest.raises(RunInUse, match="is in use by process 7 on far, which trains there"), owned(tmp_path):
+        pass
+    renewal.join()
+
+
+def test_a_claim_is_renewed_but_never_anothers(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, "BEAT", 0.05)
+    seen = lambda: json.loads((tmp_path / "owner.json").read_text())
+    with owned(tmp_path):
+        first, deadline = seen(), time.monotonic() + 30
+        while seen() == first:
+            assert time.monotonic() < deadline
+        assert taken_over(run_path(tmp_path)) == ""
+        with owner._alone(run_path(tmp_path)):
+            claim(tmp_path)
+        time.sleep(0.2)
+        assert seen()["host"] == "far"
+        with Checkpoints(tmp_path, CheckpointConfig(), RUN) as checkpoints, pytest.raises(
+            CheckpointError, match=rf"^{tmp_path} was taken over by process 7 on far, because .* saves nothing more$"
+        ):
+            checkpoints.save(1, tiny_state(1), {})
+    assert seen()["host"] == "far" and list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', "\x00" * 9, "[" * 100_000, '{"pid": 1e999}'])
+def test_a_damaged_claim_is_none(content, tmp_path):
+    (tmp_path / "owner.json").write_text(content)
+    with owned(tmp_path):
+        assert json.loads((tmp_path / "owner.json").read_text())["pid"] == os.getpid()
