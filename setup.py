@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vocojax", "vocojax.*"]),
-    package_data={"vocojax": ["py.typed"]},
+    package_data={"vocojax": ["py.typed"], "vocojax.pretrained": ["torch/*"]},
     entry_points={"console_scripts": ["vocojax = vocojax.cli.main:main"]},
     install_requires=[
         f"jax{JAX}",

@@ -42,10 +42,16 @@ LAZY = {
 LAZY_ROOMS = {"cli": ("vocojax.",)}
 
 
+# Sources that exports carry to PyTorch: no modules of this package. tests/pretrained/torch says what they import.
+CARRIED = ROOT / "vocojax" / "pretrained" / "torch"
+
+
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name."""
     found = {}
     for path in sorted((ROOT / "vocojax").rglob("*.py")):
+        if path.parent == CARRIED:
+            continue
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         found[name.removesuffix(".__init__")] = path
     return found

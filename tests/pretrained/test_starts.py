@@ -36,7 +36,7 @@ def start(tiny_config, words, tmp_path_factory):
 
 
 def published(stage, directory):
-    """The stage for the model as a published directory holds it: its vocabulary has grown to a multiple of 256."""
+    """The stage for the model as a published directory holds it."""
     return dataclasses.replace(stage, model=load_model(directory).config)
 
 

@@ -15,6 +15,7 @@ from vocojax.convert.safetensors_files import SafetensorsWriter
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.errors import ConvertError
 from vocojax.files import new_directory
+from vocojax.pretrained import pytorch
 from vocojax.pretrained.source import Source, parameter_shapes
 from vocojax.runs.card import write_card
 from vocojax.runs.weights import write_parameters
@@ -84,11 +85,16 @@ def _write_published(source: Source, directory: Path, layout: str, dtypes: Mappi
         image_id = tokenizer.huggingface.get_vocab()[IMAGE_TOKEN]
         rows = max(rows, image_id + 1)
         table = tables.huggingface_table(config, rows)
-        values = huggingface.write_llava(config, rows, ids, image_id)
-        _write_json(directory / "processor_config.json", huggingface.write_processor(config.vision, IMAGE_TOKEN))
+        values = huggingface.write_llava(config, rows, ids, image_id) | {"auto_map": dict(pytorch.AUTO_MAP)}
+        processor = huggingface.write_processor(config.vision, IMAGE_TOKEN) | pytorch.processor_entries(card)
+        _write_json(directory / "processor_config.json", processor)
     _write_tensors(source, directory, table, dtypes)
     tokenizer.save(directory)
+    if layout == "huggingface" and not source.decoder_only:
+        pytorch.name_fast_tokenizer(directory)
+        pytorch.write_sources(directory, card)
     if not source.decoder_only:
+        values["vocojax"] = pytorch.model_entry(card)
         _write_json(directory / "preprocessor_config.json", huggingface.write_image_processor(config.vision))
     _write_json(directory / "generation_config.json", ids)
     most = max(dtypes.values(), key=list(dtypes.values()).count)

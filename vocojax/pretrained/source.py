@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
@@ -128,7 +129,7 @@ def open_source(
     # The last row of the released code's vocabulary is `<voco>`'s, even if its tokenizer does not know the token.
     knows_voco |= "mm_hidden_size" in values and rows == voco_id + 1
     config = replace(
-        config, decoder=_grown(config.decoder, voco_id),
+        config, decoder=_own_vocabulary(config.decoder, values, where) or _grown(config.decoder, voco_id),
         voco=VocoConfig(num_vocos or config.voco.num_vocos, voco_id),
     )
     table = make_table(config, rows, None if knows_voco and voco_id < rows else voco_id)
@@ -155,6 +156,22 @@ def _grown(config: DecoderConfig, voco_id: int) -> DecoderConfig:
     tokens = max(config.vocab_size, voco_id + 1)
     size = -(-tokens // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return replace(config, vocab_size=size, vocab_padding=size - tokens)
+
+
+def _own_vocabulary(config: DecoderConfig, values: Mapping[str, Any], where: str) -> DecoderConfig | None:
+    """Returns the decoder's config with the vocabulary that an export had before, or None for other directories.
+
+    An export then has the fingerprint of its run, and both read the same caches.
+    """
+    own = values.get("vocojax")
+    if own is None:
+        return None
+    try:
+        size, padding = (own["model"]["decoder"][key] for key in ("vocab_size", "vocab_padding"))
+        return replace(config, vocab_size=size, vocab_padding=padding)
+    except (KeyError, TypeError) as error:
+        raise ConvertError(f"{where}: the entry 'vocojax' has no vocabulary ({first_line(error)}); export the model "
+                           "again, or delete the entry") from None
 
 
 def _read_tokenizer(directory: Path) -> tuple[Tokenizer, bool]:

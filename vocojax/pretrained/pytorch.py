@@ -1,0 +1,76 @@
+"""The hand-over to PyTorch: what an export has in addition to a plain LLaVA's files, so that it answers there.
+
+The sources in `vocojax/pretrained/torch` need torch and transformers and nothing of this package. They are copied into
+the export, and transformers runs them with `trust_remote_code=True`. This package never imports them.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from vocojax.data.conversation import VICUNA_SYSTEM
+from vocojax.layout import Role, lay_out_unit
+from vocojax.runs.card import ModelCard
+
+SOURCES = Path(__file__).parent / "torch"
+_MODEL = "modeling_voco_llava.VocoLlavaForConditionalGeneration"
+# The entry `auto_map` of `config.json`: transformers' Auto classes and what they load from the directory.
+AUTO_MAP: Mapping[str, str] = {
+    "AutoConfig": "configuration_voco_llava.VocoLlavaConfig",
+    "AutoModel": _MODEL,
+    "AutoModelForImageTextToText": _MODEL,
+}
+_PROCESSOR_MAP: Mapping[str, str] = {"AutoProcessor": "processing_voco_llava.VocoLlavaProcessor"}
+
+
+def write_sources(directory: Path, card: ModelCard) -> None:
+    """Writes the sources, the chat template and the README of an export."""
+    for source in sorted(SOURCES.glob("*.py")):
+        shutil.copyfile(source, directory / source.name)
+    template = (SOURCES / "chat_template.jinja").read_text(encoding="utf-8")
+    settings = f"{{%- set template = {json.dumps(card.template)} -%}}\n{{%- set default_system = {_system(card)} -%}}\n"
+    (directory / "chat_template.jinja").write_text(settings + template, encoding="utf-8")
+    bos, eos = card.tokenizer.huggingface.bos_token, card.tokenizer.eos_token
+    text = Template((SOURCES / "README.md").read_text(encoding="utf-8")).substitute(
+        prompt=f"{bos}<image>\\n{'<voco>' * card.unit.vocos}\\n", vocos=card.unit.vocos, fit=card.fit, eos=eos,
+        template=card.template, visibility=card.visibility, meaning=_MEANING[card.visibility])
+    (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def model_entry(card: ModelCard) -> dict[str, Any]:
+    """Returns the entry `vocojax` of `config.json`: the model's own config, and the ids of a unit's BOS and newline.
+
+    The sources compute the model's fingerprint with it, and `open_source` reads the length of the vocabulary from it.
+    """
+    unit = lay_out_unit("unit", card.tokenizer, card.unit)
+    unit_ids = unit.ids[(unit.roles == Role.BOS) | (unit.roles == Role.NEWLINE)].tolist()
+    return {"model": dataclasses.asdict(card.model), "unit_ids": unit_ids}
+
+
+def processor_entries(card: ModelCard) -> dict[str, Any]:
+    """Returns the entries of `processor_config.json` that the sources read."""
+    return {"auto_map": dict(_PROCESSOR_MAP), "image_size": card.model.vision.image_size,
+            "image_seq_length": card.unit.tokens, "num_vocos": card.unit.vocos, "fit": card.fit}
+
+
+def name_fast_tokenizer(directory: Path) -> None:
+    """Makes `tokenizer_config.json` name the class that every version of transformers opens `tokenizer.json` with."""
+    path = directory / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_MEANING = {
+    "voco": "But text then sees whole images, which the model was not trained for: its answers mean nothing. Use it to "
+            "inspect or to convert the weights only.",
+    "causal": "The model was trained with LLaVA's own mask: with this prompt and these pixels its answers are right.",
+}
+
+
+def _system(card: ModelCard) -> str:
+    """Returns the template's own system prompt, as a literal."""
+    return json.dumps(VICUNA_SYSTEM if card.template in ("vicuna_v1", "released") else "")
