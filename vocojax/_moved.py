@@ -69,6 +69,7 @@ NAMES = {
     "convert.weights.MappedWeights": "convert.mapped.MappedWeights",
     "data.loader.unit_shape": "layout.unit_shape",
     "data.prepared.unit_shape": "layout.unit_shape",
+    "data.sources.columnar.sample_digest": "data.sources.columnar.file_digest",
     "inference.cache_files.is_remote": "files.is_remote",
     "inference.cache_files.write_atomically": "files.write_atomically",
     "convert.orbax_files.is_run": "runs.directory.is_run",

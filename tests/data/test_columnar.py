@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import random
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -68,7 +70,7 @@ def test_it_is_made_once_and_again_for_an_edited_file(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     path.write_text('[{"id": 1}]')
     first = ColumnarRecords(path)
-    monkeypatch.setattr(columnar, "_write", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(columnar, "write_batches", lambda *_: pytest.fail("made again"))
     assert ColumnarRecords(path)[0] == pickle.loads(pickle.dumps(first))[0] == {"id": 1}
     monkeypatch.undo()
     path.write_text('[{"id": 2}]')
@@ -114,17 +116,98 @@ def test_one_that_was_cut_off_is_made_again(tmp_path, kept):
     assert ColumnarRecords(tmp_path / "x.json")[0] == {"id": 1} and made.read_bytes() == content
 
 
+@pytest.mark.parametrize("kept_time", [False, True])
+def test_an_edit_anywhere_is_noticed(tmp_path, kept_time):
+    """Also one that changes neither the size nor the time stamp, far from the beginning, the middle and the end."""
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"id": i, "text": "x" * 1000} for i in range(8000)]))
+    before, status = columnar.file_digest(path), path.stat()
+    ColumnarRecords(path)
+    content = path.read_bytes()
+    place = content.index(b'"id": 2000,') + len(b'"id": 2000, "text": "')
+    path.write_bytes(content[:place] + b"y" + content[place + 1:])
+    if kept_time:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size and columnar.sampled_digest(path) == "42237c8ead7fcc9e"
+    assert columnar.file_digest(path) != before
+    assert ColumnarRecords(path)[2000]["text"] == "y" + "x" * 999
+
+
+def test_a_json_that_is_edited_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    path.write_text('[{"id": 1}]')
+    parse = columnar.parse
+
+    def edited(path):
+        path.write_text('[{"id": 2}]')
+        return parse(path)
+
+    monkeypatch.setattr(columnar, "parse", edited)
+    with pytest.raises(InputError, match=r"x\.json: was edited while it was read; start again when it is complete"):
+        ColumnarRecords(path)
+    assert list((tmp_path / ".vocojax").iterdir()) == []
+
+
+def test_a_flipped_bit_anywhere_is_noticed_and_mended(tmp_path, monkeypatch, caplog):
+    """Before or after the file was opened, also by a copy of the reader in another process."""
+    monkeypatch.setattr(columnar, "BATCH", 3)
+    path, records = tmp_path / "x.json", [{"id": i, "text": "x" * (i % 7)} for i in range(10)]
+    path.write_text(json.dumps(records))
+    before = ColumnarRecords(path)
+    made, = (tmp_path / ".vocojax").iterdir()
+    content, copy = made.read_bytes(), pickle.dumps(before)
+    chance = random.Random(0)
+    for _ in range(40):
+        damaged = bytearray(content)
+        damaged[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        made.write_bytes(damaged)
+        for reader in (before, ColumnarRecords(path), pickle.loads(copy)):
+            assert [reader[i] for i in range(len(reader))] == records
+        before = ColumnarRecords(path)
+        made.write_bytes(content)
+    message = r"x\.json.*\.arrow: its batch \d is damaged \(checksum\); making it again from .*x\.json$"
+    assert any(re.search(message, said) for said in caplog.messages)
+
+
+def test_a_damaged_file_that_cannot_be_replaced_is_made_elsewhere(tmp_path, monkeypatch):
+    path = tmp_path / "data" / "x.json"
+    path.parent.mkdir()
+    path.write_text('[{"id": 1}]')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    records = ColumnarRecords(path)
+    made, = (path.parent / ".vocojax").iterdir()
+    content = bytearray(made.read_bytes())
+    content[content.index(b'"id"') + 1] ^= 1
+    made.write_bytes(content)
+    make = columnar.new_file
+    monkeypatch.setattr(columnar, "new_file", lambda file: make(file) if "cache" in str(file) else refuse())
+    for reader in (records, ColumnarRecords(path)):
+        assert reader[0] == {"id": 1} and made.read_bytes() == content
+    assert len(list((tmp_path / "cache" / "vocojax").iterdir())) == 1
+
+
+def refuse():
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_record_beyond_the_last_is_an_error(tmp_path):
+    (tmp_path / "x.json").write_text('[{"id": 1}]')
+    for index in (-1, 1):
+        with pytest.raises(IndexError, match=rf"x\.json: has 1 records, no record {index}"):
+            ColumnarRecords(tmp_path / "x.json")[index]
+
+
 def test_a_full_disk_is_left_for_another(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_text('[{"id": 1}]')
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write = columnar._write
+    write = columnar.write_batches
 
-    def full(path, target):
+    def full(target, *args):
         if ".vocojax" in str(target):
             raise OSError(28, "No space left on device")
-        write(path, target)
+        write(target, *args)
 
-    monkeypatch.setattr(columnar, "_write", full)
+    monkeypatch.setattr(columnar, "write_batches", full)
     assert ColumnarRecords(tmp_path / "x.json")[0] == {"id": 1}
     assert list((tmp_path / ".vocojax").iterdir()) == []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x.json"))

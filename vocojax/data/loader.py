@@ -10,8 +10,9 @@ import hashlib
 import itertools
 import json
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -23,7 +24,7 @@ from vocojax.data.images import ImageError
 from vocojax.data.packers import Packer, PlannedRow, RowReport, StreamStateError
 from vocojax.data.packing import Row, RowShape, row_of, row_shape
 from vocojax.data.prepared import PreparedSource
-from vocojax.data.sources import identity, open_source
+from vocojax.data.sources import file_digest, identity, open_source, sampled_digest
 from vocojax.data.tally import SkippedTooMany, Tally
 from vocojax.data.text_rows import TextRowShape, text_row_shape
 from vocojax.data.tokenizer import Tokenizer
@@ -137,7 +138,9 @@ class BatchStream:
           StreamStateError: the state has another seed, other data or a config that makes other batches, or lacks a
             packer.
         """
-        here, state = self._identity, _with_defaults(state)
+        state = _with_defaults(state)
+        sampled = _contents(self._data, sampled_digest) if _has_sampled_digests(state) else {}
+        here = {**self._identity, **sampled}
         other = [f"{key} {state.get(key)} (here {value})" for key, value in here.items() if state.get(key) != value]
         if other:
             raise StreamStateError(f"the saved data state is of another stream, with {', '.join(other)}: resume with "
@@ -178,11 +181,21 @@ class BatchStream:
 
 def _identity(data: DataConfig, model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns what a state and its stream must have in common, in addition to packers, records and seed."""
-    parts = [{**_fixed(part), "content": identity(part)} for part in data.mixture]
     vocabulary = json.dumps(tokenizer.huggingface.get_vocab(), sort_keys=True).encode()
-    return {**_fixed(data), "mixture": parts, "content": identity(data),
+    return {**_fixed(data), **_contents(data, file_digest),
             "vocabulary": hashlib.blake2b(vocabulary, digest_size=8).hexdigest(),
             "unit": [model.unit_tokens, model.unit_vocos, model.vision.image_size]}
+
+
+def _contents(data: DataConfig, digest: Callable[[Path], str]) -> dict[str, Any]:
+    """Returns the part of a stream's identity that depends on the content of files."""
+    parts = [{**_fixed(part), "content": identity(part, digest)} for part in data.mixture]
+    return {"mixture": parts, "content": identity(data, digest)}
+
+
+def _has_sampled_digests(state: Mapping[str, Any]) -> bool:
+    """Returns whether a saved state has version 0.1's digests of files, which have 16 digits."""
+    return any(len(part.get("content", "")) == 16 for part in (state, *state["mixture"]))
 
 
 def _fixed(config: DataConfig | PartConfig) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Sources of samples, all with one interface (`base.Source`); `open_source` opens those that a data config names."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig, PartConfig
 from vocojax.data.images import Fit
 from vocojax.data.sources.base import Sample, Source
-from vocojax.data.sources.columnar import sample_digest
+from vocojax.data.sources.columnar import file_digest, sampled_digest
 from vocojax.data.sources.easy_vqa import EasyVqaCaptions, EasyVqaSource
 from vocojax.data.sources.llava import LlavaSource
 from vocojax.data.sources.mixture import MixtureSource
@@ -14,7 +15,8 @@ from vocojax.data.sources.shikra import ShikraSource
 from vocojax.data.sources.video_chatgpt import VideoChatGptSource
 from vocojax.data.sources.webvid import WebVidSource
 
-__all__ = ["EasyVqaSource", "LlavaSource", "Sample", "Source", "identity", "open_source"]
+__all__ = ["EasyVqaSource", "LlavaSource", "Sample", "Source", "file_digest", "identity", "open_source",
+           "sampled_digest"]
 
 
 def open_source(data: DataConfig) -> Source:
@@ -29,10 +31,15 @@ def open_source(data: DataConfig) -> Source:
     return MixtureSource(parts)
 
 
-def identity(part: DataConfig | PartConfig) -> str:
-    """Returns a digest of the file that a source reads, wherever it is; '' for the data of a package."""
+def identity(part: DataConfig | PartConfig, digest: Callable[[Path], str] = file_digest) -> str:
+    """Returns a digest of the file that a source reads, wherever it is; '' for the data of a package.
+
+    Args:
+      part: the source.
+      digest: `sampled_digest` to compare with what version 0.1 saved.
+    """
     path = Path(part.path) / "manifest.json" if part.source == "tfds" else Path(part.path)
-    return sample_digest(path) if part.path and path.is_file() else ""
+    return digest(path) if part.path and path.is_file() else ""
 
 
 def _open(part: DataConfig | PartConfig, fit: Fit, key: str) -> Source:

@@ -1,27 +1,31 @@
 """Random access to the records of a large JSON file, without a Python object in memory for each.
 
 On first use the records are copied to an Arrow file, in `.vocojax` next to the JSON or, where that can't be written, in
-the user's cache directory. The file's name holds the JSON's size, time stamp and digest, so an edited JSON gets a new
-one. An Arrow file that can't be opened is made again.
+the user's cache directory. The file's name holds the digest of all of the JSON's bytes, so an edited JSON gets a new
+one. A damaged Arrow file is made again.
 """
 
 import codecs
 import hashlib
-import itertools
 import json
+import logging
 import mmap
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pyarrow as pa
+from tqdm import tqdm
 
+from vocojax.data.sources.arrow_file import ArrowFile, DamagedFile, write_batches
 from vocojax.errors import InputError
 from vocojax.files import new_file
 from vocojax.layout import LayoutError
 
+LOG = logging.getLogger(__name__)
 VERSION = 3  # of the Arrow files
 BATCH = 16  # records per Arrow batch; reading one record reads its batch
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])  # finds where each element begins and ends without decoding it
@@ -40,25 +44,19 @@ class ColumnarRecords:
     """
 
     def __init__(self, path: str | Path):
-        self._file = _columnar_file(Path(path))
-        self._open()
-
-    def _open(self) -> None:
-        # Read by position: if it were mapped, every page that was ever read would count as resident.
-        self._reader = pa.ipc.open_file(pa.OSFile(str(self._file)))
-        batches = self._reader.num_record_batches
-        self._batch = self._reader.get_batch(0).num_rows if batches else 1
-        self._length = (batches - 1) * self._batch + self._reader.get_batch(batches - 1).num_rows if batches else 0
+        self._path, self._making = Path(path), threading.Lock()
+        self._digest = file_digest(self._path)
+        self._arrow = _arrow_file(self._path, self._digest)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_file": self._file}  # a worker process opens the file itself
+        return {"_path": self._path, "_digest": self._digest, "_file": self._arrow.path}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a worker process opens the file itself
+        self._path, self._digest, self._making = state["_path"], state["_digest"], threading.Lock()
+        self._arrow = _opened(state["_file"]) or _arrow_file(self._path, self._digest)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._arrow)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Reads a record.
@@ -66,7 +64,9 @@ class ColumnarRecords:
         Raises:
           LayoutError: it is not a mapping, not UTF-8, or a copy of an earlier record.
         """
-        batch, place = self._reader.get_batch(index // self._batch), index % self._batch
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self._path}: has {len(self)} records, no record {index}")
+        batch, place = self._batch(index // self._arrow.batch_size), index % self._arrow.batch_size
         problem = batch["problem"][place].as_py()
         if problem:
             raise LayoutError(f"#{index}", f"is {problem}", problem)
@@ -74,6 +74,18 @@ class ColumnarRecords:
             return json.loads(batch["record"][place].as_py())
         except ValueError as error:  # a number with more digits than Python takes
             raise LayoutError(f"#{index}", f"can't be read: {error}", "malformed record") from error
+
+    def _batch(self, number: int) -> pa.RecordBatch:
+        """Reads a batch; if it is damaged, the Arrow file is made again."""
+        arrow = self._arrow
+        try:
+            return arrow.batch(number)
+        except DamagedFile as error:
+            with self._making:  # only the first of several threads makes it
+                if self._arrow is arrow:
+                    LOG.warning("%s; making it again from %s", error, self._path)
+                    self._arrow = _arrow_file(self._path, self._digest, {arrow.path})
+        return self._arrow.batch(number)
 
 
 def parse(path: Path) -> Iterator[tuple[bytes, str]]:
@@ -154,37 +166,55 @@ def _problem(text: bytes) -> str:
     return "" if text.startswith(b"{") else "malformed record"
 
 
-def _columnar_file(path: Path) -> Path:
-    """Returns the Arrow file of a JSON file, and makes it if it is not there."""
-    status = path.stat()
+def _arrow_file(path: Path, digest: str, damaged: Collection[Path] = ()) -> ArrowFile:
+    """Opens the Arrow file of a JSON file, and makes it if it is not there.
+
+    Args:
+      path: the JSON file.
+      digest: its `file_digest`.
+      damaged: Arrow files of it that are not to be used.
+    """
     folders = [path.parent / ".vocojax", Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vocojax"]
-    name = f"{path.name}.{status.st_size}.{status.st_mtime_ns}.{sample_digest(path)}.{VERSION}.arrow"
-    for folder in folders:
-        if _opens(folder / name):
-            return folder / name
+    files = [folder / f"{path.name}.{digest}.{VERSION}.arrow" for folder in folders]
+    for file in files:
+        if file not in damaged and (arrow := _opened(file)):
+            return arrow
     problems = []
-    for folder in folders:
+    for file in files:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with new_file(folder / name) as partial:
-                _write(path, partial)
-            return folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(file) as partial:
+                write_batches(partial, _SCHEMA, parse(path), BATCH)
+                if file_digest(path) != digest:
+                    raise InputError(f"{path}: was edited while it was read; start again when it is complete")
+            return ArrowFile(file, _SCHEMA)
         except OSError as error:
-            problems.append(f"{folder}: {error.strerror or error}")
+            problems.append(f"{file.parent}: {error.strerror or error}")
     raise OSError(f"{path}: no place for its Arrow file: {'; '.join(problems)}; free space there, or set "
                   "XDG_CACHE_HOME to a directory with room for a copy of the JSON")
 
 
-def _opens(file: Path) -> bool:
+def _opened(file: Path) -> ArrowFile | None:
+    """Opens an Arrow file; None if it is not there or damaged."""
     try:
-        pa.ipc.open_file(pa.OSFile(str(file)))
-    except (OSError, pa.ArrowInvalid):
-        return False
-    return True
+        return ArrowFile(file, _SCHEMA) if file.is_file() else None
+    except (OSError, DamagedFile):
+        return None
 
 
-def sample_digest(path: Path) -> str:
-    """Returns a digest of a file's size, beginning, middle and end, which tells an edited file in milliseconds."""
+def file_digest(path: Path) -> str:
+    """Returns a digest of all of a file's bytes, about a second per GB; a progress bar is shown if it takes longer."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file, tqdm(total=os.fstat(file.fileno()).st_size, unit="B", unit_scale=True, delay=3,
+                                       desc=f"reading {path.name}", leave=False) as bar:
+        while part := file.read(2**22):
+            digest.update(part)
+            bar.update(len(part))
+    return digest.hexdigest()
+
+
+def sampled_digest(path: Path) -> str:
+    """Returns the digest that data states of version 0.1 hold: of the size, the beginning, the middle and the end."""
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=8)
     with path.open("rb") as file:
@@ -192,11 +222,3 @@ def sample_digest(path: Path) -> str:
             file.seek(start)
             digest.update(file.read(2**20))
     return digest.hexdigest()
-
-
-def _write(path: Path, target: Path) -> None:
-    with target.open("wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
-        records = parse(path)
-        while batch := list(itertools.islice(records, BATCH)):
-            texts, problems = zip(*batch, strict=True)
-            writer.write_batch(pa.record_batch([pa.array(texts, pa.large_binary()), pa.array(problems)], _SCHEMA))
