@@ -55,6 +55,8 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         labels: torch.Tensor | None = None,
         voco_cache: VocoCache | None = None,
         voco_units: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the model. Arguments that are not named here are those of transformers' LLaVA.
@@ -70,6 +72,8 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             each of them, as the processor writes it.
           voco_units: int [B, T], the units of the cache before each row's text, in their order. Unused slots come
             first and hold -1. None for all units of the cache.
+          logits_to_keep: of how many of the last tokens logits are computed; 0 or None for all.
+          use_cache: whether the output has the keys and values of all tokens; None for what the config says.
 
         Returns:
           transformers' output of LLaVA. Logits of `<image>` and of padding rows are as low as they can be.
@@ -80,7 +84,8 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """
         if kwargs.pop("inputs_embeds", None) is not None:
             raise ValueError("the layout is known from token ids only: pass input_ids in place of inputs_embeds")
-        kwargs.pop("cache_position", None)  # transformers derives it from the cache
+        for derived in ("cache_position", "return_dict"):  # the cache says it; the output is always transformers' own
+            kwargs.pop(derived, None)
         is_first = past_key_values is None or int(past_key_values.get_seq_length()) == 0
         prefix = _prefix_length(voco_cache, voco_units) if is_first else 0
         queries = input_ids.shape[1] - prefix
@@ -94,8 +99,12 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         position_ids = None if position_ids is None else position_ids[:, -queries:]
         outputs = super().forward(
             inputs_embeds=self._embed(input_ids, pixel_values), attention_mask=attention_mask,
-            position_ids=position_ids, past_key_values=past_key_values, **{**kwargs, "return_dict": True},
+            position_ids=position_ids, past_key_values=past_key_values,
+            logits_to_keep=0 if logits_to_keep is None else logits_to_keep, return_dict=True,
+            use_cache=use_cache if voco_cache is None else True, **kwargs,
         )
+        if use_cache is False:
+            outputs.past_key_values = None
         outputs.logits[..., self.config.num_tokens :] = torch.finfo(outputs.logits.dtype).min
         if labels is not None:
             counted = {key: kwargs[key] for key in ("num_items_in_batch",) if key in kwargs}
@@ -193,7 +202,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return voco_layout(is_token, is_voco, self.config.first_position)
 
     def _mask(self, layout: Layout, queries: int, keys: int) -> Any:
-        attention = self.config.get_text_config()._attn_implementation
+        attention = self.model.language_model.config._attn_implementation
         return attention_mask_of(layout, queries, keys, attention, self.dtype)
 
     def _embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:

@@ -154,6 +154,14 @@ class VocoLlavaProcessor(ProcessorMixin):
         inputs = self(text=prompts, **call)
         return inputs if return_dict else inputs["input_ids"]
 
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """Returns the text of token ids; arguments are those of the tokenizer's `decode`."""
+        return str(self.tokenizer.decode(*args, **kwargs))
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Returns the texts of rows of token ids; arguments are those of the tokenizer's `batch_decode`."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
     def _units(self, image: ImageSource) -> list[np.ndarray]:
         return prepare_units(open_image(image), self.image_size, self.fit)
 
