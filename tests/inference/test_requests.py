@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.data.test_videos import write_video
 from vocojax.data.conversation import Turn, template
-from vocojax.data.images import ImageError
+from vocojax.data.images import ImageError, prepare_units
 from vocojax.errors import InputError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.cache import VocoCache
@@ -186,6 +186,11 @@ def test_tiles_of_an_image_are_one_visual(tiles, tmp_path):
         store.get(visual.digest, tiles.fingerprint, 2)
 
 
+def test_a_frame_has_no_tiles(tiles):
+    whole = prepare_units(picture(0), 32, "anyres")[0]
+    assert [unit.tolist() for unit in tiles.visual(Frames((picture(0),))).units] == [whole.tolist()]
+
+
 def test_a_visual_of_one_unit_has_the_images_digest(assistant, images):
     assert Visual((images[0],)).digest == image_digest(images[0])
     assert Visual(tuple(images[:2])).digest != Visual(tuple(images[1::-1])).digest
@@ -200,8 +205,10 @@ def test_visuals_are_files_images_frames_or_arrays(assistant, images, tmp_path):
     assert len(assistant.visual(np.stack(images)).units) == 5
     write_video(tmp_path / "a.mp4", frames=30)
     assert len(assistant.visual(Video(tmp_path / "a.mp4", frames=3)).units) == 3
-    (short,) = ask(assistant, [Request("what?", (Video(tmp_path / "a.mp4", frames=50),))])
-    assert "has 30 frames, 50 are needed" in short.error
+    assert len(assistant.visual(Video(tmp_path / "a.mp4", frames=50)).units) == 30
+    (tmp_path / "b.mp4").write_bytes(b"")
+    (empty,) = ask(assistant, [Request("what?", (Video(tmp_path / "b.mp4"),))])
+    assert "b.mp4': cannot be decoded" in empty.error
     for one in (tmp_path / "a.png", str(tmp_path / "a.png"), picture(0), [picture(0)]):
         assert assistant.compress(one).image_digests == (from_file.digest,)
     assert assistant.recall(Store(tmp_path / "store"), picture(0)).image_digests == (from_file.digest,)

@@ -5,8 +5,8 @@ from typing import Literal
 
 from vocojax.config import require, require_positive
 from vocojax.data.conversation import TEMPLATES
+from vocojax.data.frame_choice import Sampling
 from vocojax.data.images import Fit
-from vocojax.data.videos import Sampling
 
 SourceName = Literal["llava", "easy_vqa", "easy_vqa_captions", "webvid", "video_chatgpt", "shikra_rec", "shikra_reg",
                      "shikra_pointqa", "tfds"]
@@ -60,8 +60,9 @@ class DataConfig:
         of a batch and be a multiple of the number of processes. Batches depend on it, so a run can't change it.
       pack_window: number of samples from which a packer chooses those that fill a row.
       fit: how an image becomes square, see `images.prepare`; with `anyres` every tile is a unit.
-      frames: units per video (with `frame_sampling="fps"`, the most of them); each counts for `images_per_row`.
-      frame_sampling: which frames, see `videos.choose_frames`.
+      frames: the most units per video; each counts for `images_per_row`. A shorter video has as many as it has frames.
+      frame_sampling: which frames, see `frame_choice.choose_frames`.
+      frame_jitter: draw each frame among those nearest to the chosen one, again in every epoch. For training only.
       video_seconds: a video that takes longer to read is skipped. This is the last resort against a disk that hangs,
         and the only way in which a machine's load can change the stream: `videos.MAX_DECODED` stops too large a video
         before.
@@ -88,6 +89,7 @@ class DataConfig:
     fit: Fit = "pad"
     frames: int = 8
     frame_sampling: Sampling = "uniform"
+    frame_jitter: bool = False
     video_seconds: float = 120.0
     num_threads: int = 16
     num_workers: int = 0
@@ -102,6 +104,8 @@ class DataConfig:
         require(self.threads_per_sample is None or self.threads_per_sample >= 1, "threads_per_sample", "must be >= 1",
                 self.threads_per_sample)
         require(self.video_seconds > 0, "video_seconds", "must be > 0", self.video_seconds)
+        require(not (self.frame_jitter and self.keep_in_memory), "frame_jitter", "must be off with keep_in_memory, "
+                "which keeps the frames of the first epoch", self.frame_jitter)
         require(self.template in TEMPLATES, "template", f"must be one of {sorted(TEMPLATES)}", self.template)
         require(0 <= self.max_skipped_share <= 1, "max_skipped_share", "must be in [0, 1]", self.max_skipped_share)
 

@@ -85,8 +85,8 @@ def read(path: str | Path) -> bytes:
 def decode(content: bytes, name: str) -> Image.Image:
     """Decodes an image to RGB.
 
-    EXIF's orientation is not applied, as in the code that LLaVA and VoCo-LLaMA were trained with. Transparency is
-    dropped. Of several pictures in a file, the first is read. Greyscale deeper than 8 bits: see `_deep_grey`.
+    EXIF's orientation is not applied, as in the code that LLaVA and VoCo-LLaMA were trained with. Of several
+    pictures in a file, the first is read.
 
     Args:
       content: the content of the file.
@@ -98,13 +98,26 @@ def decode(content: bytes, name: str) -> Image.Image:
     """
     try:
         with _open(content, name) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would clip them at 255
-                return _deep_grey(image, name).convert("RGB")
-            return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+            return to_rgb(image, name)
     except ImageError:
         raise
     except Exception as error:  # a damaged file may make a decoder raise anything
         raise ImageError(name, f"cannot be decoded: {error}", "undecodable image") from error
+
+
+def to_rgb(image: Image.Image, name: str = "") -> Image.Image:
+    """Returns an image as RGB. Transparency is dropped; greyscale deeper than 8 bits: see `_deep_grey`.
+
+    Args:
+      image: of any mode.
+      name: names the image in errors.
+
+    Raises:
+      ImageError: its values have no known white.
+    """
+    if image.mode.startswith(("I", "F")):  # Pillow would clip them at 255
+        return _deep_grey(image, name).convert("RGB")
+    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
 
 
 def _deep_grey(image: Image.Image, name: str) -> Image.Image:
@@ -221,6 +234,11 @@ def prepare_units(image: Image.Image, size: int, fit: Fit = "pad") -> tuple[np.n
     ground[top : top + height, left : left + width] = resize(image, width, height)
     tiles = ground.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
     return (resize(image, size, size), *tiles)
+
+
+def prepare_frame(image: Image.Image, size: int, fit: Fit = "pad") -> np.ndarray:
+    """Makes a video's frame one unit; with `anyres` it has no tiles and is prepared as with `square`."""
+    return prepare(image, size, "square" if fit == "anyres" else fit)
 
 
 def count_units(width: int, height: int, size: int, fit: Fit) -> int:

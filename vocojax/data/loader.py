@@ -98,7 +98,7 @@ class BatchStream:
         if plan == "two_stage":
             alone = lay_out_unit("unit", self.tokenizer, unit_shape(model))
             self.shape = text_row_shape(data, model.vision.image_size, unit_shape(model), alone)
-        self._source = PreparedSource(open_source(data), model, data, self.tokenizer, self.shape)
+        self._source = PreparedSource(open_source(data), model, data, self.tokenizer, self.shape, seed)
         self._identity = {**_identity(data, model, self.tokenizer), "plan": plan, "packers": self.packers, "seed": seed,
                           "records": len(self._source)}
         self._data, self._rows_per_packer = data, rows // self.packers

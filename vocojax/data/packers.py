@@ -97,7 +97,7 @@ class Packer:
         for position in state["window"]:
             record = self._order[position]
             try:
-                self._window.append((position, self._source.lay_out(record)))
+                self._window.append((position, self._source.lay_out(record, position)))
             except (LayoutError, ImageError) as error:
                 raise StreamStateError(f"record #{record} could be used when the data state was saved and now can't: "
                                        f"{error}: restore its file, or the batches would be different ones") from error
@@ -122,7 +122,7 @@ class Packer:
             counts = self.counts(position)
             report.records += counts
             try:
-                prepared = self._source.lay_out(self._order[position])
+                prepared = self._source.lay_out(self._order[position], position)
             except (LayoutError, ImageError) as error:
                 failed += 1
                 if counts:

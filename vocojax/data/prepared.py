@@ -1,5 +1,6 @@
 """From a source's records to items for packing. Records are laid out first; images are read when a row is planned."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import numpy as np
 from vocojax.config import ModelConfig
 from vocojax.data.config import DataConfig
 from vocojax.data.conversation import Template, template
-from vocojax.data.images import ImageError, count_units, decode, pixel_size, prepare_units, read
+from vocojax.data.images import ImageError, count_units, decode, pixel_size, prepare_frame, prepare_units, read
 from vocojax.data.packing import Item, RowShape, Size
-from vocojax.data.sources.base import Sample, Source
+from vocojax.data.sources.base import Source
 from vocojax.data.text_rows import TextRowShape
 from vocojax.data.tokenizer import Tokenizer
-from vocojax.data.videos import choose_frames, probe, read_frames
+from vocojax.data.videos import FramePlan, plan_frames, read_plan
 from vocojax.layout import LayoutError, SampleLayout, lay_out_sample, require_targets, unit_shape
 
 
@@ -25,14 +26,14 @@ class Prepared:
       record: its number in the source.
       layout: its tokens and who sees whom.
       images: files or their content, as in `Sample`.
-      videos: files, as in `Sample`.
+      videos: the chosen frames of each video.
       size: the room that it needs in a row.
     """
 
     record: int
     layout: SampleLayout
     images: tuple[Path | bytes, ...]
-    videos: tuple[Path, ...]
+    videos: tuple[FramePlan, ...]
     size: Size
 
 
@@ -47,11 +48,13 @@ class PreparedSource:
       data: data config of the stage.
       tokenizer: the model's tokenizer.
       shape: of a row.
+      seed: of the draws of `data.frame_jitter`.
     """
 
     def __init__(self, source: Source, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer,
-                 shape: RowShape | TextRowShape):
-        self._source, self._data, self._tokenizer, self._shape = source, data, tokenizer, shape
+                 shape: RowShape | TextRowShape, seed: int = 0):
+        self._source, self._data, self._tokenizer, self._seed = source, data, tokenizer, seed
+        self._shape = shape
         self._image_size = model.vision.image_size
         self._unit = unit_shape(model)
         self._template: Template = template(data.template)
@@ -61,11 +64,12 @@ class PreparedSource:
     def __len__(self) -> int:
         return len(self._source)
 
-    def lay_out(self, record: int) -> Prepared:
-        """Reads a record and lays its text out.
+    def lay_out(self, record: int, position: int = 0) -> Prepared:
+        """Reads a record, chooses the frames of its videos and lays its text out.
 
         Args:
           record: its number in the source.
+          position: where the record stands in the shuffled order: other frames are drawn in every epoch.
 
         Raises:
           LayoutError: the record can't be used.
@@ -74,7 +78,11 @@ class PreparedSource:
         if record in self._laid_out:
             return self._laid_out[record]
         sample = self._source[record]
-        units = self._count_units(sample)
+        data = self._data
+        jitter = np.random.default_rng([self._seed, position]) if data.frame_jitter else None
+        videos = tuple(plan_frames(video, data.frame_sampling, data.frames, data.video_seconds, jitter)
+                       for video in sample.videos)
+        units = self._count_units(sample.images, sample.id) + sum(map(len, videos))
         if units > self._data.images_per_row:
             raise LayoutError(sample.id, f"has {units} images, frames or tiles, a row has room for "
                               f"{self._data.images_per_row}: raise data.images_per_row", "too many images")
@@ -86,7 +94,7 @@ class PreparedSource:
         if size.targets > self._data.target_slots:
             raise LayoutError(sample.id, f"has {size.targets} targets, a row has room for "
                               f"{self._data.target_slots}: raise data.max_targets", "too many targets")
-        prepared = Prepared(record, layout, sample.images, sample.videos, size)
+        prepared = Prepared(record, layout, sample.images, videos, size)
         if self._data.keep_in_memory:
             self._laid_out[record] = prepared
         return prepared
@@ -103,9 +111,9 @@ class PreparedSource:
         units: list[np.ndarray] = []
         for image in prepared.images:
             units += prepare_units(decode(*_content(image, name)), size, data.fit)
-        for path in prepared.videos:
-            for frame in read_frames(path, data.frame_sampling, data.frames, data.video_seconds):
-                units += prepare_units(frame, size, data.fit)
+        for plan in prepared.videos:
+            for frame in read_plan(plan, data.video_seconds):
+                units.append(prepare_frame(frame, size, data.fit))
         if len(units) != prepared.layout.num_units:
             raise ImageError(name, f"has {len(units)} units, it was laid out with {prepared.layout.num_units}",
                              "changed file")
@@ -114,20 +122,11 @@ class PreparedSource:
             self._loaded[prepared.record] = item
         return item
 
-    def _count_units(self, sample: Sample) -> int:
-        """Counts the units of a sample, reading no more of its files than that takes."""
-        data, count = self._data, 0
-        if data.fit == "anyres":
-            for image in sample.images:
-                count += count_units(*pixel_size(*_content(image, sample.id)), self._image_size, data.fit)
-        else:
-            count += len(sample.images)
-        for path in sample.videos:
-            if data.frame_sampling == "fps":
-                count += len(choose_frames(probe(path, data.video_seconds), "fps", data.frames))
-            else:
-                count += data.frames
-        return count
+    def _count_units(self, images: Sequence[Path | bytes], record: str) -> int:
+        """Counts the units of a sample's images, reading no more of their files than that takes."""
+        if self._data.fit != "anyres":
+            return len(images)
+        return sum(count_units(*pixel_size(*_content(image, record)), self._image_size, "anyres") for image in images)
 
 
 def _content(image: Path | bytes, record: str) -> tuple[bytes, str]:

@@ -10,19 +10,20 @@ import numpy as np
 from PIL import Image
 
 from vocojax.config import require, require_positive
-from vocojax.data.images import Fit, ImageError, decode, prepare_units, read
-from vocojax.data.videos import Sampling, read_frames
+from vocojax.data.frame_choice import Sampling
+from vocojax.data.images import Fit, ImageError, decode, prepare_frame, prepare_units, read, to_rgb
+from vocojax.data.videos import read_frames
 from vocojax.inference.caches.fingerprint import image_digest, visual_digest
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video file, of which some frames are read.
+    """A video, of which some frames are read.
 
     Attributes:
-      path: of the file.
-      frames: how many are read, each a unit (at most as many, where `sampling` is `fps`).
-      sampling: which frames, see `data.videos.choose_frames`.
+      path: the file, or a directory of frames.
+      frames: the most frames that are read, each a unit.
+      sampling: which frames, see `data.frame_choice.choose_frames`.
       seconds: time limit for reading the file.
     """
 
@@ -43,7 +44,7 @@ class Frames:
     """Images that are one visual, such as the decoded frames of a video.
 
     Attributes:
-      images: RGB images in their order.
+      images: images in their order, each a unit.
     """
 
     images: tuple[Image.Image, ...]
@@ -75,25 +76,26 @@ def prepare_visual(source: VisualSource, size: int, fit: Fit) -> Visual:
     Args:
       source: a file, an image, frames, or prepared units.
       size: edge of a unit's image, in pixels.
-      fit: how images become square; with `anyres` every image becomes several units.
+      fit: how images become square; with `anyres` an image becomes several units, a frame one.
 
     Raises:
       ImageError: it can't be used.
     """
     if isinstance(source, Visual | np.ndarray):
         return Visual(_checked(source, size))
-    if isinstance(source, Video):
-        images: Iterable[Image.Image] = read_frames(source.path, source.sampling, source.frames, source.seconds)
-    elif isinstance(source, Frames):
-        images = (image.convert("RGB") for image in source.images)
+    units: tuple[np.ndarray, ...]
+    if isinstance(source, Video | Frames):
+        frames: Iterable[Image.Image] = (
+            read_frames(source.path, source.sampling, source.frames, source.seconds) if isinstance(source, Video)
+            else (to_rgb(image) for image in source.images))
+        units = tuple(prepare_frame(frame, size, fit) for frame in frames)
     elif isinstance(source, Image.Image):
-        images = [source.convert("RGB")]
+        units = prepare_units(to_rgb(source), size, fit)
     elif isinstance(source, str | Path):
-        images = [decode(read(source), str(source))]
+        units = prepare_units(decode(read(source), str(source)), size, fit)
     else:
         raise ImageError("image", f"must be a path, a PIL image, an array, a Video, Frames or a Visual, got "
                          f"{type(source).__name__}", "no image")
-    units = tuple(unit for image in images for unit in prepare_units(image, size, fit))
     if not units:
         raise ImageError(str(source), "has no image: give at least one", "no image")
     return Visual(units)

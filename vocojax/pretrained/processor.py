@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vocojax.data.conversation import Conversation, Template, Turn, template
-from vocojax.data.images import Fit, load_image, prepare
+from vocojax.data.images import Fit, load_image, prepare, to_rgb
 from vocojax.data.packing import Item
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.layout import UnitShape, lay_out_sample
@@ -69,7 +69,7 @@ class Processor:
         Raises:
           ImageError: a file can't be used.
         """
-        return [prepare(image.convert("RGB"), self.image_size, self.fit) if isinstance(image, Image.Image)
+        return [prepare(to_rgb(image), self.image_size, self.fit) if isinstance(image, Image.Image)
                 else load_image(image, self.image_size, self.fit) for image in images]
 
     def __call__(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vocojax.data.conversation import Conversation
+from vocojax.data.videos import Video
 from vocojax.layout import LayoutError
 
 
@@ -18,13 +19,13 @@ class Sample:
       id: names the record in errors.
       images: files, or their encoded content; each becomes a unit (with `anyres`, several).
       threads: the conversations.
-      videos: files; their frames become units, after those of the images.
+      videos: files, directories of frames, or lists of frames; their frames become units, after those of the images.
     """
 
     id: str
     images: tuple[Path | bytes, ...]
     threads: Sequence[Conversation]
-    videos: tuple[Path, ...] = ()
+    videos: tuple[Video, ...] = ()
 
 
 class Source(Protocol):

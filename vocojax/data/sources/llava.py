@@ -1,7 +1,8 @@
 """LLaVA's instruct and alignment JSON: a list of {id, image?, video?, conversations: [{from, value}, ...]}.
 
-`image` and `video` are a path or a list of paths. Hugging Face's chat data are read as well: `messages` in place of
-`conversations`, `images` and `videos` for the lists.
+`image` and `video` are a path or a list of paths; a video may be a directory of frames, and `frames` lists those of one
+video. Hugging Face's chat data are read as well: `messages` in place of `conversations`, `images` and `videos` for the
+lists.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from vocojax.data.conversation import conversation_from_llava
 from vocojax.data.sources.base import Root, Sample
 from vocojax.data.sources.columnar import ColumnarRecords
+from vocojax.data.videos import Video
 from vocojax.layout import LayoutError
 
 
@@ -48,21 +50,22 @@ def sample_from_llava(record: Mapping[str, Any], index: int, root: Root) -> Samp
     """
     name = str(record.get("id", f"#{index}"))
     conversation = conversation_from_llava(name, record.get("conversations", record.get("messages", ())))
-    files = {kind: _names(name, record, kind) for kind in ("image", "video")}
+    images = _files(name, record.get("image") or record.get("images"), root, "image")
+    frames = _files(name, record["frames"], root, "frame") if isinstance(record.get("frames"), list) else ()
+    videos: tuple[Video, ...] = _files(name, record.get("video") or record.get("videos"), root, "video")
+    videos += (frames,) if frames else ()
     asked = " ".join(turn.text for turn in conversation if turn.role == "user")
-    videos, images = len(files["video"]), len(files["image"])
-    if (markers := asked.count("<video>")) > videos:
-        raise LayoutError(name, f"has {markers} <video> but {videos} videos", "more <video> than videos")
-    images += videos - markers  # a video may be marked <image>, as in LLaMA-VID's and LLaVA-NeXT's data
-    if (markers := asked.count("<image>")) > images:
-        raise LayoutError(name, f"has {markers} <image> but {images} images", "more <image> than images")
-    paths = {kind: tuple(root.file(name, file, kind) for file in names) for kind, names in files.items()}
-    return Sample(name, paths["image"], (conversation,), paths["video"])
+    if (marked := asked.count("<video>")) > len(videos):
+        raise LayoutError(name, f"has {marked} <video> but {len(videos)} videos", "more <video> than videos")
+    # <image> may mark a video, as in LLaMA-VID's and LLaVA-NeXT's data, or one of a list of frames.
+    most = len(images) + len(videos) - marked + len(frames)
+    if (marked := asked.count("<image>")) > most:
+        raise LayoutError(name, f"has {marked} <image> but {most} images", "more <image> than images")
+    return Sample(name, images, (conversation,), videos)
 
 
-def _names(record: str, values: Mapping[str, Any], kind: str) -> list[str]:
-    names = values.get(kind) or values.get(kind + "s") or []
-    names = [names] if isinstance(names, str) else names
+def _files(record: str, names: Any, root: Root, kind: str) -> tuple[Path, ...]:
+    names = [names] if isinstance(names, str) else names or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise LayoutError(record, f"{kind} must be a path or a list of paths, got {names!r}", "malformed record")
-    return names
+    return tuple(root.file(record, name, kind) for name in names)
