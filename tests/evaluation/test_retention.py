@@ -1,5 +1,5 @@
 from vocojax.evaluation.metrics import accuracy_by_kind, exact_match
-from vocojax.evaluation.retention import Score, format_table, retention, table
+from vocojax.evaluation.retention import Score, format_table, mean_retention, retention, table
 
 
 def test_retention_of_the_paper():
@@ -25,3 +25,15 @@ def test_table_means_over_seeds():
     assert rows["up"]["retention"] == 1.0 and rows["low"]["retention"] == 0.0
     assert format_table(rows).splitlines()[3].split() == [
         "voco", "72.5", "%", "72.5", "%", "100.0", "%", "62.5", "%"]
+
+
+def test_both_retentions_of_the_papers_table_1():
+    """Table 1, N = 1: seven benchmarks, mean retention 83.7 %; as a share of the upper bound 93.4 %."""
+    names = ("GQA", "MMB", "MME", "POPE", "SEED", "SQA", "VQA")
+    row = lambda *figures: dict(zip(names, figures, strict=True))
+    found = mean_retention(row(57.0, 58.8, 1323.3, 81.4, 53.7, 65.4, 72.3),
+                           row(37.7, 22.3, 617.3, 53.9, 36.9, 60.7, 41.2),
+                           row(61.1, 64.0, 1487.2, 85.0, 57.9, 66.5, 77.7))
+    assert round(100 * found.mean_retention, 1) == 83.7 and round(100 * found.mean_of_upper, 1) == 93.4
+    assert round(found.retention["GQA"], 3) == 0.825 and round(found.of_upper["GQA"], 3) == 0.933
+    assert mean_retention({"x": 1.0}, {"x": 2.0}, {"x": 2.0}).mean_retention is None

@@ -1,9 +1,12 @@
-"""Retention: how much of the vision tokens' benefit is left after compression (paper §4.2).
+"""Retention: how much of the vision tokens' benefit is left after compression, in the two definitions in use.
 
-    retention = (accuracy - lower bound) / (upper bound - lower bound)
+    retention = (accuracy - lower bound) / (upper bound - lower bound)      the paper's (§4.2)
+    share of the upper bound = accuracy / upper bound                       other papers'
+
+The paper's Table 1 (N = 1) has a mean of 83.7 % by the first and of 93.4 % by the second.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -11,6 +14,49 @@ from typing import TypedDict
 def retention(accuracy: float, lower: float, upper: float) -> float | None:
     """Returns the share of the gap between the bounds that is kept; None where the bounds are equal."""
     return (accuracy - lower) / (upper - lower) if upper != lower else None
+
+
+def share_of_upper(accuracy: float, upper: float) -> float | None:
+    """Returns the share of the upper bound that is reached; None where that is 0."""
+    return accuracy / upper if upper else None
+
+
+@dataclass(frozen=True)
+class MeanRetention:
+    """Retention over several benchmarks.
+
+    Attributes:
+      retention: of each benchmark, by the paper's definition.
+      of_upper: of each benchmark, as the share of the upper bound.
+      mean_retention: the mean of the former; None if it is undefined for one.
+      mean_of_upper: the mean of the latter; None if it is undefined for one.
+    """
+
+    retention: Mapping[str, float | None]
+    of_upper: Mapping[str, float | None]
+    mean_retention: float | None
+    mean_of_upper: float | None
+
+
+def mean_retention(
+    values: Mapping[str, float], lower: Mapping[str, float], upper: Mapping[str, float]
+) -> MeanRetention:
+    """Returns a model's retention on several benchmarks, and the means over them.
+
+    Args:
+      values: its figure on each benchmark, in any unit.
+      lower: the lower bound's, for the same benchmarks.
+      upper: the upper bound's, for the same benchmarks.
+    """
+    kept = {name: retention(value, lower[name], upper[name]) for name, value in values.items()}
+    shares = {name: share_of_upper(value, upper[name]) for name, value in values.items()}
+    return MeanRetention(kept, shares, _mean(kept.values()), _mean(shares.values()))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    numbers = list(values)
+    known = [number for number in numbers if number is not None]
+    return sum(known) / len(known) if known and len(known) == len(numbers) else None
 
 
 class Row(TypedDict):

@@ -21,13 +21,15 @@ from vocojax.data.conversation import Turn, template
 from vocojax.data.sources.easy_vqa import EasyVqaCaptions, EasyVqaSource
 from vocojax.data.tokenizer import Tokenizer, word_tokenizer
 from vocojax.evaluation import report
-from vocojax.evaluation.benchmarks.easy_vqa import EasyVqaBenchmark
+from vocojax.evaluation.benchmarks.base import Benchmark, Item
+from vocojax.evaluation.benchmarks.registry import open_benchmark
+from vocojax.evaluation.metrics import accuracy_by_kind
 from vocojax.evaluation.retention import Score, format_table, table
 from vocojax.experiments.contrastive import ContrastiveConfig, pretrain_vision
 from vocojax.files import write_atomically
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.many import Way, answer_many
-from vocojax.inference.requests import Answer
+from vocojax.inference.requests import Answer, Request
 from vocojax.layout import Visibility, lay_out_sample, unit_shape
 from vocojax.training.config import StageConfig, stage_config
 from vocojax.training.stage import train
@@ -130,14 +132,16 @@ class Quickstart:
         self._run_jobs([self._stage_job(seed, "alignment") for seed in self.seeds])
         stages = dict.fromkeys(arm.stage for arm in arms)
         self._run_jobs([self._stage_job(seed, stage) for seed in self.seeds for stage in stages])
-        benchmark = EasyVqaBenchmark("test", max_images=self.test_images)
+        benchmark = open_benchmark("easy_vqa", self.workdir)
+        items = _about_first_images(benchmark.items, self.test_images)
+        requests = benchmark.requests(items)
         with self._timed("evaluation"):
-            answers = {arm.name: [self._answer(benchmark, arm, seed) for seed in self.seeds] for arm in arms}
+            answers = {arm.name: [self._answer(requests, arm, seed) for seed in self.seeds] for arm in arms}
         with self._timed("two-stage check"):
-            two_stage = self._check_two_stages(benchmark, answers[VOCO_1.name][0])
+            two_stage = self._check_two_stages(requests, answers[VOCO_1.name][0])
         self.seconds["total"] = time.perf_counter() - started
         scores: dict[str, list[Score]] = {
-            name: [benchmark.score(answer) for answer in runs] for name, runs in answers.items()
+            name: [_score(benchmark, items, run) for run in runs] for name, runs in answers.items()
         }
         rows = table(scores, LOWER, UPPER)
         result: dict[str, Any] = {
@@ -148,7 +152,7 @@ class Quickstart:
             "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()},
         }
         write_atomically(self.workdir / "retention.json", json.dumps(result, indent=2) + "\n")
-        self._write_report(result, benchmark, answers, arms)
+        self._write_report(result, items, answers, arms)
         print(format_table(rows))
         return result
 
@@ -185,13 +189,13 @@ class Quickstart:
         for job, taken in zip(jobs, seconds, strict=True):
             self.seconds[job.name] = self.seconds.get(job.name, 0.0) + taken
 
-    def _answer(self, benchmark: EasyVqaBenchmark, arm: Arm, seed: int, way: Way = "single pass") -> list[Answer]:
+    def _answer(self, requests: Sequence[Request], arm: Arm, seed: int, way: Way = "single pass") -> list[Answer]:
         assistant = Assistant.from_run(self._run(seed, arm.stage), arm.visibility)
-        return list(answer_many(assistant, benchmark.requests(), way=way, batch_size=256, with_logits=True))
+        return list(answer_many(assistant, requests, way=way, batch_size=256, with_logits=True))
 
-    def _check_two_stages(self, benchmark: EasyVqaBenchmark, single_pass: Sequence[Answer]) -> dict[str, float | int]:
+    def _check_two_stages(self, requests: Sequence[Request], single_pass: Sequence[Answer]) -> dict[str, float | int]:
         """Compares answers from a VoCo cache with those of the single pass."""
-        cached = self._answer(benchmark, VOCO_1, self.seeds[0], "caches")
+        cached = self._answer(requests, VOCO_1, self.seeds[0], "caches")
         logits_2QV = np.array([[answer.first_logits_V for answer in answers] for answers in (cached, single_pass)])
         is_token = np.isfinite(logits_2QV[1])  # all but the <voco> token
         return {
@@ -201,23 +205,20 @@ class Quickstart:
         }
 
     def _write_report(
-        self, result: Mapping[str, Any], benchmark: EasyVqaBenchmark, answers: Mapping[str, Sequence[Sequence[Answer]]],
+        self, result: Mapping[str, Any], items: Sequence[Item], answers: Mapping[str, Sequence[Sequence[Answer]]],
         arms: Sequence[Arm],
     ) -> None:
         seed = self.seeds[0]
         curves = {arm.name: report.loss_curve(self._run(seed, arm.stage)) for arm in arms if arm.name != LOWER}
         tokenizer = Tokenizer.from_directory(self.workdir / "tokenizer")
         write = template("bare").spans
-        asked = [write((Turn("user", q.text), Turn("assistant", q.answer)), tokenizer.eos_token)
-                 for q in benchmark.questions[:2]]
+        asked = [write((Turn("user", item.prompt), Turn("assistant", item.gold)), tokenizer.eos_token)
+                 for item in items[:2]]
         sample = lay_out_sample("drawn", 1, asked, tokenizer, unit_shape(self._model("voco_1")), 1000)
-        chosen = np.linspace(0, len(benchmark.questions) - 1, 12).astype(int)
         examples = [
-            report.Example(
-                benchmark.image_paths[benchmark.image_of[i]], benchmark.questions[i].text,
-                benchmark.questions[i].answer, {name: runs[0][i].text for name, runs in answers.items()},
-            )
-            for i in chosen
+            report.Example(Path(str(items[i].visuals[0])), items[i].prompt, items[i].gold,
+                           {name: runs[0][i].text for name, runs in answers.items()})
+            for i in np.linspace(0, len(items) - 1, 12).astype(int)
         ]
         versions = json.loads((self._run(seed, "voco_1") / "versions.json").read_text())
         report.write_report(self.workdir / "report.html", result, report.draw_losses(curves), report.draw_mask(sample),
@@ -234,3 +235,15 @@ class Quickstart:
         before = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - before
+
+
+def _about_first_images(items: Sequence[Item], images: int | None) -> list[Item]:
+    """Returns the questions about the first images; None for all images."""
+    first = set(list(dict.fromkeys(item.visuals for item in items))[:images])
+    return [item for item in items if item.visuals in first]
+
+
+def _score(benchmark: Benchmark, items: Sequence[Item], answers: Sequence[Answer]) -> Score:
+    """Returns a run's accuracy, overall and by kind of question, in [0, 1]."""
+    marks = [mark or 0.0 for mark in benchmark.score([answer.text for answer in answers], items=items).marks]
+    return Score(sum(marks) / len(marks), accuracy_by_kind(marks, [item.kind for item in items]))

@@ -1,45 +1,34 @@
 """easy-VQA: every question of a split, answered greedily and compared with the gold answer."""
 
-from collections.abc import Sequence
+import functools
+from typing import ClassVar
 
-import numpy as np
-
-from vocojax.data.sources.easy_vqa import EasyVqaSource, Question, Split
-from vocojax.evaluation.metrics import accuracy_by_kind, exact_match
-from vocojax.evaluation.retention import Score
+from vocojax.data.sources.easy_vqa import EasyVqaSource, Split
+from vocojax.evaluation.benchmarks.base import Benchmark, Item
+from vocojax.evaluation.metrics import exact_match
 from vocojax.inference.decoding.sampling import SamplingConfig
-from vocojax.inference.requests import Answer, Request
-
-SAMPLING = SamplingConfig(max_new_tokens=4)
 
 
-class EasyVqaBenchmark:
-    """The questions of a split with their images; see `base.Benchmark`.
+class EasyVqaBenchmark(Benchmark):
+    """The questions of a split with their images.
 
     Args:
       split: of easy-VQA.
-      max_images: ask about the first so many images only; None for all.
-
-    Attributes:
-      image_paths: of the images.
-      questions: about all of them.
-      image_of: int [questions], the index of each question's image.
     """
 
-    def __init__(self, split: Split, max_images: int | None = None):
-        source = EasyVqaSource(split)
-        self.image_paths = source.images[:max_images]
-        asked = source.questions[:max_images]
-        self.questions: list[Question] = [question for questions in asked for question in questions]
-        self.image_of = np.array([image for image, questions in enumerate(asked) for _ in questions])
+    name = "easy_vqa"
+    sampling: ClassVar[SamplingConfig] = SamplingConfig(max_new_tokens=4)
 
-    def requests(self) -> list[Request]:
-        """Returns every question with its image."""
-        return [Request(question.text, (self.image_paths[image],), SAMPLING)
-                for question, image in zip(self.questions, self.image_of, strict=True)]
+    def __init__(self, split: Split = "test"):
+        self._source = EasyVqaSource(split)
 
-    def score(self, answers: Sequence[Answer]) -> Score:
-        """Returns exact match, overall and by kind of question."""
-        correct = [exact_match(answer.text, question.answer)
-                   for answer, question in zip(answers, self.questions, strict=True)]
-        return Score(sum(correct) / len(correct), accuracy_by_kind(correct, [q.kind for q in self.questions]))
+    @functools.cached_property
+    def items(self) -> list[Item]:
+        """The questions; an id is `IMAGE/NUMBER`, the image's file without suffix and the question's number."""
+        return [Item(f"{image.stem}/{number}", question.text, (image,), question.answer, question.kind)
+                for image, questions in zip(self._source.images, self._source.questions, strict=True)
+                for number, question in enumerate(questions)]
+
+    def mark(self, item: Item, text: str, convention: str) -> float:
+        """Returns 1 for an exact match."""
+        return float(exact_match(text, item.gold))

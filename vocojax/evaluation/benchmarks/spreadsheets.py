@@ -1,0 +1,38 @@
+"""Excel files, which MMBench's server takes and VLMEvalKit writes; they need the extra `benchmarks`."""
+
+import importlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vocojax.errors import InputError, MissingPackage
+
+
+def spreadsheet(columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> bytes:
+    """Returns an Excel file with a header and one sheet."""
+    book = _openpyxl().Workbook(write_only=True)
+    sheet = book.create_sheet()
+    for row in (columns, *rows):
+        sheet.append(list(row))
+    content = io.BytesIO()
+    book.save(content)
+    return content.getvalue()
+
+
+def read_spreadsheet(path: Path) -> list[dict[str, Any]]:
+    """Reads the first sheet of an Excel file: a record per row, by the header's names."""
+    try:
+        book = _openpyxl().load_workbook(path, read_only=True, data_only=True)
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: is no Excel file: {error}") from error
+    header, *rows = book.worksheets[0].iter_rows(values_only=True)
+    return [dict(zip(map(str, header), row, strict=True)) for row in rows]
+
+
+def _openpyxl() -> ModuleType:
+    try:
+        return importlib.import_module("openpyxl")
+    except ImportError as error:
+        raise MissingPackage("Excel files need the package openpyxl: pip install 'vocojax[benchmarks]'") from error

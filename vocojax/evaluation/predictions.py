@@ -1,0 +1,150 @@
+"""Files of answers: the official formats and plain jsonl, matched to a benchmark's questions or refused."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vocojax.errors import InputError
+from vocojax.evaluation.benchmarks.base import Benchmark
+from vocojax.evaluation.benchmarks.files import numbered_json_lines, read_json
+from vocojax.evaluation.benchmarks.spreadsheets import read_spreadsheet
+from vocojax.evaluation.benchmarks.tables import read_table
+
+FIRST = 3  # offenders that an error names
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Answers to a benchmark's questions.
+
+    Attributes:
+      texts: in the order of the benchmark's items; None for one without an answer.
+      notes: what a reader of the score must know.
+    """
+
+    texts: tuple[str | None, ...]
+    notes: tuple[str, ...] = ()
+
+
+def read_predictions(path: str | Path, benchmark: Benchmark, allow_missing: bool = False) -> Predictions:
+    """Reads answers and matches them to a benchmark's questions.
+
+    Args:
+      path: JSON lines, a JSON list of records, a JSON object of answers by id, a table (.tsv, .csv, .xlsx), or MME's
+        folder of one table per task. A record has the question's id and the answer under the names that the benchmark
+        gives (`id_fields`, `text_fields`), for all of them `question_id` or `id`, and `text` or `answer`.
+      benchmark: whose questions are answered.
+      allow_missing: accept questions without an answer, and treat them as the official tool does.
+
+    Raises:
+      InputError: a record is malformed, or ids are duplicate, unknown or missing; names the first and counts them.
+    """
+    path = Path(path)
+    records = read_records(path)
+    located = benchmark.locate(records)
+    _refuse(path, "without the id of a question", [
+        f"record {number}" for number, key in enumerate(located, start=1) if key is None],
+        f"a record holds it under {_either(benchmark.id_fields)}")
+    answers = [benchmark.answer_of(record) for record in records]
+    _refuse(path, "whose answer is no text", [
+        f"{key!r} ({'none' if answer is None else type(answer).__name__})"
+        for key, answer in zip(located, answers, strict=True) if not isinstance(answer, str)],
+        f"a record holds a text under {_either(benchmark.text_fields)}")
+    ids = {item.id: None for item in benchmark.items}
+    keys = [str(key) for key in located]
+    _refuse(path, f"that are no questions of {benchmark.name}", [
+        repr(key) for key in keys if key not in ids and key not in benchmark.unscored_ids],
+        "is it the file of another split or another benchmark?")
+    counted = Counter(keys)
+    _refuse(path, "answered more than once", [repr(key) for key, times in counted.items() if times > 1],
+            "keep one answer per question")
+    texts = dict(zip(keys, answers, strict=True))
+    missing = [key for key in ids if key not in texts]
+    treatment = ("counts them as wrong" if benchmark.missing.counted else "leaves them out")
+    if not allow_missing:
+        _refuse(path, f"of {benchmark.name}'s {len(ids):,} questions without an answer", [repr(key) for key in missing],
+                f"the official tool {benchmark.missing.officially}; --allow_missing {treatment}")
+    notes = (f"{len(missing):,} questions without an answer: the official tool {benchmark.missing.officially}; this "
+             f"score {treatment}",) if missing else ()
+    return Predictions(tuple(texts.get(key) for key in ids), notes)  # type: ignore[misc]
+
+
+def read_records(path: Path) -> list[Mapping[str, Any]]:
+    """Reads the records of a file of answers, or of a folder of MME's tables.
+
+    Raises:
+      InputError: the file is missing, empty or of no known form.
+    """
+    if path.is_dir():
+        return _mme_records(path)
+    if not path.exists():
+        raise InputError(f"{path}: is missing")
+    if path.suffix == ".xlsx":
+        records: list[Any] = [{name: cell for name, cell in row.items() if cell is not None}
+                              for row in read_spreadsheet(path)]
+    elif path.suffix in (".tsv", ".csv"):
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        records = list(read_table(path, path.read_text(encoding="utf-8"), delimiter, ()))
+    elif _is_one_document(path):
+        content = read_json(path)
+        if isinstance(content, dict):
+            content = [{"id": key, "answer": answer} for key, answer in content.items()]
+        records = _without_nesting(content)
+    else:
+        records = [record for _, record in numbered_json_lines(path, path.read_bytes())]
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{path}: holds no record of an answer")
+    wrong = [f"record {number} ({type(record).__name__})" for number, record in enumerate(records, start=1)
+             if not isinstance(record, Mapping)]
+    _refuse(path, "that are no JSON objects", wrong, 'a record is {"question_id": ..., "text": ...}')
+    return records
+
+
+def _is_one_document(path: Path) -> bool:
+    """Returns whether a file is one JSON list or object, not one object per line."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        return False
+    return isinstance(content, list) or (isinstance(content, dict) and not _is_record(content))
+
+
+def _is_record(content: Mapping[str, Any]) -> bool:
+    return bool(content.keys() & {"question_id", "id", "text", "answer", "pred", "prediction", "prompt"})
+
+
+def _without_nesting(content: Any) -> Any:
+    """Returns Video-MME's records: its official file has a record per video with a list of questions."""
+    if isinstance(content, list) and content and all(isinstance(one, dict) and "questions" in one for one in content):
+        return [question for one in content for question in one["questions"]]
+    return content
+
+
+def _mme_records(folder: Path) -> list[Mapping[str, Any]]:
+    """Reads MME's official tables: lines of image, question, gold answer and answer, a file per task."""
+    records: list[Mapping[str, Any]] = []
+    for path in sorted(folder.glob("*.txt")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+            if line.strip():
+                cells = line.split("\t")
+                if len(cells) != 4:
+                    raise InputError(f"{path}, line {number}: must have 4 cells (image, question, gold answer, "
+                                     f"answer), got {len(cells)}")
+                records.append({"question_id": f"{path.stem}/{cells[0]}", "prompt": cells[1], "text": cells[3]})
+    if not records:
+        raise InputError(f"{folder}: holds no table of answers (TASK.txt)")
+    return records
+
+
+def _refuse(path: Path, what: str, offenders: Sequence[str], remedy: str) -> None:
+    """Raises an error that counts offenders and names the first, if there are any."""
+    if offenders:
+        more = f" and {len(offenders) - FIRST:,} more" if len(offenders) > FIRST else ""
+        raise InputError(f"{path}: {len(offenders):,} {what}: {', '.join(offenders[:FIRST])}{more}; {remedy}")
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(repr(name) for name in names)
