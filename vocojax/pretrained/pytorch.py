@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from vocojax.data.conversation import VICUNA_SYSTEM
+from vocojax.data.conversation import TEMPLATES
 from vocojax.layout import Role, lay_out_unit
 from vocojax.runs.card import ModelCard
 
@@ -31,14 +31,20 @@ def write_sources(directory: Path, card: ModelCard) -> None:
     """Writes the sources, the chat template and the README of an export."""
     for source in sorted(SOURCES.glob("*.py")):
         shutil.copyfile(source, directory / source.name)
-    template = (SOURCES / "chat_template.jinja").read_text(encoding="utf-8")
-    settings = f"{{%- set template = {json.dumps(card.template)} -%}}\n{{%- set default_system = {_system(card)} -%}}\n"
-    (directory / "chat_template.jinja").write_text(settings + template, encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(chat_template(card.template), encoding="utf-8")
     bos, eos = card.tokenizer.huggingface.bos_token, card.tokenizer.eos_token
     text = Template((SOURCES / "README.md").read_text(encoding="utf-8")).substitute(
         prompt=f"{bos}<image>\\n{'<voco>' * card.unit.vocos}\\n", vocos=card.unit.vocos, fit=card.fit, eos=eos,
         template=card.template, visibility=card.visibility, meaning=_MEANING[card.visibility])
     (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def chat_template(template: str) -> str:
+    """Returns the Jinja template that writes conversations as one of `data.conversation.TEMPLATES` does."""
+    system = "".join(span.text for span in TEMPLATES[template].spans((), ""))
+    settings = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n"
+                       for name, value in (("template", template), ("default_system", system)))
+    return settings + (SOURCES / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def model_entry(card: ModelCard) -> dict[str, Any]:
@@ -69,8 +75,3 @@ _MEANING = {
             "inspect or to convert the weights only.",
     "causal": "The model was trained with LLaVA's own mask: with this prompt and these pixels its answers are right.",
 }
-
-
-def _system(card: ModelCard) -> str:
-    """Returns the template's own system prompt, as a literal."""
-    return json.dumps(VICUNA_SYSTEM if card.template in ("vicuna_v1", "released") else "")

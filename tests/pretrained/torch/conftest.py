@@ -14,7 +14,7 @@ from vocojax.pretrained.loading import save_model
 from vocojax.runs.card import ModelCard
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pair:
     """A model in PyTorch and in vocojax.
 

@@ -14,6 +14,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, load_image
 FITS = ("pad", "pad_white", "crop", "square", "anyres")
 _MEAN_COLOUR = tuple(int(mean * 255) for mean in OPENAI_CLIP_MEAN)
 _WHITE = (255, 255, 255)
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 # LLaVA-1.6's grids of tiles, (rows, columns), in the order in which ties are decided.
 _GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
@@ -23,7 +24,8 @@ ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 def open_image(source: ImageSource) -> Image.Image:
     """Returns an image in RGB.
 
-    EXIF's orientation is not applied, as in training. 16-bit greyscale keeps its upper 8 bits; transparency is dropped.
+    EXIF's orientation is not applied, as in training. Transparency is dropped. Greyscale deeper than 8 bits: see
+    `_deep_grey`.
 
     Args:
       source: a file, a web address, an image, or an array uint8 [H, W, 3].
@@ -42,9 +44,32 @@ def open_image(source: ImageSource) -> Image.Image:
     else:
         raise ValueError(f"an image must be a path, a web address, a PIL image or an array uint8 [H, W, 3], got "
                          f"{type(source).__name__}")
-    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith(("I", "F")):  # Pillow would clip them at 255
+        return _deep_grey(image).convert("RGB")
     return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+
+
+def _deep_grey(image: Image.Image) -> Image.Image:
+    """Returns a greyscale image of more than 8 bits as one of 8 bits.
+
+    Up to 16 bits, the format says how many there are, and the upper 8 are kept. 32-bit integers and floats have no
+    agreed white: it is the first of 1 (floats only), 255, 65,535 and the largest 32-bit integer that no value exceeds.
+    """
+    tags, values = getattr(image, "tag_v2", {}), np.asarray(image)  # tags: of a TIFF
+    if image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I"):
+        bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]  # 12 in some
+        grey = (values.clip(0, 2**bits - 1) >> (bits - 8)).astype(np.uint8)
+    else:
+        signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
+        if image.mode == "I" and not signed:
+            values = values.view(np.uint32)  # Pillow reads them as signed
+        values = np.nan_to_num(values.astype(np.float64), posinf=np.inf, neginf=0)
+        whites = [1.0] * (image.mode == "F") + [255.0, 65535.0, 2.0**31 - 1 if signed else 2.0**32 - 1]
+        white = next((white for white in whites if values.max() <= white), None)
+        if white is None:
+            raise ValueError(f"the image has values up to {values.max():g}: save it with 8 or 16 bits")
+        grey = np.rint(values.clip(0) * (255 / white)).astype(np.uint8)
+    return Image.fromarray(255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey)  # 0: the lowest value is white
 
 
 def prepare_units(image: Image.Image, size: int, fit: str) -> list[np.ndarray]:

@@ -112,6 +112,16 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                                               vocab_size=outputs.logits.shape[-1], **counted)
         return outputs
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Answers prompts; an answer never contains `<voco>`.
+
+        Args:
+          args: see transformers' `generate`.
+          kwargs: the processor's inputs, with `voco_cache` if they were made for one, and arguments of `generate`.
+        """
+        kwargs = {"suppress_tokens": [self.config.voco["token_id"]], **kwargs}
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     @torch.no_grad()
     def compress(self, pixel_values: torch.Tensor, batch_size: int = 64) -> VocoCache:
         """Runs each image's unit alone and keeps the keys and values of its VoCo tokens.
