@@ -2,9 +2,16 @@
 
 import dataclasses
 import functools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,13 +26,18 @@ from vocojax.training.plan import deal, hidden_states
 from vocojax.training.program import make_model
 from vocojax.training.step import TrainState, make_objective
 
+ROOT = Path(__file__).parent.parent.parent
 UNITS, LENGTH = 4, 14  # of a row of text
+SIDE, TOKENS = 40, 25  # of an image, in pixels and vision tokens; nothing else has 25 of anything
 DRAWN = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 2)), min_size=1, max_size=6)
 
 
 def plans_of(stage, vocos, chunk):
     """The stage in its two plans; a row of whole samples has room for all that a row of text has."""
-    model = dataclasses.replace(stage.model, voco=dataclasses.replace(stage.model.voco, num_vocos=vocos))
+    model = dataclasses.replace(
+        stage.model, voco=dataclasses.replace(stage.model.voco, num_vocos=vocos),
+        vision=dataclasses.replace(stage.model.vision, image_size=SIDE, patch_size=8),
+    )
     unit = 1 + model.unit_tokens + 1 + vocos
     single = dataclasses.replace(stage, model=model, remat="full", data=dataclasses.replace(
         stage.data, row_length=LENGTH + UNITS * unit, images_per_row=UNITS))
@@ -36,19 +48,19 @@ def plans_of(stage, vocos, chunk):
 def batches_of(drawn, single, double, words, seed):
     """The same samples in the same rows for both plans. A sample is (units, words of a thread, threads)."""
     random, unit = np.random.default_rng(seed), unit_shape(single.model)
-    whole = row_shape(single.data, 32, unit.tokens, "voco")
-    text = text_row_shape(double.data, 32, unit, lay_out_unit("unit", words, unit))
+    whole = row_shape(single.data, SIDE, unit.tokens, "voco")
+    text = text_row_shape(double.data, SIDE, unit, lay_out_unit("unit", words, unit))
     rows = [[] for _ in range(single.batch_size)]
     for number, (units, length, threads) in enumerate(drawn):
         spans = [[Span("red " * length), Span("yes no", True)]] * (threads if units else 1)
         layout = lay_out_sample("x", units, spans, words, unit, 1000)
-        images = tuple(random.integers(0, 255, (units, 32, 32, 3), dtype=np.uint8))
+        images = tuple(random.integers(0, 255, (units, SIDE, SIDE, 3), dtype=np.uint8))
         row = rows[number % len(rows)]
         row.append(Item(layout, images))
         if sum(text.size(item.layout).tokens for item in row) > LENGTH or sum(len(i.images) for i in row) > UNITS:
             row.pop()
     stacked = lambda shape: {name: np.stack([shape.pack(row)[name] for row in rows]) for name in shape.pack([])}
-    return stacked(whole), deal(stacked(text), 1)
+    return stacked(whole), stacked(text)
 
 
 @functools.cache
@@ -71,7 +83,8 @@ def parameters(config, seed=3):
     """(what trains, the rest): with LoRA its factors, both filled, and else everything; and the projector."""
     values = parameters_of(make_model(config, nnx.Rngs(seed)))
     random = np.random.default_rng(seed)
-    values = {n: random.normal(size=v.shape).astype(np.float32) if "/lora/b" in n else v for n, v in values.items()}
+    values = {n: v + (0.02 * random.normal(size=v.shape)).astype(np.float32) if "/lora/b" in n else v
+              for n, v in values.items()}
     trained = {n: v for n, v in values.items() if not config.lora.rank or "/lora/" in n or n.startswith("projector")}
     return trained, {n: v for n, v in values.items() if n not in trained}
 
@@ -95,7 +108,7 @@ def test_both_plans_give_one_loss_and_one_gradient(stage, words):
         assert (whole["target_ids"] == text["target_ids"]).all()
         trained, frozen = parameters(single)
         (loss, (sums, logits_BTV)), wanted = compiled(single)(trained, frozen, whole)
-        (found_loss, (found_sums, found_BTV)), found = compiled(double)(trained, frozen, text)
+        (found_loss, (found_sums, found_BTV)), found = compiled(double)(trained, frozen, deal(text, 1))
         np.testing.assert_allclose(found_loss, loss, rtol=1e-4)
         assert found_sums.num_targets == sums.num_targets
         is_target_BT = whole["target_ids"] != IGNORE
@@ -103,3 +116,41 @@ def test_both_plans_give_one_loss_and_one_gradient(stage, words):
         assert_gradients_agree(found, wanted)
 
     agree()
+
+
+
+def on_eight_devices(stage, words, folder, *mesh):
+    """The report of `helpers/plans_on_devices.py`, which runs both plans with eight virtual devices."""
+    (folder / "stage.pkl").write_bytes(pickle.dumps(stage))
+    words.save(folder / "tokenizer")
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+                   "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
+    command = [sys.executable, "-m", "tests.helpers.plans_on_devices", folder / "stage.pkl", folder / "tokenizer",
+               *map(str, mesh)]
+    report = json.loads(subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, cwd=ROOT).stdout)
+    found, wanted = report["loss"]
+    assert abs(found - wanted) <= 1e-4 * wanted
+    worst = report["worst"]
+    worst.pop("vision/blocks/attention/key/bias")  # see `assert_gradients_agree`
+    assert max(worst.values()) <= 1e-4, worst
+    return {int(images): entries for images, entries in report["moved"].items()}
+
+
+def test_eight_devices_agree_and_exchange_keys_and_values_alone(stage, words, tmp_path):
+    """Each has one row, of 4 and of 8 units in one chunk. 768 bytes are the keys and values of a unit of 3 VoCo tokens:
+    2 x 2 layers x 3 x 2 heads x 8 x 4 bytes."""
+    moved = on_eight_devices(stage, words, tmp_path, 2, 4, 1)
+    for entries in moved.values():
+        for op, _, arrays in entries:
+            assert not any(size % TOKENS == 0 or size % SIDE == 0 for array in arrays for size in array), (op, arrays)
+    for op in ("all-gather", "reduce-scatter"):  # forwards, and the gradients' way back
+        small, large = (sum(size for name, size, _ in moved[images] if name == op) for images in (4, 8))
+        assert 32 * 768 <= large - small <= 1.1 * 32 * 768, op
+    others = [sum(size for op, size, _ in moved[images] if op not in ("all-gather", "reduce-scatter"))
+              for images in (4, 8)]
+    assert others[0] == others[1]
+
+
+@pytest.mark.slow
+def test_a_mesh_with_a_tensor_axis_agrees(stage, words, tmp_path):
+    on_eight_devices(stage, words, tmp_path, 2, 2, 2)
