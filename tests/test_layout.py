@@ -105,6 +105,17 @@ def test_two_units_and_two_threads_literally():
     assert causal.stop.tolist() == [17] * 10 + [13] * 3 + [17] * 4
 
 
+def test_sequential_positions_literally():
+    """As if nothing were compressed; nothing else differs from compact positions."""
+    threads = [[Span("q"), Span("A", True)], [Span("r")]]
+    lay_out = lambda unit: lay_out_sample("x", 2, threads, Letters(), unit, 100)
+    compact, sequential = lay_out(UnitShape(2, 1)), lay_out(UnitShape(2, 1, "sequential"))
+    view = sequential.view("voco")
+    assert view.positions.tolist() == [*range(10), 10, 11, 12, 10, 11]
+    assert (view.start == compact.view("voco").start).all() and (view.stop == compact.view("voco").stop).all()
+    assert sequential.view_after_prefix("voco", 2).positions.tolist() == [10, 11, 12, 10, 11]
+
+
 def brute_force(sample, visibility):
     """Who may see whom, token by token, from the words of the method."""
     allowed = set()

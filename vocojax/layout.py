@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
-from vocojax.config import ModelConfig
+from vocojax.config import ModelConfig, Positions
 from vocojax.errors import VocojaxError
 
 Visibility = Literal["voco", "causal"]
@@ -91,15 +91,25 @@ class UnitShape(NamedTuple):
     Attributes:
       tokens: vision tokens of one image, or a baseline's compressed tokens.
       vocos: VoCo tokens after them, N.
+      positions: how the tokens of several units are numbered, see `VocoConfig`.
     """
 
     tokens: int
     vocos: int
+    positions: Positions = "compact"
+
+    def stride(self, length: int) -> int:
+        """Returns by how much each unit's positions are higher than those of the unit before it.
+
+        Args:
+          length: number of tokens of a unit, its BOS and newline included.
+        """
+        return self.vocos if self.positions == "compact" else length
 
 
 def unit_shape(model: ModelConfig) -> UnitShape:
     """Returns the shape of a model's units."""
-    return UnitShape(model.unit_tokens, model.unit_vocos)
+    return UnitShape(model.unit_tokens, model.unit_vocos, model.voco.positions)
 
 
 class LayoutError(VocojaxError, ValueError):
@@ -198,15 +208,15 @@ class SampleLayout:
         Threads never see each other. All have the same positions, as if each were alone after the units.
 
         Args:
-          visibility: `voco`: text sees only the VoCo tokens of the units, and a unit sees only itself. Positions are
-            compact: unit t has the positions of a single unit, shifted by t * N, so that the VoCo tokens of all units
-            are consecutive. `causal`: everything earlier in the sample is visible, and positions count all tokens.
+          visibility: `voco`: text sees only the VoCo tokens of the units, and a unit sees only itself. Unit t has the
+            positions of a single unit, t strides higher (`UnitShape.stride`); text follows the last unit. `causal`:
+            everything earlier in the sample is visible, and positions count all tokens.
         """
         length, units_end = len(self), self.text_start
         unit_index = np.minimum(np.arange(length) // max(self.unit_length, 1), self.num_units)
         in_unit = np.arange(length) < units_end
         if units_stand_alone(visibility):
-            stride = self.unit.vocos
+            stride = self.unit.stride(self.unit_length)
             text_position = self.unit_length + (self.num_units - 1) * stride if self.num_units else 0
             start = np.where(in_unit, unit_index * self.unit_length, 0)
         else:

@@ -1,18 +1,24 @@
 """Compress once and read: the same answers as a single pass, for one image or several, in any order."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vocojax.data.conversation import Turn
 from vocojax.inference.assistant import Assistant
+from vocojax.inference.caches.cache import CacheError
 from vocojax.inference.compress import compress, compress_keeping, rows_at_once
 from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.inference.prompts import lay_out_prompt, whole_rows
-from vocojax.layout import LayoutError, unit_shape
+from vocojax.layout import LayoutError, lay_out_unit, unit_shape
+from vocojax.models.parameters import parameters_of, with_parameters
+from vocojax.models.voco import VocoLlama
 from vocojax.parallel.mesh import AXES
 
 GREEDY = SamplingConfig(max_new_tokens=6)
@@ -39,7 +45,7 @@ def test_answers_from_the_cache_are_those_of_a_single_pass(assistant, images, ca
 def test_full_caching_agrees_with_the_causal_single_pass(assistant, images):
     """Keeping the whole unit is the usual caching of an image: the upper bound's second stage."""
     causal = Assistant(assistant.model, assistant.tokenizer, assistant.template, "causal")
-    unit = sum(unit_shape(assistant.model.config)) + 2  # BOS and newline
+    unit = len(lay_out_unit("unit", assistant.tokenizer, unit_shape(assistant.model.config)))
     everything = compress_keeping(assistant.model, assistant.tokenizer, images, unit)
     asked = [ask(q) for q in QUESTIONS]
     single = causal.generate_whole([[images[i]] for i in range(4)], asked, GREEDY)
@@ -55,6 +61,24 @@ def test_many_cached_images_fit_where_their_vision_tokens_would_not(assistant, i
         short.generate_whole([images], [ask("what?")], GREEDY)
     about = [[0, 1, 2, 3, 4]]
     assert short.read(cache, ["what?"], about, GREEDY) == assistant.read(cache, ["what?"], about, GREEDY)
+
+
+def test_sequential_positions_are_read_by_their_own_model_alone(assistant, images, cache):
+    """Answers from a cache are those of a single pass, and neither scheme reads the other's caches."""
+    config = assistant.model.config
+    numbered = dataclasses.replace(config, voco=dataclasses.replace(config.voco, positions="sequential"))
+    model = with_parameters(VocoLlama(numbered, nnx.Rngs(0), jnp.float32), parameters_of(assistant.model))
+    other = Assistant(model, assistant.tokenizer, assistant.template)
+    asked, about = [ask(q) for q in QUESTIONS[:3]], [[0], [3, 1], [1, 2, 4]]
+    whole = [[images[unit] for unit in units] for units in about]
+    single, made = other.generate_whole(whole, asked, GREEDY), other.compress(images)
+    np.testing.assert_allclose(other.generate_behind(made, asked, about, GREEDY).logits_BV, single.logits_BV, atol=1e-4)
+    compact = assistant.generate_whole(whole, asked, GREEDY)
+    difference = np.abs(np.where(np.isfinite(single.logits_BV), single.logits_BV - compact.logits_BV, 0)).max(-1)
+    assert difference[0] < 1e-5 and (difference[1:] > 1e-5).all(), "they differ from the second unit on"
+    for reader, of in ((assistant, made), (other, cache)):
+        with pytest.raises(CacheError, match=r"voco\.positions is '(compact|sequential)' there"):
+            reader.generate_behind(of, asked[:1], [[0]], GREEDY)
 
 
 def test_batches_of_compression_are_the_whole(assistant, images):

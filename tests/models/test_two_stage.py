@@ -32,7 +32,8 @@ def single_pass(model, rows, text_start_B, lengths_B, weights_TE):
 @functools.partial(jax.jit, static_argnames="keep")
 @jax.value_and_grad
 def two_stages(model, units, text, units_BT, lengths_B, weights_TE, keep):
-    prefix = two_stage.place(two_stage.compress(model, units, keep, remat="full"), units_BT, model.config.decoder)
+    units = two_stage.compress(model, units, keep, remat="full")
+    prefix = two_stage.place(units, units_BT, model.config.decoder, stride=keep)
     hidden_BSE, _ = two_stage.read(model, text, prefix)
     return loss(hidden_BSE, jnp.zeros_like(lengths_B), lengths_B, weights_TE)
 

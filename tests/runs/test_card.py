@@ -14,11 +14,11 @@ from vocojax.inference.assistant import Assistant
 from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.inference.many import answer_many
 from vocojax.inference.requests import Request
-from vocojax.models.voco import VocoLlama
 from vocojax.pretrained.conversion import convert
 from vocojax.pretrained.loading import load_card, save_model
 from vocojax.runs.card import ModelCard, read_card, read_published
 from vocojax.runs.directory import CheckpointError
+from vocojax.testing import tiny_model
 from vocojax.training.stage import train
 
 ROOT = Path(__file__).parents[2]
@@ -26,16 +26,19 @@ ROOT = Path(__file__).parents[2]
 
 def facts(card: ModelCard) -> dict[str, object]:
     return {"template": card.template, "fit": card.fit, "visibility": card.visibility,
-            "num_vocos": card.model.voco.num_vocos, "token_id": card.tokenizer.voco_id}
+            "num_vocos": card.model.voco.num_vocos, "positions": card.model.voco.positions,
+            "token_id": card.tokenizer.voco_id}
 
 
 @pytest.fixture(scope="module")
-def upper_bound(tiny_model: VocoLlama, words, tmp_path_factory):
+def upper_bound(tiny_config, words, tmp_path_factory):
     """An upper bound in all layouts, as it would be exported after training."""
     root = tmp_path_factory.mktemp("upper_bound")
-    card = ModelCard(tiny_model.config, words, template="short", fit="crop", visibility="causal")
+    config = dataclasses.replace(tiny_config, voco=dataclasses.replace(tiny_config.voco, positions="sequential"))
+    model = tiny_model(config)
+    card = ModelCard(config, words, template="short", fit="crop", visibility="causal")
     for layout in ("orbax", "huggingface", "llava"):
-        save_model(tiny_model, card, root / layout, layout)
+        save_model(model, card, root / layout, layout)
     return card, root
 
 
@@ -43,7 +46,8 @@ def upper_bound(tiny_model: VocoLlama, words, tmp_path_factory):
 def test_every_layout_says_what_the_model_is(upper_bound, layout):
     card, root = upper_bound
     assert facts(load_card(root / layout)) == facts(card) == {
-        "template": "short", "fit": "crop", "visibility": "causal", "num_vocos": 2, "token_id": card.tokenizer.voco_id}
+        "template": "short", "fit": "crop", "visibility": "causal", "num_vocos": 2,
+        "positions": "sequential", "token_id": card.tokenizer.voco_id}
 
 
 def test_an_upper_bound_is_never_read_through_the_voco_mask(upper_bound):

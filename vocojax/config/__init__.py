@@ -5,6 +5,7 @@ from vocojax.config.model import (
     DecoderConfig,
     LoraConfig,
     ModelConfig,
+    Positions,
     ProjectorConfig,
     RopeScalingConfig,
     VisionConfig,
@@ -14,7 +15,7 @@ from vocojax.config.presets import PRESETS, preset
 from vocojax.config.reader import ConfigError, build, config_to_dict, differing_keys, require, require_positive
 
 __all__ = [
-    "PRESETS", "CompressorConfig", "ConfigError", "DecoderConfig", "LoraConfig", "ModelConfig", "ProjectorConfig",
-    "RopeScalingConfig", "VisionConfig", "VocoConfig", "build", "config_to_dict", "differing_keys", "preset", "require",
-    "require_positive",
+    "PRESETS", "CompressorConfig", "ConfigError", "DecoderConfig", "LoraConfig", "ModelConfig", "Positions",
+    "ProjectorConfig", "RopeScalingConfig", "VisionConfig", "VocoConfig", "build", "config_to_dict", "differing_keys",
+    "preset", "require", "require_positive",
 ]

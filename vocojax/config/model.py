@@ -133,6 +133,9 @@ class DecoderConfig:
         return self.vocab_size - self.vocab_padding
 
 
+Positions = Literal["compact", "sequential"]
+
+
 @dataclass(frozen=True)
 class VocoConfig:
     """The VoCo tokens.
@@ -140,10 +143,14 @@ class VocoConfig:
     Attributes:
       num_vocos: VoCo tokens after the vision tokens of each unit, N.
       token_id: their row in the vocabulary.
+      positions: rotary positions of several units (images, frames). `compact`: unit t has those of the first one, t * N
+        higher, so the VoCo tokens of all units are consecutive, and a context is spent on them alone. `sequential`: all
+        tokens are numbered one after the other, as if nothing were compressed.
     """
 
     num_vocos: int = 1
     token_id: int = 32000
+    positions: Positions = "compact"
 
     def __post_init__(self) -> None:
         require_positive(self, "num_vocos")

@@ -336,7 +336,7 @@ class Assistant:
             length = bucket(max(len(sample) - sample.text_start for sample in samples))
             prompts = text_prompts(samples, self.visibility, slots * cache.tokens_per_unit, length)
             units_BT = np.array([[*own, *[-1] * (slots - len(own))] for own in units])
-            prefix = place(cache, units_BT, self.model.config.decoder)
+            prefix = place(cache, units_BT, self.model.config)
         return self._answers(prompts, prefix, samplings, every)
 
     def run_whole(

@@ -123,16 +123,17 @@ def compress_in_chunks(
     return KeyValues(*(x.reshape(*x.shape[:2], -1, *x.shape[4:]) for x in prefix))
 
 
-def place(units: KeyValues, units_BT: jax.Array, decoder: DecoderConfig) -> KeyValues:
+def place(units: KeyValues, units_BT: jax.Array, decoder: DecoderConfig, stride: int) -> KeyValues:
     """Makes a key/value prefix that holds units in slots 0, 1, 2, ... of every row.
 
-    A unit's keys are rotated to the positions it has alone; rotating them by t * N more moves them to slot t
+    A unit's keys are rotated to the positions it has alone; rotating them by t * stride more moves them to slot t
     (rotations compose).
 
     Args:
       units: N kept tokens of U units, from `compress`.
       units_BT: int, the unit in each slot of each row; unused slots come last and hold -1.
       decoder: the config of the decoder whose keys they are.
+      stride: `UnitShape.stride` of the units, N for compact positions.
 
     Returns:
       Keys and values [L, B, T * N, G, D]. Unused slots hold some unit, which the rows' mask must hide
@@ -142,7 +143,7 @@ def place(units: KeyValues, units_BT: jax.Array, decoder: DecoderConfig) -> KeyV
     layers, _, kept, heads, width = units.k_LBKGD.shape
     k_LBTNGD, v_LBTNGD = (x_LUNGD[:, jnp.maximum(units_BT, 0)] for x_LUNGD in units)
     frequencies = rope_frequencies(decoder.head_width, decoder.rope_theta, decoder.rope_scaling)
-    shift = Rotation.of((jnp.arange(slots) * kept)[:, None], frequencies)
+    shift = Rotation.of((jnp.arange(slots) * stride)[:, None], frequencies)
     k_LBTNGD = rotate(k_LBTNGD, shift, implementation="xla")
     return KeyValues(*(x.reshape(layers, num_rows, slots * kept, heads, width) for x in (k_LBTNGD, v_LBTNGD)))
 

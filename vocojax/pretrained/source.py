@@ -130,7 +130,7 @@ def open_source(
     knows_voco |= "mm_hidden_size" in values and rows == voco_id + 1
     config = replace(
         config, decoder=_own_vocabulary(config.decoder, values, where) or _grown(config.decoder, voco_id),
-        voco=VocoConfig(num_vocos or config.voco.num_vocos, voco_id),
+        voco=replace(config.voco, num_vocos=num_vocos or config.voco.num_vocos, token_id=voco_id),
     )
     table = make_table(config, rows, None if knows_voco and voco_id < rows else voco_id)
     shapes = parameter_shapes(config, decoder_only=make_table is _llama_table)

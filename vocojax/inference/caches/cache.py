@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vocojax.config import DecoderConfig
+from vocojax.config import DecoderConfig, ModelConfig
 from vocojax.errors import InputError, VocojaxError
 from vocojax.inference.caches.fingerprint import Fingerprint, visual_digest
 from vocojax.inference.decoding.decode import COMPILATIONS
-from vocojax.layout import SampleLayout, UnitShape, Visibility, units_stand_alone
+from vocojax.layout import SampleLayout, UnitShape, Visibility, unit_shape, units_stand_alone
 from vocojax.models import two_stage
 from vocojax.models.llama import KeyValues
 
@@ -155,16 +155,16 @@ def cached_shape(
     if cache.first_position != first:
         raise CacheError(f"the cache keeps tokens from position {cache.first_position} of a unit, text sees those "
                          f"from {first} on: compress without keeping more than VoCo tokens")
-    return UnitShape(unit.unit.tokens, kept), first
+    return unit.unit._replace(vocos=kept), first
 
 
-def place(cache: VocoCache, units_BT: np.ndarray, decoder: DecoderConfig) -> KeyValues:
+def place(cache: VocoCache, units_BT: np.ndarray, model: ModelConfig) -> KeyValues:
     """Makes a key/value prefix that holds, per row, units of the cache in slots 0, 1, 2, ...; see `two_stage.place`.
 
     Args:
       cache: holds the units, on the host or on devices.
       units_BT: int, the unit in each row's slots; a row's unused slots come last and hold -1.
-      decoder: the config of the decoder whose keys they are.
+      model: the config of the model whose keys they are.
 
     Returns:
       Keys and values [L, B, T * N, G, D]; those of unused slots are a repetition that the caller's mask must hide.
@@ -173,7 +173,8 @@ def place(cache: VocoCache, units_BT: np.ndarray, decoder: DecoderConfig) -> Key
     if units_BT.size and not (units_BT.min() >= -1 and units_BT.max() < cache.num_units):
         raise InputError(f"units must be in [-1, {cache.num_units}), got {units_BT.min()} to {units_BT.max()}")
     units = KeyValues(*(jnp.asarray(_fill_up(x)) for x in (cache.k_LUNGD, cache.v_LUNGD)))
-    return _place(units, units_BT, decoder)
+    kept = unit_shape(model)._replace(vocos=cache.tokens_per_unit)
+    return _place(units, units_BT, model.decoder, kept.stride(cache.first_position + cache.tokens_per_unit))
 
 
 def _fill_up(x_LUNGD: Any) -> Any:
@@ -184,7 +185,7 @@ def _fill_up(x_LUNGD: Any) -> Any:
     return pad(x_LUNGD, [(0, fill if axis == 1 else 0) for axis in range(5)]) if fill else x_LUNGD
 
 
-@functools.partial(jax.jit, static_argnames="decoder")
-def _place(units: KeyValues, units_BT: jax.Array, decoder: DecoderConfig) -> KeyValues:
+@functools.partial(jax.jit, static_argnames=("decoder", "stride"))
+def _place(units: KeyValues, units_BT: jax.Array, decoder: DecoderConfig, stride: int) -> KeyValues:
     COMPILATIONS["place"] += 1
-    return two_stage.place(units, units_BT, decoder)
+    return two_stage.place(units, units_BT, decoder, stride)

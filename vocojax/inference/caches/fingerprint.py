@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vocojax.config import Positions
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.layout import Role, lay_out_unit, unit_shape
 from vocojax.models.parameters import parameters_of
 from vocojax.models.voco import VocoLlama
 
+COMPACT: Positions = "compact"
 _WORDS = 4  # 32-bit words of a parameter's checksum
 
 
@@ -27,8 +29,8 @@ class Fingerprint:
     property of the cache.
 
     Attributes:
-      config: the model's config without `voco.num_vocos`, the dtype it computes in, and the ids that its tokenizer
-        puts around an image's vision tokens, as canonical JSON.
+      config: the model's config without `voco.num_vocos` (and without `voco.positions` if they are compact), the dtype
+        it computes in, and the ids that its tokenizer puts around an image's vision tokens, as canonical JSON.
       parameters: digest of names, dtypes, shapes and values of all parameters.
     """
 
@@ -42,7 +44,7 @@ class Fingerprint:
 
     def differences(self, other: "Fingerprint") -> str:
         """Returns how `other` differs from this one, for errors: `decoder.depth is 2 there, 3 here`."""
-        here, there = (_flat(json.loads(f.config)) for f in (self, other))
+        here, there = ({"voco.positions": COMPACT, **_flat(json.loads(f.config))} for f in (self, other))
         odd = [f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
                for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
         if not odd and self.parameters != other.parameters:
@@ -63,6 +65,8 @@ def fingerprint(model: VocoLlama, tokenizer: Tokenizer) -> Fingerprint:
     unit = lay_out_unit("unit", tokenizer, unit_shape(model.config))
     config = dataclasses.asdict(model.config)
     del config["voco"]["num_vocos"]
+    if config["voco"]["positions"] == COMPACT:  # fingerprints of models without the entry mean this
+        del config["voco"]["positions"]
     config["dtype"] = model.dtype.name
     config["unit_ids"] = unit.ids[(unit.roles != Role.VISION) & (unit.roles != Role.VOCO)].tolist()
     parameters = parameters_of(model)

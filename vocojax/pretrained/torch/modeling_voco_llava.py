@@ -209,6 +209,9 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def _layout(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Layout:
         is_token = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         is_voco = (input_ids == self.config.voco["token_id"]) & is_token
+        if self.config.voco.get("positions", "compact") != "compact":
+            raise ValueError("the model numbers the positions of its images one after the other (voco.positions is "
+                             "'sequential'), which vocojax knows and this code does not: use vocojax")
         return voco_layout(is_token, is_voco, self.config.first_position)
 
     def _mask(self, layout: Layout, queries: int, keys: int) -> Any:
