@@ -10,14 +10,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("tensorflow_datasets")
 
+from tests.data.test_videos import write_video
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig, PartConfig
+from vocojax.data.packing import row_shape
+from vocojax.data.prepared import PreparedSource
 from vocojax.data.sources import LlavaSource, open_source
-from vocojax.data.sources.tfds import Preparation, TfdsSource, shards, write_shard
+from vocojax.data.sources.tfds import Preparation, StoredFrames, TfdsSource, shards, write_shard
 from vocojax.data.tally import SkippedTooMany
 
 ROOT = Path(__file__).parent.parent.parent
@@ -58,6 +63,58 @@ def test_a_prepared_set_gives_the_same_samples(tmp_path, source, llava_data):
     assert len(open_source(DataConfig(source="tfds", path=str(tmp_path)))) == 12
     with pytest.raises(ConfigError, match=r"has the splits \['train'\], not 'test'"):
         open_source(DataConfig(source="tfds", path=str(tmp_path), split="test"))
+
+
+def test_videos_are_decoded_once_to_the_frames_that_training_reads(tmp_path, tiny_config, words):
+    """Of a file and a list; what a stage makes of them is what it makes of the files, as far as JPEG keeps it."""
+    write_video(tmp_path / "v.mp4", frames=100)
+    for number in range(4):
+        Image.new("RGB", (64, 48), (60 * number,) * 3).save(tmp_path / f"{number}.png")
+    Image.new("RGB", (64, 48), (200,) * 3).save(tmp_path / "i.png")
+    turns = [{"from": "human", "value": "<image><video><video>what?"}, {"from": "gpt", "value": "x"}]
+    record = {"image": "i.png", "video": "v.mp4", "frames": [f"{number}.png" for number in range(4)]}
+    asked = [{"from": "human", "value": "what?"}, turns[1]]
+    records = [{**record, "conversations": turns}, {"image": "i.png", "conversations": asked},
+               {"video": "none.mp4", "conversations": asked}]
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    part = PartConfig(path=str(tmp_path / "x.json"), image_root=str(tmp_path))
+    stored = StoredFrames(frames=5, sampling="segments", jpeg_quality=90)
+    manifest = prepare(part, tmp_path / "out", stored=stored, max_skipped_share=1.0)
+    assert manifest["video_frames"] == {"frames": 5, "sampling": "segments", "jpeg_quality": 90}
+    assert manifest["rejected_by_reason"] == {"missing video": 1}
+
+    prepared = TfdsSource(tmp_path / "out", "train")
+    both = next(sample for sample in map(prepared.__getitem__, range(2)) if sample.videos)
+    assert [len(frames) for frames in both.videos] == [5, 4]
+    assert both.videos[1] == tuple((tmp_path / f"{number}.png").read_bytes() for number in range(4))
+
+    raw = DataConfig(path=part.path, image_root=part.image_root, template="short", row_length=512, images_per_row=16,
+                     frames=5, frame_sampling="segments")
+    here = dataclasses.replace(raw, source="tfds", path=str(tmp_path / "out"))
+    units = {}
+    for name, data in (("raw", raw), ("prepared", here)):
+        source = PreparedSource(open_source(data), tiny_config, data, words, row_shape(data, 32, 4, "voco"))
+        loaded = [source.load(source.lay_out(record)).images for record in range(2)]
+        units[name] = np.array(max(loaded, key=len), int)
+    assert units["raw"].shape == (10, 32, 32, 3) and np.abs(units["raw"] - units["prepared"]).max() <= 3
+    with pytest.raises(ConfigError, match=r"jpeg_quality must be in \[1, 100\], got 0"):
+        StoredFrames(jpeg_quality=0)
+
+
+def test_a_data_set_of_version_0_1_is_read(tmp_path, source, monkeypatch):
+    """Its records have no frames."""
+    import tensorflow_datasets as tfds
+
+    text = tfds.features.Text()
+    features = tfds.features.FeaturesDict({"id": text, "images": tfds.features.Sequence(text), "threads": text})
+    monkeypatch.setattr(shards, "_features", lambda: features)
+    monkeypatch.setattr(shards, "_serializer", shards._serializer.__wrapped__)
+    monkeypatch.setattr(features, "encode_example", lambda record: type(features).encode_example(
+        features, {key: record[key] for key in ("id", "images", "threads")}))
+    prepare(source, tmp_path)
+    assert "frames" not in (tmp_path / "features.json").read_text()
+    sample = TfdsSource(tmp_path, "train")[0]
+    assert len(sample.images) == 1 and sample.videos == ()
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):

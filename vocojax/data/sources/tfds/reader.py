@@ -1,5 +1,6 @@
 """Reads a data set that `shards.py` wrote: random access without TensorFlow, by TFDS's `as_data_source`."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -50,4 +51,6 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Sample:
         record = self._records[index]
         threads = tuple(tuple(Turn(*turn) for turn in thread) for thread in json.loads(record["threads"]))
-        return Sample(record["id"].decode(), tuple(record["images"]), threads)
+        frames = iter(record.get("frames", ()))  # absent in data sets of version 0.1
+        videos = tuple(tuple(itertools.islice(frames, count)) for count in json.loads(record.get("videos", "[]")))
+        return Sample(record["id"].decode(), tuple(record["images"]), threads, videos)

@@ -1,6 +1,7 @@
 """Writes any source as a TFDS directory of array_record shards.
 
-    DIRECTORY/NAME-SPLIT.array_record-00000-of-00016   a shard; images stay encoded as they were
+    DIRECTORY/NAME-SPLIT.array_record-00000-of-00016   a shard; images stay encoded as they were, videos are decoded to
+                                                       some of their frames, each a JPEG
     DIRECTORY/shards/SPLIT-00000-of-00016.json         its counts, checksum and rejected records
     DIRECTORY/manifest.json                            those of all shards
     DIRECTORY/dataset_info.json, features.json         TFDS's metadata, written last
@@ -14,23 +15,50 @@ image is written again, since the image may have been repaired. While a shard is
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from vocojax.config import ConfigError
+from vocojax.config import ConfigError, require, require_positive
 from vocojax.data.config import DataConfig, PartConfig
+from vocojax.data.frame_choice import Sampling
 from vocojax.data.images import ImageError, decode, read
 from vocojax.data.sources import open_source
 from vocojax.data.sources.base import Source
 from vocojax.data.tally import SkippedTooMany
+from vocojax.data.videos import Video, plan_frames, read_plan
 from vocojax.files import is_partial, new_file, write_atomically
 from vocojax.layout import LayoutError
 
-VERSION = 2
+VERSION = 3
+
+
+@dataclass(frozen=True)
+class StoredFrames:
+    """Which frames of a video are stored, and how.
+
+    Attributes:
+      frames: the most frames per video.
+      sampling: which frames, see `frame_choice.choose_frames`.
+      jpeg_quality: of the frames of video files, from 1 to 100; the frames of a directory or list stay as they were.
+
+    Raises:
+      ConfigError: a value is out of its range.
+    """
+
+    frames: int = 8
+    sampling: Sampling = "uniform"
+    jpeg_quality: int = 95
+
+    def __post_init__(self) -> None:
+        require_positive(self, "frames")
+        require(self.sampling in get_args(Sampling), "frame_sampling", f"must be one of {list(get_args(Sampling))}",
+                self.sampling)
+        require(1 <= self.jpeg_quality <= 100, "jpeg_quality", "must be in [1, 100]", self.jpeg_quality)
 
 
 @dataclass(frozen=True)
@@ -43,6 +71,7 @@ class ShardTask:
       name: name of the data set.
       index: number of the shard, from 0.
       count: number of shards of the split.
+      stored: which frames of videos are stored.
     """
 
     source: PartConfig
@@ -50,6 +79,7 @@ class ShardTask:
     name: str
     index: int
     count: int
+    stored: StoredFrames = StoredFrames()
 
     @property
     def shard(self) -> Path:
@@ -78,6 +108,7 @@ class Preparation:
       name: name of the data set.
       shards: number of shards per split.
       max_skipped_share: the share of records that may be rejected, from 0 to 1.
+      stored: which frames of videos are stored.
 
     Raises:
       ConfigError: two sources have the same split, there is no source or no shard, the directory is a URL, or a source
@@ -89,6 +120,7 @@ class Preparation:
     name: str
     shards: int = 16
     max_skipped_share: float = 0.01
+    stored: StoredFrames = StoredFrames()
 
     def __post_init__(self) -> None:
         splits = [source.split for source in self.sources]
@@ -106,7 +138,7 @@ class Preparation:
 
     def tasks(self) -> list[ShardTask]:
         """Returns the shards to write, in any order and on any machine, with `write_shard`."""
-        return [ShardTask(source, self.directory, self.name, index, self.shards)
+        return [ShardTask(source, self.directory, self.name, index, self.shards, self.stored)
                 for source in self.sources for index in range(self.shards)]
 
     def finish(self) -> dict[str, Any]:
@@ -123,6 +155,7 @@ class Preparation:
         records = sum(part["records"] for _, part in parts)
         manifest = {
             "records": records, "rejected_by_reason": dict(sorted(reasons.items())),
+            "video_frames": dataclasses.asdict(self.stored),
             "shards": {task.shard.name: {k: part[k] for k in ("records", "bytes", "sha256")} for task, part in parts},
             "rejected": rejected,
         }
@@ -161,7 +194,7 @@ def write_shard(task: ShardTask) -> int:
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    inputs = _inputs(task.source)
+    inputs = _inputs(task)
     if task.part.exists():
         part = json.loads(task.part.read_text())
         same = part["inputs"] == inputs and not part["bad_files"]
@@ -175,7 +208,7 @@ def write_shard(task: ShardTask) -> int:
         try:
             for index in range(task.index, len(source), task.count):
                 try:
-                    writer.write(_example(source, index))
+                    writer.write(_example(source, index, task.stored))
                     records += 1
                 except (LayoutError, ImageError) as error:
                     bad_files += isinstance(error, ImageError)
@@ -189,18 +222,35 @@ def write_shard(task: ShardTask) -> int:
     return records
 
 
-def _example(source: Source, index: int) -> bytes:
+def _example(source: Source, index: int, stored: StoredFrames) -> bytes:
     sample = source[index]
-    if sample.videos:
-        raise LayoutError(sample.id, "has videos, which are read from their files", "video")
     images = []
     for image in sample.images:
         content, name = (image, sample.id) if isinstance(image, bytes) else (read(image), str(image))
         decode(content, name)
         images.append(content)
-    record = {"id": sample.id, "images": images, "threads": json.dumps(sample.threads)}
+    videos = [_frames(video, stored) for video in sample.videos]
+    record = {"id": sample.id, "images": images, "threads": json.dumps(sample.threads),
+              "frames": [frame for frames in videos for frame in frames],
+              "videos": json.dumps([len(frames) for frames in videos])}
     example = _serializer().get_tf_example(_features().encode_example(record))
     return example.SerializeToString(deterministic=True)  # otherwise the order of fields depends on the process
+
+
+def _frames(video: Video, stored: StoredFrames) -> list[bytes]:
+    """Returns the encoded frames of a video that are stored."""
+    plan, contents = plan_frames(video, stored.sampling, stored.frames), []
+    if isinstance(plan.video, tuple):
+        for frame in plan.video:
+            content = frame if isinstance(frame, bytes) else read(frame)
+            decode(content, str(frame))
+            contents.append(content)
+        return contents
+    for image in read_plan(plan):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=stored.jpeg_quality)
+        contents.append(buffer.getvalue())
+    return contents
 
 
 @functools.cache
@@ -208,7 +258,9 @@ def _features() -> Any:
     import tensorflow_datasets as tfds
 
     text = tfds.features.Text()
-    return tfds.features.FeaturesDict({"id": text, "images": tfds.features.Sequence(text), "threads": text})
+    several = tfds.features.Sequence(text)
+    return tfds.features.FeaturesDict({"id": text, "images": several, "threads": text, "frames": several,
+                                       "videos": text})
 
 
 @functools.cache
@@ -225,10 +277,11 @@ def _source(part: PartConfig, inputs: str) -> Source:
                                   threads_per_sample=part.threads_per_sample))
 
 
-def _inputs(part: PartConfig) -> dict[str, Any]:
+def _inputs(task: ShardTask) -> dict[str, Any]:
     """Returns what a shard is made from: if any of it changes, the shard is written again."""
-    status = os.stat(part.path) if part.path else None
-    return {**dataclasses.asdict(part), "version": VERSION, "file": status and [status.st_size, status.st_mtime_ns]}
+    status = os.stat(task.source.path) if task.source.path else None
+    return {**dataclasses.asdict(task.source), **dataclasses.asdict(task.stored), "version": VERSION,
+            "file": status and [status.st_size, status.st_mtime_ns]}
 
 
 def _sha256(path: Path) -> str:
