@@ -16,7 +16,7 @@ ORDER = (
     ("devices", "liveness"),
     ("kernels",),
     ("files", "config"),
-    ("layout",),
+    ("layout", "sums"),
     ("models",),
     ("weights", "parallel", "data"),
     ("runs", "convert"),

@@ -15,3 +15,7 @@ class MissingPackage(VocojaxError, ImportError):
 
 class ConvertError(VocojaxError, ValueError):
     """Weights that can't be read or written; the message names the file, the tensor and the remedy."""
+
+
+class CheckpointError(VocojaxError, RuntimeError):
+    """A run's directory that is missing, damaged or of another config."""

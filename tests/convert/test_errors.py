@@ -313,6 +313,7 @@ def test_existing_target_is_left_alone(source):
 def test_verify_sees_one_changed_value(source):
     convert(source, source.parent / "target", "llava", report=lambda _: None)
     edit_tensors(source.parent / "target", lambda tensors: tensors[Q_PROJ][3, 5].add_(2**-20))
+    (source.parent / "target" / "SHA256SUMS").unlink()
     with pytest.raises(ConvertError, match=r"rounded to the target.s dtype: decoder/blocks/query/kernel; "):
         verify_target(open_source(source), source.parent / "target", lambda _: None)
 
@@ -320,6 +321,7 @@ def test_verify_sees_one_changed_value(source):
 def test_verify_sees_another_config(source):
     convert(source, source.parent / "target", "llava", report=lambda _: None)
     edit_config(source.parent / "target", rms_norm_eps=1e-6)
+    (source.parent / "target" / "SHA256SUMS").unlink()
     with pytest.raises(ConvertError, match=r"its config is .*norm_eps=1e-06.*, the source's is .*norm_eps=1e-05"):
         verify_target(open_source(source), source.parent / "target", lambda _: None)
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +12,17 @@ from pathlib import Path
 import pytest
 
 from vocojax.config import ConfigError
+from vocojax.errors import ConvertError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.inference.many import answer_many
 from vocojax.inference.requests import Request
 from vocojax.pretrained.conversion import convert
 from vocojax.pretrained.loading import load_card, save_model
+from vocojax.pretrained.source import open_source
 from vocojax.runs.card import ModelCard, read_card, read_published
 from vocojax.runs.directory import CheckpointError
+from vocojax.runs.parameters import load_model
 from vocojax.testing import tiny_model
 from vocojax.training.stage import train
 
@@ -113,3 +118,101 @@ def test_an_unknown_entry_of_an_export_is_refused():
     with pytest.raises(ConfigError, match=r"^prompt\.fitt is not a key.*did you mean 'fit'"):
         read_published({"prompt": {"fitt": "pad"}}, "pad", "voco")
     assert read_published({}, "crop", "causal") == {"template": "vicuna_v1", "fit": "crop", "visibility": "causal"}
+
+
+def edited(run: Path, name: str, old: str, new: str) -> Path:
+    """Replaces a text that a file of the run holds once or more, the first time."""
+    text = (run / name).read_text()
+    assert old in text
+    (run / name).write_text(text.replace(old, new, 1))
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_config, llava_data):
+    """A run of one step; the function gives copies of it, with the sums of its files or without, as in version 0.1."""
+    root = tmp_path_factory.mktemp("trained")
+    copies = iter(range(100))
+
+    def copy(stage, sums: bool) -> Path:
+        if not (root / "run").exists():
+            train(dataclasses.replace(stage, steps=1), root / "run")
+        target = root / f"copy{next(copies)}"
+        shutil.copytree(root / "run", target)
+        if not sums:
+            (target / "SHA256SUMS").unlink()
+        return target
+
+    return copy
+
+
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize(("name", "old", "new", "key"), [
+    ("config.json", '"rope_theta": 10000.0', '"rope_theta": 90000.0', "model.decoder.rope_theta"),
+    ("config.json", '"visibility": "voco"', '"visibility": "causal"', "visibility"),
+    ("config.json", '"template": "short"', '"templatf": "short"', "data.template"),
+    ("config.json", '"fit": "pad"', '"fit": "crop"', "data.fit"),
+])
+def test_a_runs_config_is_held_against_the_copy_that_its_checkpoint_signs(trained, stage, sums, name, old, new, key):
+    run = edited(trained(stage, sums), name, old, new)
+    why = r"was changed after it was written \(SHA256SUMS\)" if sums else (
+        rf"was changed after the run wrote it \(differing from the newest checkpoint: {key}\); copy it from a backup")
+    with pytest.raises(CheckpointError, match=rf"^{run}/config.json: {why}"):
+        read_card(run)
+    with pytest.raises(CheckpointError, match=rf"^{run}/config.json: {why}"):
+        load_model(run)
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_a_runs_tokenizer_is_held_against_what_its_checkpoint_signs(trained, stage, sums):
+    run = trained(stage, sums)
+    for old, new in (('"red"', '"XX"'), ('"blue"', '"red"'), ('"XX"', '"blue"')):
+        edited(run, "tokenizer/tokenizer.json", old, new)
+    why = r"/tokenizer.json: was changed after it was written \(SHA256SUMS\)" if sums else (
+        ": was changed after the run wrote it, its vocabulary is not the checkpoint's")
+    with pytest.raises(CheckpointError, match=rf"^{run}/tokenizer{why}"):
+        read_card(run)
+    read_card(run, stage.data.tokenizer)  # another one on purpose
+
+
+def test_a_start_makes_a_damaged_config_and_tokenizer_again(trained, stage, caplog):
+    run = trained(stage, True)
+    good = {name: (run / name).read_bytes() for name in ("config.json", "tokenizer/tokenizer.json", "SHA256SUMS")}
+    for name in good:
+        (run / name).write_bytes(good[name][:40] + b"\xff" + good[name][41:])
+    train(dataclasses.replace(stage, steps=1), run)
+    assert {name: (run / name).read_bytes() for name in good} == good
+    assert any(re.match(rf"{run}/config.json: is damaged, it is not JSON", message) for message in caplog.messages)
+
+
+def test_a_conversion_has_checksums(upper_bound, tmp_path):
+    _, root = upper_bound
+    convert(root / "orbax", tmp_path / "again", "orbax", report=lambda _: None)
+    for file in (tmp_path / "again").rglob("*"):
+        if file.is_file() and "down" in str(file) and not file.name.startswith("."):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 64
+            file.write_bytes(content)
+            break
+    with pytest.raises(CheckpointError, match=r"again/checkpoints/0/parameters IS DAMAGED: .*decoder/blocks/down/"):
+        load_model(tmp_path / "again")
+
+
+def test_an_export_has_sums_that_the_usual_command_checks(upper_bound, tmp_path):
+    _, root = upper_bound
+    shutil.copytree(root / "huggingface", tmp_path / "export")
+    done = subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=tmp_path / "export", capture_output=True)
+    assert done.returncode == 0, done.stderr
+    listed = {line.split("  ")[1] for line in (tmp_path / "export" / "SHA256SUMS").read_text().splitlines()}
+    assert listed == {path.relative_to(tmp_path / "export").as_posix() for path in (tmp_path / "export").rglob("*")
+                      if path.is_file() and path.name != "SHA256SUMS"}
+    shard = tmp_path / "export" / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    opened = open_source(tmp_path / "export")
+    with pytest.raises(ConvertError, match=rf"^{shard}: was changed after it was written \(SHA256SUMS\); restore it"):
+        opened.weights.read("decoder/embedding")
+    (tmp_path / "export" / "SHA256SUMS").write_text("not sums")
+    with pytest.raises(ConvertError, match=r"SHA256SUMS: is damaged; restore it, or remove it to use the directory"):
+        open_source(tmp_path / "export")

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vocojax.errors import ConvertError
+from vocojax.sums import require_unchanged
 from vocojax.weights import Index, Shape
 
 _LENGTH = struct.Struct("<Q")  # length of the JSON header that precedes the data
@@ -27,6 +28,7 @@ class SafetensorsFile:
 
     Args:
       path: the file.
+      sha256: SHA-256 of its content, if it is known; the file is compared with it before its first tensor is read.
 
     Attributes:
       where: the file, for errors.
@@ -36,8 +38,8 @@ class SafetensorsFile:
       ConvertError: the file is not a safetensors file, is truncated, or holds a dtype without a numpy equivalent.
     """
 
-    def __init__(self, path: str | Path):
-        self.where = str(path)
+    def __init__(self, path: str | Path, sha256: str | None = None):
+        self.where, self._unchecked = str(path), sha256
         try:
             with safe_open(self.where, "np") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -54,7 +56,14 @@ class SafetensorsFile:
         return DTYPES[self._dtypes[name]]
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """Reads a tensor, or the slice of it at `index`."""
+        """Reads a tensor, or the slice of it at `index`.
+
+        Raises:
+          ChangedFile: the file is not what its sum says.
+        """
+        if self._unchecked:
+            require_unchanged(Path(self.where).parent, {Path(self.where).name: self._unchecked})
+            self._unchecked = None
         with safe_open(self.where, "np") as file:
             return file.get_tensor(name) if index is None or not index else file.get_slice(name)[index]
 

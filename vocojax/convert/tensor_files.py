@@ -9,6 +9,7 @@ import numpy as np
 from vocojax.convert.pickle_files import PickleFile
 from vocojax.convert.safetensors_files import SafetensorsFile
 from vocojax.errors import ConvertError
+from vocojax.sums import WEIGHTS, read_sums
 from vocojax.weights import Index, Weights
 
 # Single file, index, and pattern of shards; the first form that a directory has is read.
@@ -64,7 +65,8 @@ def open_file(path: str | Path) -> Weights:
     """
     if not Path(path).is_file():
         raise ConvertError(f"{path}: no such file; check the path")
-    return SafetensorsFile(path) if str(path).endswith(".safetensors") else PickleFile(path)
+    path = Path(path)
+    return SafetensorsFile(path, read_sums(path.parent).get(path.name)) if path.suffix == WEIGHTS else PickleFile(path)
 
 
 def open_directory(directory: str | Path) -> Weights:

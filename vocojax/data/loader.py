@@ -6,9 +6,7 @@ change no batch. `packers.py` says why.
 
 import collections
 import dataclasses
-import hashlib
 import itertools
-import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -181,9 +179,8 @@ class BatchStream:
 
 def _identity(data: DataConfig, model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns what a state and its stream must have in common, in addition to packers, records and seed."""
-    vocabulary = json.dumps(tokenizer.huggingface.get_vocab(), sort_keys=True).encode()
     return {**_fixed(data), **_contents(data, file_digest),
-            "vocabulary": hashlib.blake2b(vocabulary, digest_size=8).hexdigest(),
+            "vocabulary": tokenizer.vocabulary_digest,
             "unit": [model.unit_tokens, model.unit_vocos, model.vision.image_size]}
 
 

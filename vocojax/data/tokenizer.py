@@ -1,5 +1,7 @@
 """Tokenizers: any fast Hugging Face tokenizer with `<voco>` added, and a word tokenizer for closed vocabularies."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from transformers import (
 
 from vocojax.errors import InputError
 from vocojax.layout import Encoded
+from vocojax.sums import require_small_files
 
 VOCO_TOKEN = "<voco>"
 
@@ -76,6 +79,7 @@ class Tokenizer:
         """
         if not Path(directory).is_dir():
             raise FileNotFoundError(f"tokenizer directory {str(directory)!r} does not exist")
+        require_small_files(directory)
         try:
             return cls(open_huggingface(directory))
         except OSError as error:
@@ -84,6 +88,12 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer files that `from_directory` and transformers load."""
         self.huggingface.save_pretrained(str(directory))
+
+    @property
+    def vocabulary_digest(self) -> str:
+        """Digest of the tokens and their ids, which a run's checkpoints hold."""
+        vocabulary = json.dumps(self.huggingface.get_vocab(), sort_keys=True).encode()
+        return hashlib.blake2b(vocabulary, digest_size=8).hexdigest()
 
     def __len__(self) -> int:
         return len(self.huggingface)

@@ -19,6 +19,7 @@ from vocojax.pretrained import pytorch
 from vocojax.pretrained.source import Source, parameter_shapes
 from vocojax.runs.card import write_card
 from vocojax.runs.weights import write_parameters
+from vocojax.sums import write_sums
 from vocojax.weights import check_tensors
 
 Layout = Literal["orbax", "huggingface", "llava"]
@@ -100,6 +101,7 @@ def _write_published(source: Source, directory: Path, layout: str, dtypes: Mappi
     most = max(dtypes.values(), key=list(dtypes.values()).count)
     _write_json(directory / "config.json",
                 {**values, "torch_dtype": most.name, **card.published()})
+    write_sums(directory, [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()])
 
 
 def _write_tensors(source: Source, directory: Path, table: Table, dtypes: Mapping[str, np.dtype]) -> None:

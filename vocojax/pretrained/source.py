@@ -24,6 +24,7 @@ from vocojax.runs.card import ModelCard, read_card, read_published
 from vocojax.runs.checkpoint_files import first_line
 from vocojax.runs.directory import is_run, run_path
 from vocojax.runs.weights import RunWeights
+from vocojax.sums import require_small_files
 from vocojax.weights import Shape, Weights, check_tensors
 
 # Vocabularies are padded to a multiple of this, so that tensor-parallel devices share them evenly. libtpu also needs
@@ -105,6 +106,7 @@ def open_source(
         _refuse_parts(directory, vision, projector)
         return _open_run(directory, tokenizer, num_vocos, allow_missing)
     directory = Path(directory)
+    require_small_files(directory)
     values = huggingface.read_json(directory / "config.json")
     where = str(directory / "config.json")
     if values.get("model_type", "llama") not in MODEL_TYPES:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from vocojax.config import ConfigError, LoraConfig, ModelConfig, build, config_to_dict
 from vocojax.data.conversation import TEMPLATES
 from vocojax.data.images import Fit
@@ -14,7 +16,8 @@ from vocojax.data.tokenizer import Tokenizer
 from vocojax.files import local_directory, write_atomically
 from vocojax.layout import UnitShape, Visibility, unit_shape
 from vocojax.runs.checkpoint_files import first_line
-from vocojax.runs.directory import CheckpointError, run_config, run_path
+from vocojax.runs.directory import CheckpointError, require_run_files, run_config, run_path, signed
+from vocojax.sums import write_sums
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,19 @@ def read_card(workdir: str | Path, tokenizer: str | Path | None = None) -> Model
         raise CheckpointError(f"{workdir}/config.json: {error}") from None
     own = run_path(workdir) / "tokenizer"
     home = tokenizer or (own if own.is_dir() else data.get("tokenizer") or own)
+    if home == own:
+        require_run_files(workdir, ["tokenizer/"])
     try:
         with local_directory(home) as local:
-            return ModelCard(model=model, tokenizer=Tokenizer.from_directory(local), lora=lora, **said)
-    except (OSError, ValueError) as error:
+            card = ModelCard(model=model, tokenizer=Tokenizer.from_directory(local), lora=lora, **said)
+    except Exception as error:  # transformers and tokenizers raise many types for damaged files
         raise CheckpointError(f"{home}: no usable tokenizer ({first_line(error)}); pass a directory that has one as "
                               "--tokenizer") from None
+    vocabulary = signed(workdir).get("data", {}).get("vocabulary")
+    if home == own and vocabulary not in (None, card.tokenizer.vocabulary_digest):
+        raise CheckpointError(f"{own}: was changed after the run wrote it, its vocabulary is not the checkpoint's. "
+                              "Copy it from a backup of the run, or pass the right one as --tokenizer")
+    return card
 
 
 def write_card(directory: Path, card: ModelCard) -> None:
@@ -120,3 +130,9 @@ def write_card(directory: Path, card: ModelCard) -> None:
         "visibility": card.visibility,
     }
     write_atomically(directory / "config.json", json.dumps(values, indent=2) + "\n")
+    write_card_sums(epath.Path(directory))
+
+
+def write_card_sums(directory: epath.Path) -> None:
+    """Writes the sums of `config.json` and of the files in `tokenizer/`, which `read_card` compares."""
+    write_sums(directory, ["config.json", *(f"tokenizer/{file.name}" for file in (directory / "tokenizer").iterdir())])

@@ -9,7 +9,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vocojax.runs.directory import CheckpointError
+from vocojax.errors import CheckpointError
+from vocojax.files import write_atomically
 
 
 def read_arrays(directory: epath.Path, wanted: Any) -> Any:
@@ -35,6 +36,12 @@ def read_progress(directory: epath.Path) -> dict[str, Any]:
     if progress["sha256"] != sha256(progress):
         raise CheckpointError("the progress file was changed after it was saved (sha256)")
     return progress
+
+
+def write_progress(directory: epath.Path, progress: Mapping[str, Any]) -> None:
+    """Writes the progress file of a checkpoint that Orbax does not write."""
+    content = json.dumps({**progress, "sha256": sha256(progress)})
+    write_atomically(directory / "progress" / "metadata", content)
 
 
 def sha256(progress: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ Paths are local, or of any other kind that `etils.epath` supports (`gs://...`).
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,15 @@ from typing import Any
 from etils import epath
 
 from vocojax.config import ConfigError, build, config_to_dict, differing_keys
-from vocojax.errors import VocojaxError
+from vocojax.errors import CheckpointError
 from vocojax.files import LiteralPath, is_remote, write_atomically
 from vocojax.parallel import processes
+from vocojax.runs.checkpoint_files import first_line, read_progress
 from vocojax.runs.earlier import upgraded
+from vocojax.sums import FILE as SUMS
+from vocojax.sums import ChangedFile, read_sums, require_unchanged, write_sums
+
+LOG = logging.getLogger(__name__)
 
 PACKAGES = ("vocojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 # Keys of a stage's config that may change when a run resumes.
@@ -26,10 +32,6 @@ MUTABLE_KEYS = ("log_every", "checkpoint", "validation", "run", "data.num_thread
                 "data.keep_in_memory", "attention", "remat", "mesh")
 # Keys that may differ between the processes of a run. Other differences would make processes wait for each other.
 HOST_KEYS = ("data.num_threads", "data.num_workers", "data.keep_in_memory")
-
-
-class CheckpointError(VocojaxError, RuntimeError):
-    """A run's directory that is missing, damaged or of another config."""
 
 
 def run_path(workdir: str | os.PathLike) -> epath.Path:
@@ -127,7 +129,9 @@ def write_run_files(workdir: str | Path, config: Any) -> None:
         if not problem:
             path.parent.mkdir(parents=True, exist_ok=True)
             versions = {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}}
+            (path.parent / SUMS).unlink(missing_ok=True)  # a killed start must not leave another file's sum
             write_atomically(path, json.dumps(config_to_dict(config), indent=2) + "\n")
+            write_sums(path.parent, [path.name])
             write_atomically(path.parent / "versions.json", json.dumps(versions, indent=2) + "\n")
     if problem := processes.from_first("run files", problem):
         raise CheckpointError(problem)
@@ -148,7 +152,12 @@ def _changed(path: epath.Path, config: Any) -> str:
     checkpoints = path.parent / "checkpoints"
     if not path.exists() or not checkpoints.is_dir() or not any(e.name.isdecimal() for e in checkpoints.iterdir()):
         return ""
-    changed = changed_keys(json.loads(path.read_text()), config)
+    try:
+        saved = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:  # the checkpoints have copies, which are compared when one is read
+        LOG.warning("%s: is damaged, it is not JSON (%s); writing it again", path, first_line(error))
+        return ""
+    changed = changed_keys(saved, config)
     if not changed:
         return ""
     return (f"{path.parent} holds a run with another config (differing: {', '.join(changed)}): "
@@ -171,16 +180,63 @@ def run_config(workdir: str | Path) -> dict[str, Any]:
     """Reads the resolved config of a run and returns it with today's keys.
 
     Raises:
-      CheckpointError: there is no config.json, or it is damaged.
+      CheckpointError: there is no config.json, it is damaged, or it is not that of the newest checkpoint.
     """
     path = run_path(workdir) / "config.json"
     if not path.exists():
         raise CheckpointError(f"{workdir} holds no run: {path.name} is missing; check the path")
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is damaged, it is not JSON ({error}); copy it from a backup of the run, or "
                               "write it again from the entry 'config' of a checkpoint's progress/metadata") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: is damaged, it is not a JSON object; copy it from a backup of the run")
+    require_run_files(workdir, [path.name])
+    if changed := _not_signed(upgraded(values), signed(workdir).get("config")):
+        raise CheckpointError(f"{path}: was changed after the run wrote it (differing from the newest checkpoint: "
+                              f"{', '.join(changed)}); copy it from a backup of the run, or write it again from the "
+                              "entry 'config' of the checkpoint's progress/metadata")
     return upgraded(values)
+
+
+def require_run_files(workdir: str | Path, names: Sequence[str]) -> None:
+    """Compares files of a run with their sums, if it has any.
+
+    Args:
+      workdir: the run's directory.
+      names: the files; a name that ends in `/` is a directory.
+
+    Raises:
+      CheckpointError: a file was changed after the run wrote it.
+    """
+    try:
+        found = read_sums(run_path(workdir))
+        require_unchanged(run_path(workdir), {name: found[name] for name in found if name.startswith(tuple(names))})
+    except ChangedFile as error:
+        raise CheckpointError(str(error)) from None
+
+
+def signed(workdir: str | Path) -> dict[str, Any]:
+    """Returns the content of the newest checkpoint's progress file; {} if there is none, or none that is sound."""
+    checkpoints = run_path(workdir) / "checkpoints"
+    steps = [int(e.name) for e in checkpoints.iterdir() if e.name.isdecimal()] if checkpoints.is_dir() else []
+    try:
+        return read_progress(checkpoints / str(max(steps, default=0)))
+    except Exception:  # a damaged file may have any content; who reads the checkpoint reports it
+        return {}
+
+
+def _not_signed(values: Mapping[str, Any], saved: Any) -> list[str]:
+    """Returns the dotted keys of a checkpoint's config that a config lacks, or has with another value."""
+    if not isinstance(saved, Mapping):  # a conversion has none, and the first checkpoints held a digest
+        return []
+    here = _flat(values)
+    return [key for key, value in _flat(upgraded(saved)).items() if key not in here or here[key] != value]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -4,6 +4,7 @@ A conversion's target looks like a training run before its first step, so that a
 
     DIR/config.json, DIR/tokenizer/   the card, see `card.py`
     DIR/checkpoints/0/parameters      every parameter, a flat dict by path
+    DIR/checkpoints/0/progress        their checksums
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from vocojax.config import LoraConfig
 from vocojax.models.lora import factor_names, is_factor, merge
-from vocojax.runs.checkpoint_files import damaged, described, not_saved
+from vocojax.runs.checkpoint_files import damaged, described, not_saved, write_progress
 from vocojax.runs.checksums import host_checksum
 from vocojax.runs.directory import CheckpointError, checkpoint_path
 from vocojax.runs.parameters import SavedParameters
@@ -101,9 +102,12 @@ class _Later:
         self.shape, self.dtype = weights.shapes[path], dtype
         self.ndim, self.size = len(self.shape), int(np.prod(self.shape))
         self.nbytes = self.size * dtype.itemsize
+        self.checksum = 0  # once it was read
 
     def read(self) -> np.ndarray:
-        return self._weights.read(self._path).astype(self.dtype, copy=False)
+        value = self._weights.read(self._path).astype(self.dtype, copy=False)
+        self.checksum = host_checksum(value)
+        return value
 
 
 class _LaterHandler(ocp.type_handlers.NumpyHandler):
@@ -136,12 +140,14 @@ def write_parameters(directory: Path, weights: Weights, dtypes: Mapping[str, np.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     # Plain zarr is complete as it is written: Orbax would look for parts to merge, and warn that there are none.
     handler.finalize = lambda directory: None  # type: ignore[method-assign]
+    checkpoint = checkpoint_path(directory) / "checkpoints" / "0"
     tree = {path: _Later(weights, path, dtypes[path]) for path in sorted(weights.shapes)}
     # Orbax cuts `shard_axes` into single entries: here the layers of a stacked parameter.
     chunks = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if "blocks/" in path else ())
               for path in tree}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(parameters=handler)) as checkpointer:
         checkpointer.save(
-            checkpoint_path(directory) / "checkpoints" / "0",
+            checkpoint,
             args=ocp.args.Composite(parameters=ocp.args.PyTreeSave(tree, save_args=chunks)),
         )
+    write_progress(checkpoint, {"checksums": {f"parameters/{path}": later.checksum for path, later in tree.items()}})

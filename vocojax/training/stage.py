@@ -23,6 +23,7 @@ from vocojax.parallel.mesh import BATCH, make_mesh
 from vocojax.parallel.shardings import row_share
 from vocojax.pretrained.loading import load_parameters
 from vocojax.pretrained.source import open_source
+from vocojax.runs.card import write_card_sums
 from vocojax.runs.directory import is_run, run_config, run_path, write_run_files
 from vocojax.runs.owner import owned
 from vocojax.training import loop, plan
@@ -87,6 +88,7 @@ def _train(
     with contextlib.closing(stream):
         if processes.is_first():
             write_files(run_path(workdir) / "tokenizer", stream.tokenizer.save)
+            write_card_sums(run_path(workdir))
         first_step, useful_seconds = 0, 0.0
         restored = checkpoints.restore(program.abstract_state)
         if restored is None:
