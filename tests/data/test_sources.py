@@ -142,11 +142,12 @@ def test_video_chatgpt_raw_and_converted(tmp_path):
     turns = [{"from": "human", "value": "<video>\nwhat?"}, {"from": "gpt", "value": "x"}]
     records = [{"video_id": "a", "q": "what?", "a": "yes"}, {"video_id": "b", "q": "why?", "a": "so"},
                {"id": 1, "video": "c.mp4", "conversations": turns}, {"video_id": "a", "q": "what?", "a": ""},
-               {"video_id": 5}, {"id": 1, "conversations": turns}]
+               {"video_id": 5}, {"id": 1, "conversations": turns}, {"video_id": "v" * 300, "q": "what?", "a": "yes"}]
     (tmp_path / "x.json").write_text(json.dumps(records))
     source = VideoChatGptSource(tmp_path / "x.json", tmp_path)
     assert [source[i].threads[0][0].text for i in range(3)] == ["what?\n<video>", "<video>\nwhy?", "<video>\nwhat?"]
     assert [source[i].videos[0].name for i in range(3)] == ["a.mp4", "b.mkv", "c.mp4"]
+    assert len(source[6].videos[0].name) == 304  # no system call takes it: counted when it is read
     for index, reason in ((3, "empty answer"), (4, "malformed record"), (5, "more <video> than videos")):
         with pytest.raises(LayoutError) as error:
             source[index]

@@ -147,6 +147,8 @@ def test_a_system_text_replaces_the_templates(tiny_model, words, images):
         assert "".join(span.text for span in spans) == text
     with pytest.raises(LayoutError, match="has a system turn that is not the first turn"):
         assistant.lay_out((Turn("user", "a"), Turn("system", "b"), Turn("user", "c")), 0)
+    with pytest.raises(LayoutError, match="turn 1 is the user's, as the one before: join them into one"):
+        assistant.lay_out((Turn("user", "a"), Turn("user", "c")), 0)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Conversations and the templates that turn them into spans of text with targets marked."""
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,13 +57,26 @@ def conversation_from_llava(record: str, turns: Sequence[Mapping[str, Any]]) -> 
             raise LayoutError(record, f"turn {index} has no text", "no text")
         if not is_unicode(text):
             raise LayoutError(record, f"turn {index} is not UTF-8", "not UTF-8")
-        if role in {turn.role for turn in conversation[-1:]} or (role == "system" and conversation):
-            raise LayoutError(record, f"turn {index} is {name}'s, out of turn", "roles out of turn")
         if role != "system" and not text.strip():
             kind = "answer" if role == "assistant" else "question"
             raise LayoutError(record, f"turn {index} is an empty {kind}", f"empty {kind}")
         conversation.append(Turn(role, text))
+    require_turns(record, conversation)
     return tuple(conversation)
+
+
+def require_turns(record: str, conversation: Sequence[Turn]) -> None:
+    """Checks the order of a conversation's roles, in training and in prompts.
+
+    Raises:
+      LayoutError: a system turn is not the first, or two turns of one role follow each other.
+    """
+    if any(turn.role == "system" for turn in conversation[1:]):
+        raise LayoutError(record, "has a system turn that is not the first turn: move it there", "roles out of turn")
+    for index, (before, turn) in enumerate(itertools.pairwise(conversation), 1):
+        if turn.role == before.role:
+            raise LayoutError(record, f"turn {index} is the {turn.role}'s, as the one before: join them into one",
+                              "roles out of turn")
 
 
 def _text_of(content: Any) -> str | None:

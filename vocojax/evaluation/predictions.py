@@ -127,7 +127,7 @@ def _mme_records(folder: Path) -> list[Mapping[str, Any]]:
     """Reads MME's official tables: lines of image, question, gold answer and answer, a file per task."""
     records: list[Mapping[str, Any]] = []
     for path in sorted(folder.glob("*.txt")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
             if line.strip():
                 cells = line.split("\t")
                 if len(cells) != 4:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vocojax.config import ModelConfig
-from vocojax.data.conversation import Conversation, Template, is_unicode
+from vocojax.data.conversation import Conversation, Template, is_unicode, require_turns
 from vocojax.data.packing import Item, RowShape, pack_row
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.inference.decoding.decode import Prompts
@@ -39,13 +39,12 @@ def lay_out_prompt(
       max_length: the longest prompt in tokens, units included.
 
     Raises:
-      LayoutError: it does not end with a question, has a system turn in another place than the first, can't be written
-        as UTF-8, or is longer than `max_length` (a prompt is never truncated).
+      LayoutError: it does not end with a question, its roles are out of turn, it can't be written as UTF-8, or it is
+        longer than `max_length` (a prompt is never truncated).
     """
     if not conversation or conversation[-1].role != "user":
         raise LayoutError(record, "must end with the user's turn to be answered", "no question")
-    if any(turn.role == "system" for turn in conversation[1:]):
-        raise LayoutError(record, "has a system turn that is not the first turn: move it there", "roles out of turn")
+    require_turns(record, conversation)
     if not all(is_unicode(turn.text) for turn in conversation):
         raise LayoutError(record, "is not UTF-8", "not UTF-8")
     spans = template.spans(conversation, tokenizer.eos_token)

@@ -1,5 +1,6 @@
 """Video-ChatGPT's JSON: raw {video_id, q, a}, or converted to LLaVA's form with `video`."""
 
+import os
 from pathlib import Path
 
 from vocojax.data.conversation import conversation_from_llava
@@ -40,5 +41,5 @@ class VideoChatGptSource:
         conversation = conversation_from_llava(video, [{"from": "human", "value": asked},
                                                        {"from": "gpt", "value": answer}])
         paths = [self._root.file(video, video + suffix, "video") for suffix in SUFFIXES]
-        path = next((path for path in paths if path.exists()), paths[0])
+        path = next(filter(os.path.exists, paths), paths[0])  # False for a name that is too long
         return Sample(f"{video}/{index}", (), (conversation,), (path,))

@@ -19,7 +19,7 @@ class MsvdQa(OpenVideoQa):
         self._questions = listed(self._path, read_json(self._path))
         need_all(self._questions, self._path, id=(int, str), video_id=(int, str), question=str, answer=str)
         mapping = find_optional(root, "msvd_qa", "youtube_mapping.txt")
-        lines = mapping.read_text(encoding="utf-8").split("\n") if mapping else []
+        lines = mapping.read_text(encoding="utf-8-sig").split("\n") if mapping else []
         self._names = {vid: name for name, vid in (line.split() for line in lines if line.strip())}
 
     @functools.cached_property
