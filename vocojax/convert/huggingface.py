@@ -5,7 +5,6 @@ asks for something vocojax does not compute is refused: another activation, bias
 rotary scaling.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from vocojax.config import (
     build,
 )
 from vocojax.errors import ConvertError
+from vocojax.files import parse_json
 from vocojax.models.clip import CLIP_MEAN, CLIP_STD
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def read_json(path: str | Path) -> Json:
       ConvertError: the file does not exist or does not hold a JSON object.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        values = parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConvertError(f"{path}: no such file; check the path of the directory") from None
     except ValueError as error:

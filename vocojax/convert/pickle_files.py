@@ -4,6 +4,7 @@ Such a file is an uncompressed zip archive: a pickle that describes the tensors,
 storage. The unpickler here makes tensors and ordered dicts. It refuses everything else and names it.
 """
 
+import math
 import pickle
 import struct
 import zipfile
@@ -45,8 +46,8 @@ _STORAGE_TYPES: Mapping[str, _StorageType] = {name: _StorageType(np.dtype(dtype)
 
 
 # What the unpickler raises for a pickle with changed bytes, in addition to `_RefusedError`.
-_DAMAGES = (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, MemoryError,
-            OverflowError, RecursionError)
+_DAMAGES = (pickle.UnpicklingError, EOFError, AssertionError, AttributeError, TypeError, ValueError, LookupError,
+            MemoryError, OverflowError, RecursionError, struct.error)
 
 
 def _one_line(error: BaseException) -> str:
@@ -57,7 +58,9 @@ class _RefusedError(pickle.UnpicklingError):
     """A pickle's request for something that is not a tensor."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """The unpickler written in Python: the one written in C takes as much memory as a hostile pickle asks for."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
@@ -99,6 +102,8 @@ class PickleFile:
                     raise ConvertError(f"{path}: an archive without data.pkl, not written by torch.save; get the "
                                        "weights as safetensors")
                 self._root = head.removesuffix("data.pkl")
+                self._size = Path(path).stat().st_size
+                self._require_uncompressed()
                 with archive.open(head) as data:
                     content = _Unpickler(data).load()
                 order = f"{self._root}byteorder"
@@ -120,6 +125,13 @@ class PickleFile:
             raise ConvertError(f"{path}: its pickle is damaged: {_one_line(error)}; download it again") from None
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
+    def _require_uncompressed(self) -> None:
+        """Refuses entries that take more memory than the file has bytes; torch.save writes none."""
+        for name, entry in self._entries.items():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > self._size:
+                raise ConvertError(f"{self.where}: the entry {name[:200]!r} is compressed, or larger than the file, "
+                                   "which torch.save never writes; get the weights as safetensors")
+
     def _require_tensors(self, content: Any) -> dict[str, _Tensor]:
         if not isinstance(content, dict):
             raise ConvertError(f"{self.where}: holds a {type(content).__name__} instead of a dict of tensors; save the "
@@ -132,14 +144,17 @@ class PickleFile:
 
     def _require_inside(self, name: str, tensor: _Tensor) -> None:
         entry = self._entries.get(f"{self._root}data/{tensor.storage.key}")
-        if entry is None or entry.compress_type != zipfile.ZIP_STORED:
-            raise ConvertError(f"{self.where}: the file is damaged: tensor {name} has no uncompressed storage "
+        if entry is None:
+            raise ConvertError(f"{self.where}: the file is damaged: tensor {name} has no storage "
                                f"data/{tensor.storage.key}; download it again")
         last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
         is_inside = min(0, tensor.offset, *tensor.strides, *tensor.shape) >= 0
         if not is_inside or (0 not in tensor.shape and (last + 1) * tensor.storage.dtype.itemsize > entry.file_size):
             raise ConvertError(f"{self.where}: the file is damaged: tensor {name} lies outside its storage of "
                                f"{entry.file_size} bytes; download it again")
+        if math.prod(tensor.shape) * tensor.storage.dtype.itemsize > self._size:  # a stride of 0 claims any size
+            raise ConvertError(f"{self.where}: tensor {name} of shape {list(tensor.shape)} is larger than the file of "
+                               f"{self._size} bytes; save the file again with tensor.clone()")
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the tensor's dtype."""

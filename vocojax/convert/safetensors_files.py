@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vocojax.errors import ConvertError
+from vocojax.files import parse_json
 from vocojax.sums import require_unchanged
 from vocojax.weights import Index, Shape
 
@@ -74,7 +75,7 @@ def _damage(path: Path) -> str:
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
     except (OSError, struct.error, ValueError, MemoryError, OverflowError):
         return ""
     try:

@@ -1,6 +1,5 @@
 """The tensors of one file, of a directory (one file, or shards with an index), or of several of these together."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from vocojax.convert.pickle_files import PickleFile
 from vocojax.convert.safetensors_files import SafetensorsFile
 from vocojax.errors import ConvertError
+from vocojax.files import parse_json
 from vocojax.sums import WEIGHTS, read_sums
 from vocojax.weights import Index, Weights
 
@@ -89,9 +89,11 @@ def open_directory(directory: str | Path) -> Weights:
 
 def _open_shards(directory: Path, index: Path, pattern: str) -> Weights:
     try:
-        homes: dict[str, str] = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
+        homes: dict[str, str] = parse_json(index.read_text(encoding="utf-8-sig"))["weight_map"]
         if not all(isinstance(home, str) for home in homes.values()):
             raise TypeError("names of shards must be strings")
+        if outside := sorted(home for home in homes.values() if home in ("", "..") or Path(home).name != home):
+            raise ValueError(f"{outside[0][:200]!r} is not the name of a file beside it")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConvertError(f"{index}: not an index with a weight_map: {error}; download it again") from None
     shards = sorted(set(homes.values()))

@@ -13,6 +13,7 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+_RELEASED_SYSTEM = VICUNA_SYSTEM.replace("intelligence assistant.", "intelligence assistant of the image.")
 # LLaVA's names, and those of Hugging Face's chat data.
 _ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -104,84 +105,112 @@ def is_unicode(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written out. `spans` takes the turns and the end-of-answer token."""
+    """A way to write a conversation as text.
+
+    Attributes:
+      name: by which configs select it.
+      system: its own system prompt; '' for none.
+      stop: ends an answer in addition to the end-of-answer token, when a reply is read; '' for nothing.
+      clean: takes the turns without the system turn, and whether the sample has images or videos.
+      write: takes the system prompt, the cleaned turns and the end-of-answer token.
+    """
 
     name: str
-    stop: str  # what ends an answer besides the end-of-answer token, for reading a reply; '' for nothing
-    spans: Callable[[Conversation, str], list[Span]]
+    system: str
+    stop: str
+    clean: Callable[[Conversation, bool], Conversation]
+    write: Callable[[str, Conversation, str], list[Span]]
+
+    def spans(self, conversation: Conversation, end: str, has_visuals: bool = True) -> list[Span]:
+        """Writes a conversation as spans of text, with targets marked.
+
+        Args:
+          conversation: its turns; a system turn comes first and replaces the template's own prompt.
+          end: the end-of-answer token.
+          has_visuals: whether the sample has images or videos.
+        """
+        system, turns = self.system, conversation
+        if conversation and conversation[0].role == "system":
+            system, turns = conversation[0].text, conversation[1:]
+        return self.write(system, self.clean(turns, has_visuals), end)
 
 
-def _dialogue(system: str, clean: Callable[[str], str]) -> Callable[[Conversation, str], list[Span]]:
+def _dialogue(system: str, turns: Conversation, end: str) -> list[Span]:
     """Vicuna v1: system prompt, then `USER: ... ASSISTANT: ...</s>`; targets are answers with their `</s>`."""
-
-    def spans(conversation: Conversation, end: str) -> list[Span]:
-        own_system, turns = _split_system(conversation)
-        out = [Span(system if own_system is None else own_system)]
-        for index, turn in enumerate(turns):
-            text, space = clean(turn.text), " " if out[-1].text and out[-1].text != end else ""
-            if turn.role == "user":
-                out.append(Span(f"{space}USER: {text} ASSISTANT:"))
-            elif index:
-                out += [Span(" " + text, is_target=True), Span(end, is_target=True)]
-            else:
-                out += [Span(f"{space}ASSISTANT: {text}"), Span(end)]
-        return out
-
-    return spans
-
-
-def _split_system(conversation: Conversation) -> tuple[str | None, Conversation]:
-    """Returns the text of the system turn, or None without one, and the other turns."""
-    if conversation and conversation[0].role == "system":
-        return conversation[0].text, conversation[1:]
-    return None, conversation
-
-
-def _plain(conversation: Conversation, end: str) -> list[Span]:
-    """LLaVA's alignment text: the caption and a newline, without prompt or roles."""
-    del end
-    captions = [turn.text for turn in conversation if turn.role == "assistant"]
-    return [Span(caption + "\n", is_target=True) for caption in captions]
-
-
-def _bare(conversation: Conversation, end: str) -> list[Span]:
-    """Questions and answers one after the other, without roles."""
-    system, turns = _split_system(conversation)
-    out = [] if system is None else [Span(system + " ")]
+    out = [Span(system)]
     for index, turn in enumerate(turns):
-        text = _without_markers(turn.text)
+        space = " " if out[-1].text and out[-1].text != end else ""
         if turn.role == "user":
-            out.append(Span(text))
+            out.append(Span(f"{space}USER: {turn.text} ASSISTANT:"))
         elif index:
-            out += [Span(" " + text, is_target=True), Span(end, is_target=True)]
+            out += [Span(" " + turn.text, is_target=True), Span(end, is_target=True)]
         else:
-            out += [Span(text), Span(end)]
+            out += [Span(f"{space}ASSISTANT: {turn.text}"), Span(end)]
     return out
 
 
-def _without_markers(text: str) -> str:
-    return re.sub(r"\s*<(?:image|video)>\s*", lambda m: "\n" if m.start() and m.end() < len(text) else "", text).strip()
+def _captions(system: str, turns: Conversation, end: str) -> list[Span]:
+    """LLaVA's alignment text: the caption and a newline, without prompt or roles."""
+    del system, end
+    return [Span(turn.text + "\n", is_target=True) for turn in turns if turn.role == "assistant"]
 
 
-def _released(text: str) -> str:
-    """The released code's clean-up: markers go, and so does every newline, which fuses the words around it."""
-    return text.replace("<image>", "").replace("\n", "").strip()
+def _bare(system: str, turns: Conversation, end: str) -> list[Span]:
+    """Questions and answers one after the other, without roles."""
+    out = [Span(system + " ")] if system else []
+    for index, turn in enumerate(turns):
+        if turn.role == "user":
+            out.append(Span(turn.text))
+        elif index:
+            out += [Span(" " + turn.text, is_target=True), Span(end, is_target=True)]
+        else:
+            out += [Span(turn.text), Span(end)]
+    return out
+
+
+def _as_they_are(turns: Conversation, has_visuals: bool) -> Conversation:
+    del has_visuals
+    return turns
+
+
+def _without_markers(turns: Conversation, has_visuals: bool) -> Conversation:
+    """Markers go, with the white space around them; between two texts a newline is left."""
+    del has_visuals
+    newline = lambda found: "\n" if found.start() and found.end() < len(found.string) else ""
+    return tuple(turn._replace(text=re.sub(r"\s*<(?:image|video)>\s*", newline, turn.text).strip()) for turn in turns)
+
+
+def _as_released(turns: Conversation, has_visuals: bool) -> Conversation:
+    """The released code's clean-up (`train_compress.py`): all newlines go, which fuses the words around them.
+
+    It strips only the turn with the marker, and changes nothing in a sample without an image. It drops an assistant's
+    turn that opens the conversation.
+    """
+    if turns and turns[0].role == "assistant":
+        turns = turns[1:]
+    if not has_visuals:
+        return turns
+    cleaned = []
+    for turn in turns:
+        text = re.sub("<(?:image|video)>", "", turn.text)
+        cleaned.append(turn._replace(text=(text if text == turn.text else text.strip()).replace("\n", "")))
+    return tuple(cleaned)
 
 
 TEMPLATES: Mapping[str, Template] = {
     template.name: template
     for template in (
-        Template("vicuna_v1", "", _dialogue(VICUNA_SYSTEM, _without_markers)),
-        Template("released", "", _dialogue(VICUNA_SYSTEM, _released)),
-        Template("short", "", _dialogue("", _without_markers)),
-        Template("bare", "", _bare),
-        Template("plain", "\n", _plain),
+        Template("vicuna_v1", VICUNA_SYSTEM, "", _without_markers, _dialogue),
+        Template("released", _RELEASED_SYSTEM, "", _as_released, _dialogue),
+        Template("short", "", "", _without_markers, _dialogue),
+        Template("bare", "", "", _without_markers, _bare),
+        Template("plain", "", "\n", _as_they_are, _captions),
     )
 }
 
 
 def template(name: str) -> Template:
-    """The template of that name; `InputError` lists the names there are."""
+    """Returns the template of that name; an `InputError` lists the names there are."""
     if name not in TEMPLATES:
         raise InputError(f"template must be one of {sorted(TEMPLATES)}, got {name!r}")
     return TEMPLATES[name]

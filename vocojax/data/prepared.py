@@ -86,7 +86,7 @@ class PreparedSource:
         if units > self._data.images_per_row:
             raise LayoutError(sample.id, f"has {units} images, frames or tiles, a row has room for "
                               f"{self._data.images_per_row}: raise data.images_per_row", "too many images")
-        threads = [self._template.spans(thread, self._tokenizer.eos_token) for thread in sample.threads]
+        threads = [self._template.spans(thread, self._tokenizer.eos_token, units > 0) for thread in sample.threads]
         layout = require_targets(
             lay_out_sample(sample.id, units, threads, self._tokenizer, self._unit, self._shape.most_tokens(units))
         )

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from vocojax.config import require
-from vocojax.data.conversation import Conversation, Template, Turn, template
+from vocojax.data.conversation import Conversation, Template, Turn
+from vocojax.data.conversation import template as find_template
 from vocojax.data.images import Fit
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.errors import InputError
@@ -62,11 +63,10 @@ class Assistant:
         mesh: Mesh | None = None,
     ):
         require(visibility in VISIBILITIES, "visibility", f"must be one of {list(VISIBILITIES)}", visibility)
-        self.model = model
+        self.model, self.mesh = model, mesh
         self.processor = Processor(tokenizer, model.config.vision.image_size, unit_shape(model.config), template, fit)
         self.visibility: Visibility = visibility
         self.max_length = max_length
-        self.mesh = mesh
 
     @classmethod
     def from_run(
@@ -80,6 +80,8 @@ class Assistant:
         cls,
         directory: str | Path,
         *,
+        num_vocos: int | None = None,
+        template: str | None = None,
         visibility: Visibility | None = None,
         mesh: Mesh | None = None,
         dtype: DTypeLike | None = None,
@@ -88,6 +90,7 @@ class Assistant:
 
         Args:
           directory: of the weights.
+          num_vocos, template: if the directory does not say them; None for the defaults of `open_source`.
           visibility: who sees whom; None for what the model was trained with.
           mesh: where the parameters go (`parallel.mesh.local_mesh`); None for the first device.
           dtype: of parameters and computation; None keeps the decoder's on disk.
@@ -95,10 +98,11 @@ class Assistant:
         Raises:
           ConvertError, CheckpointError: name the file and the remedy.
         """
-        source = open_source(directory)
+        source = open_source(directory, num_vocos=num_vocos)
         card = source.card
+        written = find_template(template or card.template)
         model = model_of(source, directory, mesh=mesh, dtype=dtype)
-        return cls(model, card.tokenizer, template(card.template), visibility or card.visibility, card.fit, mesh=mesh)
+        return cls(model, card.tokenizer, written, visibility or card.visibility, card.fit, mesh=mesh)
 
     def with_model(self, model: VocoLlama) -> "Assistant":
         """Returns an assistant that answers with another model, and is the same otherwise."""
@@ -165,8 +169,8 @@ class Assistant:
         Returns:
           The cache of all their units, in their order.
         """
-        joined = VocoCache.concat(self.caches_of([self.visual(source) for source in listed(images)], store))
-        return joined if num_vocos is None else joined.truncate(num_vocos)
+        cache = VocoCache.concat(self.caches_of([self.visual(source) for source in listed(images)], store))
+        return cache if num_vocos is None else cache.truncate(num_vocos)
 
     def caches_of(self, visuals: Sequence[Visual], store: Store | None = None) -> list[VocoCache]:
         """Returns the cache of each visual, from the store where it is there, else compressed and put in."""
@@ -296,9 +300,8 @@ class Assistant:
             if cache.fingerprint is not None:
                 require_model(cache, self.fingerprint, "the cache")
             unit, hidden = cached_shape(cache, lay_out_unit("unit", self.tokenizer, unit), self.visibility, num_units)
-        record = conversation[-1].text if conversation else ""
-        return lay_out_prompt(record, num_units, conversation, self.template, self.tokenizer, unit,
-                              self.max_length + hidden * num_units)
+        record, length = conversation[-1].text if conversation else "", self.max_length + hidden * num_units
+        return lay_out_prompt(record, num_units, conversation, self.template, self.tokenizer, unit, length)
 
     def prompt_tokens(self, sample: SampleLayout, cache: VocoCache | None = None) -> int:
         """Returns how many tokens of a prompt are read: all, or its text and what the cache holds of its units."""
@@ -379,11 +382,10 @@ class Assistant:
     ) -> tuple[list[Sequence[int]], list[Conversation]]:
         """Returns each question's units, and the questions as conversations."""
         questions = [questions] if isinstance(questions, str) else questions
-        asked: list[Conversation] = [(Turn("user", question),) for question in questions]
-        about: list[Sequence[int]] = [range(cache.num_units)] * len(asked) if units is None else list(units)
-        if not asked or not all(about):
-            raise _not_about(cache, about)
-        return about, asked
+        about: list[Sequence[int]] = [range(cache.num_units)] * len(questions) if units is None else list(units)
+        if questions and all(about):
+            return about, [(Turn("user", question),) for question in questions]
+        raise _not_about(cache, about)
 
     def _answer_text(self, sampling: SamplingConfig) -> AnswerText:
         return AnswerText(self.tokenizer, sampling.stop, self.template.stop)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from vocojax.config import require
 from vocojax.data.images import ImageError
 from vocojax.errors import InputError
+from vocojax.files import parse_json
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.cache import VocoCache
 from vocojax.inference.caches.store import Store
@@ -196,7 +196,7 @@ def read_questions(path: str | Path, seed: int = 0) -> list[Question]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             image = record["image"]
             images = (image,) if isinstance(image, str) else tuple(image)
             if not images or not all(isinstance(x, str) for x in (*images, record["question"])):

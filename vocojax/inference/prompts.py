@@ -47,7 +47,7 @@ def lay_out_prompt(
     require_turns(record, conversation)
     if not all(is_unicode(turn.text) for turn in conversation):
         raise LayoutError(record, "is not UTF-8", "not UTF-8")
-    spans = template.spans(conversation, tokenizer.eos_token)
+    spans = template.spans(conversation, tokenizer.eos_token, num_units > 0)
     sample = lay_out_sample(record, num_units, [spans], tokenizer, unit, max_length)
     if sample.dropped:
         raise LayoutError(record, f"its prompt has {len(sample) + sample.dropped} tokens, more than the {max_length} "

@@ -90,7 +90,7 @@ class Processor:
           LayoutError: the text can't be used, or the units are too long.
         """
         turns = (Turn("user", conversation),) if isinstance(conversation, str) else conversation
-        spans = self.template.spans(turns, self.tokenizer.eos_token)
+        spans = self.template.spans(turns, self.tokenizer.eos_token, bool(images))
         layout = lay_out_sample(turns[-1].text if turns else "", len(images), [spans], self.tokenizer, self.unit,
                                 max_length)
         return Item(layout, tuple(self.load_images(images)))

@@ -41,7 +41,7 @@ def write_sources(directory: Path, card: ModelCard) -> None:
 
 def chat_template(template: str) -> str:
     """Returns the Jinja template that writes conversations as one of `data.conversation.TEMPLATES` does."""
-    system = "".join(span.text for span in TEMPLATES[template].spans((), ""))
+    system = TEMPLATES[template].system
     settings = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n"
                        for name, value in (("template", template), ("default_system", system)))
     return settings + (SOURCES / "chat_template.jinja").read_text(encoding="utf-8")

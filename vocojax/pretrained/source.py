@@ -32,6 +32,8 @@ from vocojax.weights import Shape, Weights, check_tensors
 VOCAB_MULTIPLE = 256
 # Values of `model_type` that are read. Other architectures have LLaMA's tensor names too; only this entry differs.
 MODEL_TYPES = ("llama", "llava", "llava_llama", "shikra")
+# The released code writes no such number: it trains with two VoCo tokens only.
+_RELEASED_VOCOS = 2
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def open_source(
       vision: directory of a CLIP vision tower or file of an EVA-CLIP one, if the directory has none.
       projector: file of a projector, if the directory has none.
       tokenizer: directory of the tokenizer, if the directory has none.
-      num_vocos: VoCo tokens per unit, if the directory does not say it; 1 by default.
+      num_vocos: VoCo tokens per unit, if the directory does not say it; by default 2 for a checkpoint of the released
+        VoCo-LLaMA (an original layout whose vocabulary has `<voco>`), and 1 otherwise.
       allow_missing: regexes of tensors that may be missing or unexpected.
 
     Raises:
@@ -130,15 +133,18 @@ def open_source(
         _require_same_voco(config.voco, own_tokenizer, num_vocos, where)
     # The last row of the released code's vocabulary is `<voco>`'s, even if its tokenizer does not know the token.
     knows_voco |= "mm_hidden_size" in values and rows == voco_id + 1
+    is_released = knows_voco and "mm_hidden_size" in values and "voco" not in values
     config = replace(
         config, decoder=_own_vocabulary(config.decoder, values, where) or _grown(config.decoder, voco_id),
-        voco=replace(config.voco, num_vocos=num_vocos or config.voco.num_vocos, token_id=voco_id),
+        voco=replace(config.voco, num_vocos=num_vocos or (_RELEASED_VOCOS if is_released else config.voco.num_vocos),
+                     token_id=voco_id),
     )
     table = make_table(config, rows, None if knows_voco and voco_id < rows else voco_id)
     shapes = parameter_shapes(config, decoder_only=make_table is _llama_table)
     # A model without `<voco>` in its vocabulary was never trained to compress: it is a plain LLaVA.
     trained_with: Visibility = "voco" if knows_voco or "voco" in values else "causal"
-    said = huggingface.checked(where, lambda: read_published(values, llava.read_fit(values, where), trained_with))
+    said = huggingface.checked(where, lambda: read_published(
+        values, llava.read_fit(values, where), trained_with, "released" if is_released else "vicuna_v1"))
     card = ModelCard(model=config, tokenizer=own_tokenizer, **said)
     return Source(card, MappedWeights(table, tensors, shapes, allow_missing))
 

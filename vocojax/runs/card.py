@@ -57,18 +57,21 @@ class ModelCard:
 class _Prompt:
     """The entry `prompt` of an export's `config.json`. Earlier versions did not write `visibility`."""
 
-    template: str = "vicuna_v1"
+    template: str | None = None
     fit: Fit | None = None
     visibility: Visibility | None = None
 
 
-def read_published(values: Mapping[str, Any], fit: Fit, visibility: Visibility) -> dict[str, Any]:
+def read_published(
+    values: Mapping[str, Any], fit: Fit, visibility: Visibility, template: str = "vicuna_v1"
+) -> dict[str, Any]:
     """Reads the entry `prompt` of an export's `config.json`.
 
     Args:
       values: the file's content.
       fit: used if the file does not say it.
       visibility: used if the file does not say it.
+      template: used if the file does not say it.
 
     Returns:
       `template`, `fit` and `visibility`, as keyword arguments of `ModelCard`.
@@ -77,9 +80,9 @@ def read_published(values: Mapping[str, Any], fit: Fit, visibility: Visibility) 
       ConfigError: a key is unknown or a value is invalid.
     """
     said = build(_Prompt, values.get("prompt") or {}, "prompt")
-    if said.template not in TEMPLATES:
+    if (said.template or template) not in TEMPLATES:
         raise ConfigError("prompt.template", f"must be one of {sorted(TEMPLATES)}, got {said.template!r}")
-    return {"template": said.template, "fit": said.fit or fit, "visibility": said.visibility or visibility}
+    return {"template": said.template or template, "fit": said.fit or fit, "visibility": said.visibility or visibility}
 
 
 def read_card(workdir: str | Path, tokenizer: str | Path | None = None) -> ModelCard:

@@ -20,7 +20,7 @@ import safetensors
 from etils import epath
 from safetensors.numpy import save as to_safetensors
 
-from vocojax.files import write_atomically
+from vocojax.files import parse_json, write_atomically
 from vocojax.inference.caches.cache import CacheError, VocoCache, require_model
 from vocojax.inference.caches.fingerprint import Fingerprint
 
@@ -97,7 +97,7 @@ def from_bytes(content: bytes, where: str) -> VocoCache:
     """
     try:
         arrays = {name: _array(tensor) for name, tensor in safetensors.deserialize(content)}
-        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        metadata = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         if metadata.get("format") != FORMAT:
             raise CacheError(f"{where}: is no VoCo cache of format {FORMAT} but {metadata.get('format')!r}")
         if metadata.pop("sha256") != _digest(metadata, arrays):
@@ -106,7 +106,7 @@ def from_bytes(content: bytes, where: str) -> VocoCache:
         part = lambda key: (dequantise(arrays[key], arrays[f"{key}_scale"], dtype) if f"{key}_scale" in arrays
                             else arrays[key])
         return VocoCache(part("keys"), part("values"), int(metadata["position"]),
-                         tuple(json.loads(metadata["images"])), Fingerprint(metadata["config"], metadata["parameters"]))
+                         tuple(parse_json(metadata["images"])), Fingerprint(metadata["config"], metadata["parameters"]))
     except CacheError:
         raise
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
