@@ -132,6 +132,15 @@ def test_work_is_limited_before_time(tmp_path, monkeypatch):
     assert error.value.reason == "too many pixels"
 
 
+def test_the_number_of_packets_is_limited(tmp_path, monkeypatch):
+    """Their time stamps are kept in memory."""
+    path = write_video(tmp_path / "v.mp4")
+    monkeypatch.setattr(videos, "MAX_PACKETS", 149)
+    with pytest.raises(VideoError, match="has more than 149 packets") as error:
+        probe(path)
+    assert error.value.reason == "too many frames"
+
+
 def test_frames_come_one_by_one(tmp_path):
     frames = read_frames(write_video(tmp_path / "v.mp4"), "uniform", 4)
     assert brightness([next(frames)]) == [0] and not isinstance(frames, list)

@@ -25,8 +25,9 @@ from vocojax.data.frame_choice import Sampling, VideoInfo, choose_frames
 from vocojax.data.images import ImageError, decode, read, too_large
 from vocojax.data.timelines import Mark, Timeline, timeline_of_frames, timeline_of_packets
 
-Video = Path | tuple[Path | bytes, ...]  # a file, a directory of frames, or frames (files or their content)
+FrameSource = Path | tuple[Path | bytes, ...]  # a file, a directory of frames, or frames (files or their content)
 MAX_DECODED = 2**34  # decoded pixels per video: 8,000 frames of 1920 x 1080, about half a minute of one core
+MAX_PACKETS = 2**22  # per video: 19 hours of 60 frames a second
 # Playlists, concatenations and image sequences would open other files, some of them elsewhere.
 OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts", "protocol_whitelist": "file"}
 # Containers and codecs with one frame per packet. The first packets of each file are decoded to see that it is so.
@@ -73,7 +74,7 @@ class FramePlan:
       is_counted: whether a file's frames are found by counting, because their time stamps do not tell them apart.
     """
 
-    video: Video
+    video: FrameSource
     picks: tuple[Pick, ...] = ()
     is_counted: bool = False
 
@@ -99,7 +100,7 @@ def probe(path: str | Path, seconds: float = 120.0) -> VideoInfo:
 
 
 def plan_frames(
-    video: str | Video, sampling: Sampling, count: int, seconds: float = 120.0,
+    video: str | FrameSource, sampling: Sampling, count: int, seconds: float = 120.0,
     jitter: np.random.Generator | None = None,
 ) -> FramePlan:
     """Chooses the frames of a video.
@@ -146,7 +147,7 @@ def read_plan(plan: FramePlan, seconds: float = 120.0, seek: bool = True) -> Ite
 
 
 def read_frames(
-    video: str | Video, sampling: Sampling, count: int, seconds: float = 120.0, seek: bool = True
+    video: str | FrameSource, sampling: Sampling, count: int, seconds: float = 120.0, seek: bool = True
 ) -> Iterator[Image.Image]:
     """Yields the frames of a video that `choose_frames` chooses, as RGB images, turned as the file says.
 
@@ -372,8 +373,10 @@ class _Opened:
         yield from self._stream.codec_context.decode(None)
 
     def _packets(self) -> Iterator[av.Packet]:
-        """Yields the packets of the video stream until the deadline; not the empty ones, which would end decoding."""
-        for packet in self._container.demux(self._stream):
+        """Yields the packets of the video stream, up to the limits; not the empty ones, which would end decoding."""
+        for number, packet in enumerate(self._container.demux(self._stream)):
+            if number > MAX_PACKETS:
+                raise VideoError(self._name, f"has more than {MAX_PACKETS} packets", "too many frames")
             if time.monotonic() > self._deadline:
                 raise VideoError(self._name, f"takes more than {self._seconds:g} s", "slow video")
             if packet.size:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vocojax.data.conversation import Conversation
-from vocojax.data.videos import Video
+from vocojax.data.videos import FrameSource
 from vocojax.layout import LayoutError
 
 
@@ -25,7 +25,7 @@ class Sample:
     id: str
     images: tuple[Path | bytes, ...]
     threads: Sequence[Conversation]
-    videos: tuple[Video, ...] = ()
+    videos: tuple[FrameSource, ...] = ()
 
 
 class Source(Protocol):

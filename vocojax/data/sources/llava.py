@@ -12,7 +12,7 @@ from typing import Any
 from vocojax.data.conversation import conversation_from_llava
 from vocojax.data.sources.base import Root, Sample
 from vocojax.data.sources.columnar import ColumnarRecords
-from vocojax.data.videos import Video
+from vocojax.data.videos import FrameSource
 from vocojax.layout import LayoutError
 
 
@@ -52,7 +52,7 @@ def sample_from_llava(record: Mapping[str, Any], index: int, root: Root) -> Samp
     conversation = conversation_from_llava(name, record.get("conversations", record.get("messages", ())))
     images = _files(name, record.get("image") or record.get("images"), root, "image")
     frames = _files(name, record["frames"], root, "frame") if isinstance(record.get("frames"), list) else ()
-    videos: tuple[Video, ...] = _files(name, record.get("video") or record.get("videos"), root, "video")
+    videos: tuple[FrameSource, ...] = _files(name, record.get("video") or record.get("videos"), root, "video")
     videos += (frames,) if frames else ()
     asked = " ".join(turn.text for turn in conversation if turn.role == "user")
     if (marked := asked.count("<video>")) > len(videos):

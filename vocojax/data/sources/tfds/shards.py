@@ -30,7 +30,7 @@ from vocojax.data.images import ImageError, decode, read
 from vocojax.data.sources import open_source
 from vocojax.data.sources.base import Source
 from vocojax.data.tally import SkippedTooMany
-from vocojax.data.videos import Video, plan_frames, read_plan
+from vocojax.data.videos import FrameSource, plan_frames, read_plan
 from vocojax.files import is_partial, new_file, write_atomically
 from vocojax.layout import LayoutError
 
@@ -237,7 +237,7 @@ def _example(source: Source, index: int, stored: StoredFrames) -> bytes:
     return example.SerializeToString(deterministic=True)  # otherwise the order of fields depends on the process
 
 
-def _frames(video: Video, stored: StoredFrames) -> list[bytes]:
+def _frames(video: FrameSource, stored: StoredFrames) -> list[bytes]:
     """Returns the encoded frames of a video that are stored."""
     plan, contents = plan_frames(video, stored.sampling, stored.frames), []
     if isinstance(plan.video, tuple):
