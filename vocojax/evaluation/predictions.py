@@ -48,11 +48,12 @@ def read_predictions(path: str | Path, benchmark: Benchmark, allow_missing: bool
     _refuse(path, "without the id of a question", [
         f"record {number}" for number, key in enumerate(located, start=1) if key is None],
         f"a record holds it under {_either(benchmark.id_fields)}")
-    answers = [benchmark.answer_of(record) for record in records]
+    name = next((name for name in benchmark.text_fields if any(name in record for record in records)), "")
+    answers = [benchmark.answer_of(record.get(name)) for record in records]
     _refuse(path, "whose answer is no text", [
         f"{key!r} ({'none' if answer is None else type(answer).__name__})"
         for key, answer in zip(located, answers, strict=True) if not isinstance(answer, str)],
-        f"a record holds a text under {_either(benchmark.text_fields)}")
+        f"every record holds a text under {repr(name) if name else _either(benchmark.text_fields)}")
     ids = {item.id: None for item in benchmark.items}
     keys = [str(key) for key in located]
     _refuse(path, f"that are no questions of {benchmark.name}", [
@@ -83,8 +84,7 @@ def read_records(path: Path) -> list[Mapping[str, Any]]:
     if not path.exists():
         raise InputError(f"{path}: is missing")
     if path.suffix == ".xlsx":
-        records: list[Any] = [{name: cell for name, cell in row.items() if cell is not None}
-                              for row in read_spreadsheet(path)]
+        records: list[Any] = read_spreadsheet(path)
     elif path.suffix in (".tsv", ".csv"):
         delimiter = "\t" if path.suffix == ".tsv" else ","
         records = list(read_table(path, path.read_text(encoding="utf-8"), delimiter, ()))

@@ -85,6 +85,15 @@ class Result:
         """The figure that papers report."""
         return next(iter(self.metrics.values()))
 
+    def __str__(self) -> str:
+        """Returns the score in a few lines, for a terminal."""
+        first, *others = self.metrics.items()
+        counts = [f"{self.questions:,} questions", *([f"{self.missing:,} without an answer"] if self.missing else []),
+                  *([f"{self.unreadable:,} unreadable"] if self.unreadable else [])]
+        lines = [f"{self.benchmark}: {first[0]} {first[1]:.2f} ({self.convention}; {', '.join(counts)})"]
+        lines += [f"  {name} {value:.2f}" for name, value in (*others, *self.by_kind.items())]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
     def as_json(self) -> dict[str, Any]:
         """Returns what a result file holds: everything but the marks."""
         return {
@@ -108,7 +117,8 @@ class Benchmark(abc.ABC):
       missing: what becomes of questions without an answer.
       counts_unreadable: True if an answer in which nothing can be read is wrong, False if it leaves the denominator.
       id_fields: names under which a record of an answer holds the question's id; the first that is there counts.
-      text_fields: names under which it holds the answer.
+      text_fields: names under which it holds the answer. One name counts for a whole file, the first that is there:
+        in many official files `answer` is the gold answer beside the answer to be scored.
       unscored_ids: of questions of the official files that do not belong to `items`; answers to them are passed over.
       notes: of every result.
     """
@@ -160,9 +170,13 @@ class Benchmark(abc.ABC):
         """Returns the id of the question of every record of a file of answers; see `identify`."""
         return [self.identify(record) for record in records]
 
-    def answer_of(self, record: Mapping[str, Any]) -> object:
-        """Returns the answer that a record holds: a text, unless the record is malformed; None if it holds none."""
-        return next((record[name] for name in self.text_fields if name in record), None)
+    def answer_of(self, value: object) -> object:
+        """Returns the text of an answer as a file holds it; anything but a text is malformed."""
+        return value
+
+    def official_id(self, item: Item) -> str | int:
+        """Returns a question's id as LLaVA's answer files write it."""
+        return item.id
 
     def submission(self, texts: Mapping[str, str]) -> Mapping[str, str | bytes]:
         """Returns the files that the official tool or server takes, by name.

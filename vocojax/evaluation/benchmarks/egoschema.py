@@ -48,10 +48,11 @@ class EgoSchema(VideoChoice):
         return Item(key, choice_prompt(record["question"], options), (video(self._path.parent / "videos", key),),
                     LETTERS[self._golds[key]] if key in self._golds else None, record={**record, "options": options})
 
-    def answer_of(self, record: Mapping[str, Any]) -> object:
-        """Returns the answer of a record; an option's number becomes its letter."""
-        found = super().answer_of(record)
-        return LETTERS[found] if type(found) is int and 0 <= found < len(OPTIONS) else found
+    def answer_of(self, value: object) -> object:
+        """Returns an answer's text; an option's number becomes its letter, and the number for none no text."""
+        if type(value) is int and UNREADABLE <= value < len(OPTIONS):
+            return "" if value == UNREADABLE else LETTERS[value]
+        return value
 
     def submission(self, texts: Mapping[str, str]) -> dict[str, str]:
         """Returns the server's file: the option's number by the question's id."""

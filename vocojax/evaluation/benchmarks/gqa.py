@@ -24,7 +24,7 @@ class Gqa(Benchmark):
     conventions = (OFFICIAL, LMMS_EVAL)
     missing = Missing(True, "stops at the first question without a prediction")
     id_fields = ("question_id", "id", "questionId")
-    text_fields = ("text", "answer", "prediction")
+    text_fields = ("prediction", "text", "answer")
 
     def __init__(self, root: Path):
         self._path = find(root, "gqa", "testdev_balanced_questions.json")

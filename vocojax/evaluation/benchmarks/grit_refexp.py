@@ -50,10 +50,9 @@ class GritRefexp(Benchmark):
                     (folder / path,), tuple(boxes[0]) if boxes else None,
                     "distorted" if meta.get("is_distorted") else source, sample)
 
-    def answer_of(self, record: Mapping[str, Any]) -> object:
-        """Returns the answer of a record; boxes in pixels become a text that `mark` reads."""
-        found = super().answer_of(record)
-        return json.dumps({"bboxes": found}) if isinstance(found, list) else found
+    def answer_of(self, value: object) -> object:
+        """Returns an answer's text; boxes in pixels become a text that `mark` reads."""
+        return json.dumps({"bboxes": value}) if isinstance(value, list) else value
 
     def mark(self, item: Item, text: str, convention: str) -> float | None:
         """Returns 1 for a hit."""

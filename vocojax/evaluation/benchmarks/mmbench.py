@@ -38,7 +38,7 @@ class MmBench(Benchmark):
     sampling = SamplingConfig(max_new_tokens=1024)
     missing = Missing(True, "counts a missing prediction as wrong")
     id_fields = ("question_id", "id", "index")
-    text_fields = ("text", "answer", "prediction")
+    text_fields = ("prediction", "text", "answer")
     notes = ("VLMEvalKit's rules without a judge model (exact_matching): answers that its rules can't read are wrong",)
 
     def __init__(self, name: str, root: Path, files: Sequence[str], ending: str = LETTER_ANSWER):
@@ -102,6 +102,10 @@ class MmBench(Benchmark):
             if any(kinds):
                 found |= {kind: 100 * mean for kind, mean in accuracy_by_kind(list(hits.values()), kinds).items()}
         return found
+
+    def official_id(self, item: Item) -> int:
+        """Returns the id as a number."""
+        return int(item.id)
 
     def submission(self, texts: Mapping[str, str]) -> dict[str, bytes]:
         """Returns the table that the server takes."""

@@ -84,6 +84,10 @@ class Mme(Benchmark):
                 found.append(asked[place] if place < len(asked) else f"{key}, answer {place + 1}")
         return found
 
+    def official_id(self, item: Item) -> str:
+        """Returns the image's id: LLaVA tells questions apart by their prompts."""
+        return item.id.partition("#")[0]
+
     def mark(self, item: Item, text: str, convention: str) -> float | None:
         """Returns 1 if the answer reads as the gold answer."""
         said = (mme_answer_lmms_eval if convention == LMMS_EVAL else mme_answer)(text)

@@ -79,6 +79,10 @@ class Pope(Benchmark):
             found.append(key)
         return found
 
+    def official_id(self, item: Item) -> int:
+        """Returns the id as a number."""
+        return int(item.id)
+
     def mark(self, item: Item, text: str, convention: str) -> float | None:
         """Returns 1 if the answer reads as the label."""
         said = _reader(convention)(text)

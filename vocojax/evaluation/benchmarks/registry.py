@@ -117,6 +117,11 @@ GROUPS: Mapping[str, Sequence[str]] = {
 }
 
 
+def described() -> str:
+    """Returns the names, one per line, and the groups with their members, for a terminal."""
+    return "\n".join([*BENCHMARKS, "", *(f"{name}: {', '.join(members)}" for name, members in GROUPS.items())])
+
+
 def expand(names: Sequence[str]) -> list[str]:
     """Returns benchmarks' names, those of a group in its place.
 

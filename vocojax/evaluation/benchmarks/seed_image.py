@@ -20,7 +20,7 @@ class SeedImage(Benchmark):
     name = "seed_image"
     conventions = (OFFICIAL, LMMS_EVAL)
     missing = Missing(True, "counts a missing answer as wrong")
-    text_fields = ("text", "answer", "prediction")
+    text_fields = ("prediction", "text", "answer")
 
     def __init__(self, root: Path):
         self._path = find(root, "seed_bench", "SEED-Bench.json")
@@ -44,6 +44,10 @@ class SeedImage(Benchmark):
             letter = first_letter(text)
             return None if letter is None else float(letter == item.gold)
         return float(text == item.gold)
+
+    def official_id(self, item: Item) -> str | int:
+        """Returns the id as LLaVA reads it: a number where it is one."""
+        return int(item.id) if item.id.isdecimal() else item.id
 
     def submission(self, texts: Mapping[str, str]) -> dict[str, str]:
         """Returns the leaderboard's file."""

@@ -5,7 +5,6 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from vocojax.errors import InputError, MissingPackage
 
@@ -21,14 +20,15 @@ def spreadsheet(columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> 
     return content.getvalue()
 
 
-def read_spreadsheet(path: Path) -> list[dict[str, Any]]:
-    """Reads the first sheet of an Excel file: a record per row, by the header's names."""
+def read_spreadsheet(path: Path) -> list[dict[str, str]]:
+    """Reads the first sheet of an Excel file: a record per row, by the header's names; numbers become text."""
     try:
         book = _openpyxl().load_workbook(path, read_only=True, data_only=True)
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{path}: is no Excel file: {error}") from error
     header, *rows = book.worksheets[0].iter_rows(values_only=True)
-    return [dict(zip(map(str, header), row, strict=True)) for row in rows]
+    text = lambda cell: "" if cell is None else str(cell)
+    return [dict(zip(map(text, header), map(text, row), strict=True)) for row in rows]
 
 
 def _openpyxl() -> ModuleType:

@@ -80,6 +80,10 @@ class TextVqa(Benchmark):
             found.append(key)
         return found
 
+    def official_id(self, item: Item) -> str:
+        """Returns the image's id: LLaVA tells questions apart by their prompts."""
+        return item.record["image_id"]
+
     def mark(self, item: Item, text: str, convention: str) -> float:
         """Returns the soft accuracy."""
         return textvqa_accuracy(text, item.gold)

@@ -57,6 +57,10 @@ class VqaV2(Benchmark):
                                                                     ("question", "question_type"))
                 for kind, mean in accuracy_by_kind(marks, [item.gold[field] for item in items]).items()}
 
+    def official_id(self, item: Item) -> int:
+        """Returns the id as a number."""
+        return int(item.id)
+
     def submission(self, texts: Mapping[str, str]) -> dict[str, str]:
         """Returns the server's file, with answers cleaned as LLaVA submits them."""
         return {f"{self.name}_results.json": json.dumps(

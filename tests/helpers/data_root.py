@@ -1,0 +1,145 @@
+"""A small data root in the official formats of every benchmark."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 30), seed: int = 0) -> Path:
+    """Writes a picture of smooth random colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def write(path: Path, content: object) -> Path:
+    """Writes JSON, or JSON lines for a path that ends so or for POPE's files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = isinstance(content, list) and (path.suffix == ".jsonl" or path.name.startswith("coco_pope"))
+    path.write_text("".join(json.dumps(each) + "\n" for each in content) if lines else json.dumps(content))
+    return path
+
+
+def make_data_root(root: Path) -> Path:
+    """Writes two to six questions of every benchmark under a root and returns it."""
+    answers = lambda *texts: [{"answer": text, "answer_confidence": "yes", "answer_id": i}
+                              for i, text in enumerate(texts, 1)]
+    ten = answers(*["dog"] * 4, *["cat"] * 6)
+    types = {"structural": "query", "semantic": "attr", "detailed": "x"}
+    write(root / "gqa/testdev_balanced_questions.json", {
+        f"20{i}": {"question": f"What is it, number {i}?", "imageId": f"n{i // 2}", "answer": gold, "isBalanced": True,
+                   "types": {**types, "structural": kind}, "groups": {"global": "animal", "local": None},
+                   "semantic": [{"operation": "select", "argument": "it", "dependencies": []},
+                                {"operation": "query", "argument": "name", "dependencies": [0]}]}
+        for i, (gold, kind) in enumerate([("dog", "query"), ("yes", "verify"), ("cat", "query"), ("no", "verify")])})
+    _mmbench(root / "mmbench")
+    for task, folders in (("existence", False), ("artwork", True)):
+        folder = root / "mme/MME_Benchmark_release_version" / task
+        for stem in ("1", "2"):
+            texts = folder / "questions_answers_YN" if folders else folder
+            texts.mkdir(parents=True, exist_ok=True)
+            picture((folder / "images" if folders else folder) / f"{stem}.jpg", seed=int(stem))
+            (texts / f"{stem}.txt").write_text(f"Is there a dog?  Please answer yes or no.\tYes\n"
+                                               f"Is there a cat in {stem}? Please answer yes or no.\tNo\n")
+    for split in ("random", "popular", "adversarial"):
+        write(root / f"pope/coco_pope_{split}.json", [
+            {"question_id": i, "image": f"COCO_val2014_{i // 2}.jpg", "text": f"Is there a thing {i} in the image?",
+             "label": ("yes", "no")[i % 2]} for i in range(1, 5)])
+    write(root / "seed_bench/SEED-Bench.json", {
+        "question_type": {"Scene": 1, "Action": 10},
+        "questions": [{"question_id": str(100 + i), "question_type_id": 1 if i < 3 else 10, "question": "Which?",
+                       "data_type": "image" if i < 3 else "video", "data_id": f"{i}.jpg", "answer": "ABCD"[i],
+                       "choice_a": "w", "choice_b": "x", "choice_c": "y", "choice_d": "z"} for i in range(4)]})
+    write(root / "scienceqa/problems.json", {
+        str(i): {"question": f"Which {i}?", "choices": ["cat", "dog"], "answer": i % 2, "hint": "A hint." if i else "",
+                 "image": "image.png" if i < 3 else None} for i in range(5)})
+    write(root / "scienceqa/pid_splits.json", {"test": [str(i) for i in range(4)], "train": ["4"]})
+    questions = [{"question_id": 42000 + i, "image_id": 42, "question": "What is it?"} for i in range(3)]
+    for split in ("val2014", "test-dev2015", "test2015"):
+        write(root / f"vqav2/v2_OpenEnded_mscoco_{split}_questions.json", {"questions": questions})
+    write(root / "vqav2/v2_mscoco_val2014_annotations.json", {"annotations": [
+        {**each, "question_type": "what", "answer_type": "other", "multiple_choice_answer": "cat", "answers": ten}
+        for each in questions]})
+    write(root / "textvqa/TextVQA_0.5.1_val.json", {"data": [
+        {"question": question, "image_id": image, "question_id": 34602 + i,
+         "answers": ["dog"] * 4 + ["cat"] * 6}
+        for i, (image, question) in enumerate([("aa1", "what brand is it?"), ("aa1", "what year is it?"),
+                                               ("bb2", "what brand is it?")])]})
+    write(root / "textvqa/TextVQA_Rosetta_OCR_v0.2_val.json", {"data": [
+        {"image_id": "aa1", "ocr_tokens": ["dog", "2012"]}, {"image_id": "bb2", "ocr_tokens": []}]})
+    rows = [{"image": f"VizWiz_val_{i}.jpg", "question": "What is this?", "answer_type": "other", "answerable": 1,
+             "answers": ten} for i in range(3)]
+    write(root / "vizwiz/val.json", rows)
+    write(root / "vizwiz/test.json", [{"image": each["image"].replace("val", "test"), "question": each["question"]}
+                                      for each in rows])
+    write(root / "ocrbench/OCRBench.json", [
+        {"dataset_name": name, "id": i, "image_path": f"{i}.jpg", "question": "What is written?", "answers": gold,
+         "type": kind} for i, (name, gold, kind) in enumerate([
+             ("IIIT5K", ["STOP"], "Regular Text Recognition"), ("docVQA", "12", "Doc-oriented VQA"),
+             ("HME100k", ["x ^ 2"], "Handwritten Mathematical Expression Recognition")])])
+    boxes = [{"img_path": f"COCO_train2014_{i // 2}.jpg", "expression": f"thing {i}", "width": 40, "height": 30,
+              "bbox": [0, 0, 40, 30 - 15 * (i > 1)]} for i in range(4)]
+    for name in ("refcoco_unc_val", "refcoco_unc_testA", "refcoco_unc_testB", "refcoco+_unc_val", "refcoco+_unc_testA",
+                 "refcoco+_unc_testB", "refcocog_umd_val", "refcocog_umd_test"):
+        write(root / f"shikra/REC_{name}.jsonl", boxes)
+    for split in ("val", "test"):
+        points = [{"file_path": f"VG_100K/{i}.jpg", "question": "What is this?", "answer": "red", "width": 40,
+                   "height": 30, "bbox": [0, 0, 9, 9], "point": [5, 5], "obj_question": "How many?",
+                   "super_question": "How many?", "general_question": "How many?"} for i in range(2)]
+        write(root / f"shikra/pointQA_local_{split}.jsonl", points)
+        write(root / f"shikra/pointQA_twice_{split}.jsonl", points)
+    write(root / "grit/samples/ablation/refexp.json", [
+        {"input": {"example_id": f"r{i}", "image_path": f"{i}.jpg", "task_query": f"thing {i}"},
+         "output": {"bboxes": [[0, 0, 40, 30]]}, "meta": {"is_new_source": bool(i), "is_distorted": False}}
+        for i in range(2)])
+    qa = [{"id": i, "video_id": 1300 + i // 2, "question": "what is he doing?", "answer": "running"}
+          for i in range(3)]
+    write(root / "msvd_qa/test_qa.json", qa)
+    write(root / "msrvtt_qa/test_qa.json", qa)
+    names = [f"v{i}_1" for i in range(3)]
+    write(root / "activitynet_qa/test_q.json", [
+        {"video_name": f"v{i}", "question": "what?", "question_id": name} for i, name in enumerate(names)])
+    write(root / "activitynet_qa/test_a.json", [{"answer": "running", "type": 3 * (i % 2), "question_id": name}
+                                                for i, name in enumerate(names)])
+    write(root / "videomme/test.json", [
+        {"video_id": "001", "videoID": "abc", "question_id": f"001-{i}", "question": "Which?", "duration": "short",
+         "options": ["A. w.", "B. x.", "C. y.", "D. z."], "answer": "ABC"[i], "domain": "Knowledge",
+         "sub_category": "s", "task_type": "t"} for i in range(3)])
+    write(root / "mvbench/json/action_count.json", [
+        {"video": "1.mp4", "question": "How many?", "candidates": ["1", "2", "3"], "answer": str(1 + i)}
+        for i in range(2)])
+    (root / "nextqa").mkdir()
+    (root / "nextqa/test.csv").write_text(
+        "video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4\n"
+        "123,10,4,4,why,0,6,CW,cat,dog,car,sun,sea\n123,10,4,4,how many,4,7,DC,1,2,3,4,5\n")
+    options = {f"option {i}": text for i, text in enumerate(("cat", "dog", "car", "sun", "sea"))}
+    write(root / "egoschema/questions.json", [{"q_uid": f"u{i}", "question": "What?", **options} for i in range(3)])
+    write(root / "egoschema/subset_answers.json", {"u0": 1, "u1": 4})
+    return root
+
+
+def _mmbench(folder: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (200, 30, 30)).save(buffer, "JPEG")
+    image = base64.b64encode(buffer.getvalue()).decode()
+    columns = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category",
+               "comment", "split")
+    options = {1: ["cat", "dog", "bird", ""], 2: ["yes", "no", "", ""]}
+    rows = []
+    for question, texts in options.items():
+        real = [text for text in texts if text]
+        for turn in range(len(real)):
+            turned = (real[-turn:] + real[:-turn] if turn else real) + [""] * (4 - len(real))
+            answer = "ABCD"[turned.index(real[0])]
+            rows.append((str(question + turn * 1_000_000), f"Which, {question}?", "A hint" if question == 1 else "nan",
+                         *turned, answer, "identity", str(question) if turn else image, "s", "coarse", "nan", "dev"))
+    folder.mkdir(parents=True)
+    content = "\n".join("\t".join(row) for row in (columns, *rows)) + "\n"
+    for name in ("mmbench_dev_20230712.tsv", "mmbench_dev_cn_20231003.tsv", "mmbench_test_20230712.tsv",
+                 "mmbench_test_cn_20231003.tsv"):
+        (folder / name).write_text(content)
