@@ -91,6 +91,23 @@ def packed_rows(draw: st.DrawFn, length: int) -> list[Token]:
     return (row + [Token("pad")] * length)[:length]
 
 
+def any_vectors(queries: int, keys: int) -> st.SearchStrategy[tuple[np.ndarray, np.ndarray]]:
+    """Any `start` and `stop` of two rows: entries near the sequence, the ends of int32, and all between."""
+    low, high = -(2**31), 2**31 - 1
+    entries = st.one_of(st.integers(-2, keys + 2), st.integers(0, keys), st.sampled_from([low, low + 1, high - 1, high]),
+                        st.integers(low, high))
+    vector = lambda length: st.lists(entries, min_size=2 * length, max_size=2 * length).map(
+        lambda values: np.array(values, np.int32).reshape(2, length))
+    return st.tuples(vector(queries), vector(keys))
+
+
+def visible_by_rule(start_BQ: np.ndarray, stop_BK: np.ndarray) -> np.ndarray:
+    """The rule of `IntervalMask` pair by pair, in Python's unbounded integers."""
+    (_, Q), K = start_BQ.shape, stop_BK.shape[1]
+    return np.array([[[int(start[r]) <= j <= K - Q + r < int(stop[j]) for j in range(K)] for r in range(Q)]
+                     for start, stop in zip(start_BQ, stop_BK, strict=True)])
+
+
 def masks(rows: list[list[Token]], queries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rows' vectors and visible pairs with their last `queries` positions as the queries."""
     start, stop = (np.stack(x) for x in zip(*map(interval_vectors, rows), strict=True))

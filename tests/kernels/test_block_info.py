@@ -67,6 +67,19 @@ def test_kinds_are_exact_for_arbitrary_vectors(case, seed):
     np.testing.assert_array_equal(kinds_of(mask, block_q, block_k), want)
 
 
+@pytest.mark.parametrize("case", CASES[3:], ids=str)
+def test_kinds_are_exact_for_all_of_int32(case):
+    Q, K, block_q, block_k = case
+
+    @oracle.QUICK
+    @given(oracle.any_vectors(Q, K))
+    def check(vectors):
+        want = kinds_by_brute_force(oracle.visible_by_rule(*vectors), block_q, block_k)
+        np.testing.assert_array_equal(kinds_of(IntervalMask(*map(jnp.asarray, vectors)), block_q, block_k), want)
+
+    check()
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def kinds_with_dirty(mask: IntervalMask, block_q: int, block_k: int) -> jnp.ndarray:
     start, stop = padded_vectors(mask, block_q, block_k)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import attention_oracle as oracle
@@ -89,6 +89,48 @@ def test_liveness_is_exact_for_arbitrary_vectors(queries, prefix, seed):
     dense = np.asarray(mask.dense())
     np.testing.assert_array_equal(mask.live_queries(), dense.any(2))
     np.testing.assert_array_equal(mask.live_keys(), dense.any(1))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(9, 9), (5, 12)])
+def test_liveness_and_dense_are_exact_for_all_of_int32(queries, keys):
+    @settings(oracle.QUICK, max_examples=100)
+    @given(oracle.any_vectors(queries, keys))
+    def check(vectors):
+        mask, visible = IntervalMask(*map(jnp.asarray, vectors)), oracle.visible_by_rule(*vectors)
+        dense, live_queries, live_keys = liveness(mask)
+        np.testing.assert_array_equal(dense, visible)
+        np.testing.assert_array_equal(live_queries, visible.any(2))
+        np.testing.assert_array_equal(live_keys, visible.any(1))
+
+    liveness = jax.jit(lambda mask: (mask.dense(), mask.live_queries(), mask.live_keys()))
+    check()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_value_and_gradients_for_all_of_int32(implementation):
+    Q, K, H, G, D, chunk = SHAPES[3]
+
+    @oracle.QUICK
+    @given(oracle.any_vectors(Q, K), st.integers(0, 2**31))
+    def check(vectors, seed):
+        visible = oracle.visible_by_rule(*vectors)
+        q, k, v, dout = oracle.normal(seed, (2, Q, H, D), (2, K, G, D), (2, K, G, D), (2, Q, H, D))
+        got = compiled(implementation, chunk)(q, k, v, *vectors, dout)
+        want = (oracle.attention(q, k, v, visible, D**-0.5)[0],
+                *oracle.attention_gradients(q, k, v, visible, D**-0.5, dout))
+        for name, x, y in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5, err_msg=name)
+
+    check()
+
+
+def test_no_lower_bound_and_no_upper_bound():
+    """Literal: "no lower bound" is the smallest int32, "never again" the largest; every query sees all before it."""
+    mask = IntervalMask(jnp.full((1, 4), -(2**31), jnp.int32), jnp.full((1, 4), 2**31 - 1, jnp.int32))
+    values = jnp.array([1.0, 2, 3, 4]).reshape(1, 4, 1, 1)
+    for implementation in ("reference", "chunked"):
+        out = interval_attention(values * 0, values * 0, values, mask, implementation=implementation)
+        np.testing.assert_allclose(out[0, :, 0, 0], [1, 1.5, 2, 2.5], rtol=1e-6)
 
 
 def test_causal_constructor():

@@ -29,6 +29,15 @@ def test_it_is_the_reference_on_the_keys_written_so_far(heads, kv_heads, dtype, 
         np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), atol=tolerance)
 
 
+def test_extreme_windows():
+    """Literal: the smallest `start` opens the window at key 0, the largest sees nothing; so do the ends of `stop`."""
+    low, high = -(2**31), 2**31 - 1
+    v = jnp.broadcast_to(jnp.array([[1.0], [2], [6]]), (2, 1, 3, 1))
+    stop = jnp.array([[high, low, high], [high, high, high]], jnp.int32)
+    out = one_query_attention(jnp.ones((2, 1, 1)), 0 * v, v, jnp.array([low, high], jnp.int32), stop, jnp.int32(2))
+    np.testing.assert_allclose(out[:, 0, 0], [3.5, 0.0])
+
+
 def test_rows_may_stand_at_different_indices_and_see_nothing():
     """Literal: one head of one value, two rows at indices 1 and 2, the third sees nothing."""
     k = jnp.zeros((3, 1, 3, 2))

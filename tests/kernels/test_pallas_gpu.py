@@ -73,6 +73,17 @@ def test_value_and_gradients_on_random_packings(shape):
     check()
 
 
+def test_value_and_gradients_for_all_of_int32():
+    shape = SHAPES[1]
+
+    @FEW
+    @given(oracle.any_vectors(*shape[:2]), st.integers(0, 2**31))
+    def check(vectors, seed):
+        assert_right(shape, seed, *vectors, oracle.visible_by_rule(*vectors))
+
+    check()
+
+
 def test_full_tiles_are_walked():
     mask = IntervalMask.causal(2, 64)
     assert_right(SHAPES[0], 2, np.asarray(mask.start), np.asarray(mask.stop), np.asarray(mask.dense()))

@@ -99,6 +99,17 @@ def test_value_and_gradients_for_arbitrary_vectors(shape):
     assert_right(shape, 1, start, stop, visible)
 
 
+def test_value_and_gradients_for_all_of_int32():
+    shape = SHAPES[3]
+
+    @FEW
+    @given(oracle.any_vectors(*shape[:2]), st.integers(0, 2**31))
+    def check(vectors, seed):
+        assert_right(shape, seed, *vectors, oracle.visible_by_rule(*vectors))
+
+    check()
+
+
 def test_full_tiles_are_walked():
     shape = (256, 256, 2, 2, 128, SQUARE, SQUARE, ALL)
     mask = IntervalMask.causal(2, 256)

@@ -14,23 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from vocojax.errors import InputError
-from vocojax.kernels.interval_attention.mask import NEVER, IntervalMask, range_max
+from vocojax.kernels.interval_attention.mask import NEVER, IntervalMask, clipped, range_max
 
 EMPTY, PARTIAL, FULL, DIRTY = 0, 1, 2, 3
 
 
 def padded_vectors(mask: IntervalMask, multiple_q: int, multiple_k: int) -> tuple[jax.Array, jax.Array]:
-    """Pads `start` and `stop` to multiples of the blocks: added queries see nothing, nobody sees added keys."""
+    """Pads `start` and `stop` to multiples of the blocks: added queries see nothing, nobody sees added keys.
+
+    The mask's own entries are clipped to [0, K], so that kernels may add to and subtract from them.
+    """
     (_, Q), (_, K) = mask.start.shape, mask.stop.shape
-    start = jnp.pad(mask.start, ((0, 0), (0, -Q % multiple_q)), constant_values=NEVER)
-    return start, jnp.pad(mask.stop, ((0, 0), (0, -K % multiple_k)))
+    start, stop = clipped(mask.start, mask.stop)
+    start = jnp.pad(start, ((0, 0), (0, -Q % multiple_q)), constant_values=NEVER)
+    return start, jnp.pad(stop, ((0, 0), (0, -K % multiple_k)))
 
 
 def block_kinds(start_BQ: jax.Array, stop_BK: jax.Array, prefix: int, block_q: int, block_k: int) -> jax.Array:
     """Returns the kind of every tile, int32 `[B, Q / block_q, K / block_k]`.
 
     EMPTY tiles have no visible pair, in FULL ones every pair is visible, all others are PARTIAL. The vectors are those
-    of an `IntervalMask` whose first query has index `prefix`, padded to multiples of the blocks. This takes
+    of `padded_vectors` for an `IntervalMask` whose first query has index `prefix`. This takes
     O(K log Q + K * Q / block_q) work, and nothing larger than a flag per key and query block.
 
     A key `j` is visible to the rows of its span `[max(j, P), stop[j])` whose `start` is at most `j`. Where the span
@@ -38,6 +42,7 @@ def block_kinds(start_BQ: jax.Array, stop_BK: jax.Array, prefix: int, block_q: i
     part, and the smallest `start` over the covered part decides.
     """
     (B, Q), K = start_BQ.shape, stop_BK.shape[1]
+    start_BQ, stop_BK = clipped(start_BQ, stop_BK)
     j_K = jnp.arange(K, dtype=jnp.int32)
     first_row_BK = jnp.broadcast_to(jnp.maximum(j_K - prefix, 0), (B, K))  # the key's span, in query rows
     end_row_BK = jnp.minimum(stop_BK - prefix, Q)

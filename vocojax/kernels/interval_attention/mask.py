@@ -72,8 +72,15 @@ class IntervalMask:
         """Returns which keys any query may attend to, bool `[B, K]`. O(S log S), exact for every pair of vectors."""
         j = jnp.arange(self.stop.shape[-1])
         first_row = jnp.broadcast_to(jnp.maximum(j - self.prefix, 0), self.stop.shape)
-        first_start = -range_max(-self.start, first_row, self.stop - self.prefix)
+        start, stop = clipped(self.start, self.stop)
+        first_start = -range_max(-start, first_row, stop - self.prefix)
         return first_start <= j
+
+
+def clipped(start_BQ: jax.Array, stop_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns vectors with the same visible pairs, clipped to [0, K]: arithmetic on extreme values would wrap."""
+    K = stop_BK.shape[1]
+    return jnp.clip(start_BQ, 0, K), jnp.clip(stop_BK, 0, K)
 
 
 def range_max(x_BS: jax.Array, low_BT: jax.Array, high_BT: jax.Array) -> jax.Array:
