@@ -1,6 +1,15 @@
 """The base of all errors that a user can mend, and those that several rooms raise."""
 
 
+_LONGEST = 200  # characters of a value that a message repeats
+
+
+def shown(value: object) -> str:
+    """Returns a value's `repr` for a message; the middle of a long one, such as a whole question, is left out."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}...{text[-_LONGEST // 4 :]}"
+
+
 class VocojaxError(Exception):
     """A problem that the user can mend; its one line names the thing, the place and the remedy."""
 

@@ -24,6 +24,7 @@ from etils.epath.gpath import PosixGPath
 
 from vocojax.errors import ConvertError
 
+_DEEPEST = 100  # levels of lists and objects in JSON
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.partial")
 
 
@@ -43,12 +44,20 @@ def parse_json(text: str | bytes) -> Any:
     """Parses JSON from a file that others may have written.
 
     Raises:
-      ValueError: it is not JSON, not UTF-8, or nested more deeply than Python reads.
+      ValueError: it is not JSON, not UTF-8, or lists and objects are nested more than 100 deep. (Python's own limit
+        depends on the caller's depth, and whoever walks or writes the value again needs room too.)
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    level, depth = [value], 0
+    while level := [outer for outer in level if isinstance(outer, dict | list)]:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError("nested too deeply")
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    return value
 
 
 def is_remote(path: str | os.PathLike) -> bool:

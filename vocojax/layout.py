@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple, Protocol, get_args
 import numpy as np
 
 from vocojax.config import ModelConfig, Positions
-from vocojax.errors import VocojaxError
+from vocojax.errors import VocojaxError, shown
 
 Visibility = Literal["voco", "causal"]
 VISIBILITIES: tuple[Visibility, ...] = get_args(Visibility)
@@ -121,7 +121,7 @@ class LayoutError(VocojaxError, ValueError):
 
     def __init__(self, record: str, problem: str, reason: str):
         self.reason = reason
-        super().__init__(f"record {record!r}: {problem}")
+        super().__init__(f"record {shown(record)}: {problem}")
 
 
 class AnswerView(NamedTuple):

@@ -94,8 +94,8 @@ def packed_rows(draw: st.DrawFn, length: int) -> list[Token]:
 def any_vectors(queries: int, keys: int) -> st.SearchStrategy[tuple[np.ndarray, np.ndarray]]:
     """Any `start` and `stop` of two rows: entries near the sequence, the ends of int32, and all between."""
     low, high = -(2**31), 2**31 - 1
-    entries = st.one_of(st.integers(-2, keys + 2), st.integers(0, keys), st.sampled_from([low, low + 1, high - 1, high]),
-                        st.integers(low, high))
+    ends = st.sampled_from([low, low + 1, high - 1, high])
+    entries = st.one_of(st.integers(-2, keys + 2), st.integers(0, keys), ends, st.integers(low, high))
     vector = lambda length: st.lists(entries, min_size=2 * length, max_size=2 * length).map(
         lambda values: np.array(values, np.int32).reshape(2, length))
     return st.tuples(vector(queries), vector(keys))

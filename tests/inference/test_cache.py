@@ -14,6 +14,7 @@ from safetensors.numpy import save as to_safetensors
 from vocojax.data.conversation import Turn, template
 from vocojax.data.tokenizer import word_tokenizer
 from vocojax.inference.assistant import Assistant
+from vocojax.inference.caches import files
 from vocojax.inference.caches.cache import CacheError, VocoCache
 from vocojax.inference.caches.files import (
     FORMAT,
@@ -184,3 +185,30 @@ def test_digests_are_of_content():
     a = Fingerprint(json.dumps({"x": {"y": 1}}), "p")
     assert a.digest == "6d3031f21bafb0517800f58d7dd42428"
     assert a.differences(Fingerprint(json.dumps({"x": {"y": 2}}), "p")) == "x.y is 2 there, 1 here"
+
+
+@pytest.mark.parametrize(("entry", "value"), [
+    ("images", '["/etc/passwd"]'), ("images", '["../../x"]'), ("images", "[]"), ("images", '"' + "a" * 32 + '"'),
+    ("images", '["' + "A" * 32 + '"]'), ("images", '["' + "a" * 32 + '\\n"]'),
+    ("images", "[" * 99_999), ("images", "[3]"),
+    ("config", "[" * 99_999), ("config", "{" + '"a": {' * 200 + "}" * 201), ("config", '"text"'), ("position", "-1"),
+    ("position", "9" * 5000), ("dtype", "complex64"),
+])
+def test_what_a_file_from_elsewhere_says_is_checked(entry, value):
+    """Its digest is right: whoever wrote the file wrote that too. Digests become paths in a store."""
+    arrays = {name: np.zeros((1, 1, 1, 1, 2), np.float32) for name in ("keys", "values")}
+    metadata = {"format": files.FORMAT, "config": "{}", "parameters": "p", "position": "6", "dtype": "float32",
+                "images": json.dumps(["a" * 32])}
+    write = lambda said: files.to_safetensors(arrays, said | {"sha256": files._digest(said, arrays)})
+    assert files.from_bytes(write(metadata), "elsewhere").image_digests == ("a" * 32,)
+    with pytest.raises(files.DamagedCache, match=r"^elsewhere: torn or damaged") as error:
+        files.from_bytes(write(metadata | {entry: value}), "elsewhere")
+    assert len(str(error.value)) < 500
+
+
+def test_keys_and_values_of_different_shapes_are_refused():
+    arrays = {"keys": np.zeros((1, 1, 1, 1, 2), np.float32), "values": np.zeros((1, 1, 2, 1, 2), np.float32)}
+    metadata = {"format": files.FORMAT, "config": "{}", "parameters": "p", "position": "6", "dtype": "float32",
+                "images": json.dumps(["a" * 32])}
+    with pytest.raises(files.DamagedCache, match="keys are"):
+        files.from_bytes(files.to_safetensors(arrays, metadata | {"sha256": files._digest(metadata, arrays)}), "x")

@@ -172,7 +172,34 @@ def test_buckets_waste_at_most_a_fifth_of_a_long_row():
     ({"temperature": -1}, "temperature must be >= 0, got -1"), ({"top_k": -2}, "top_k must be >= 0, got -2"),
     ({"top_p": 0}, "top_p must be in"), ({"repetition_penalty": 0.0}, "repetition_penalty must be > 0, got 0.0"),
     ({"stop": ("",)}, "stop must hold no empty string"), ({"max_new_tokens": 0}, "max_new_tokens must be >= 1"),
+    ({"top_k": 2**31}, "top_k must be < 2"), ({"max_new_tokens": 2**31}, "max_new_tokens must be <= 1048576"),
+    ({"temperature": 1e39}, "temperature must be <="), ({"repetition_penalty": 1e-46}, "repetition_penalty must be in"),
+    *(({"seed": seed}, rf"seed must be in \[0, 2\*\*32\), got {seed}") for seed in (-1, 2**32)),
+    *(({key: value}, f"{key} must be") for key in ("temperature", "top_p", "repetition_penalty")
+      for value in (float("nan"), float("inf"), -float("inf"), True, 10**400)),
 ])
 def test_values_out_of_range_are_named(how, message):
     with pytest.raises(ConfigError, match=message):
         SamplingConfig(**how)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-38, 1e-40, 1e-46])
+def test_a_temperature_close_to_zero_takes_the_likeliest_token(temperature):
+    """Logits divided by it would not be finite."""
+    cold = SamplingConfig(temperature=temperature)
+    assert not cold.draws and not SamplingStatics.of([cold]).draws
+    warm = [cold, SamplingConfig(temperature=1.0, top_k=1)]
+    chosen = choose(jnp.array([[0.0, 3, 1], [0, 1, 3]]), None, jnp.int32(0), SamplingInputs.of(warm),
+                    SamplingStatics.of(warm))
+    assert chosen.tolist() == [1, 2]
+
+
+def test_settings_at_the_ends_of_their_ranges_choose_a_token_that_is_there():
+    """Of logits with -inf, as `<voco>` has: no NaN, so never token 0, whose logit is -inf."""
+    settings = [{"temperature": 1e-5}, {"temperature": 1e9}, {"top_p": 1e-46}, {"repetition_penalty": 1e9},
+                {"repetition_penalty": 1e-9}, {"top_k": 2**31 - 1}]
+    ends = [SamplingConfig(**{"temperature": 1, **own}) for own in settings]
+    logits_BV = jnp.tile(jnp.array([-jnp.inf, 50.0, -50, 3]), (len(ends), 1))
+    held_BV = jnp.ones(logits_BV.shape, bool)
+    chosen = choose(logits_BV, held_BV, jnp.int32(3), SamplingInputs.of(ends), SamplingStatics.of(ends)).tolist()
+    assert 0 not in chosen and chosen[0] == chosen[2] == 1

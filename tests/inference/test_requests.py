@@ -1,7 +1,9 @@
 """Requests: each row of a batch by its own settings, images of several units, and bad ones among good ones."""
 
 import dataclasses
+import json
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,17 +11,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data.test_videos import write_video
+from vocojax.cli.json_lines import json_line
 from vocojax.data.conversation import Turn, template
 from vocojax.data.images import ImageError, prepare_units
 from vocojax.errors import InputError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.cache import VocoCache
 from vocojax.inference.caches.files import DamagedCache
-from vocojax.inference.caches.fingerprint import image_digest
+from vocojax.inference.caches.fingerprint import Fingerprint, image_digest
 from vocojax.inference.caches.store import Store
 from vocojax.inference.decoding.sampling import SamplingConfig, SamplingStatics
 from vocojax.inference.decoding.text import AnswerText
-from vocojax.inference.many import Question, answer_all, answer_many
+from vocojax.inference.many import Question, answer_all, answer_many, read_questions
 from vocojax.inference.requests import Request
 from vocojax.inference.visuals import Frames, Video, Visual, prepare_visual
 from vocojax.layout import LayoutError
@@ -225,3 +228,72 @@ def test_one_question_is_answered_like_a_list_of_one(assistant, cache):
     assert assistant.read(cache, "what?", sampling=SHORT) == assistant.read(cache, ["what?"], sampling=SHORT)
     pieces = list(assistant.stream(cache, "what?", sampling=SHORT))
     assert ["".join(parts) for parts in zip(*pieces, strict=True)] == assistant.read(cache, "what?", sampling=SHORT)
+
+
+def test_caches_of_one_batch_may_keep_different_numbers_of_tokens(assistant, images, cache):
+    """Each gets what it gets alone; a request that mixes them, or has another model's, gets an error of its own."""
+    ask = "what color is the shape?"
+    one = cache.take(slice(0, 1))
+    foreign = dataclasses.replace(one, fingerprint=Fingerprint("{}", "other"))
+    asked = [(one,), (one.truncate(1),), (), (one, one.truncate(1)), (foreign,), (images[1],),
+             (cache.take(slice(1, 2)),)]
+    requests = [Request(ask, visuals, SHORT) for visuals in asked]
+    together = list(answer_many(assistant, requests, progress=None))
+    assert "keep [1, 2] tokens per unit: truncate them to one number" in together[3].error
+    assert "a cache of the request is of another model" in together[4].error
+    for index in (0, 1, 2, 5, 6):
+        (alone,) = answer_many(assistant, requests[index : index + 1], progress=None)
+        assert not together[index].error and together[index].token_ids == alone.token_ids, index
+    short = list(answer_many(assistant, requests[:2], num_vocos=2, progress=None))
+    assert not short[0].error and "cannot be truncated to 2" in short[1].error
+
+
+def test_a_bad_text_or_visual_spoils_no_other(assistant, images):
+    """Lone surrogates, paths that no system call takes, broken images, and a very long question."""
+    good = Request("what color is the shape?", (images[0],), SHORT)
+    bad = [Request("what \ud800 color?", (images[0],), SHORT), Request("what?", ("a\0b.png",), SHORT),
+           Request("what?", ("\ud800.png",), SHORT), Request("what?", (b"no image",), SHORT),
+           Request("what?", (Image.new("RGB", (0, 5)),), SHORT), Request("what?", (Frames(("x",)),), SHORT),
+           Request("what?", (np.zeros(3, np.uint8),), SHORT), Request("color " * 12_000, (images[0],), SHORT)]
+    answers = list(answer_many(assistant, [*bad, good], progress=None))
+    assert [bool(answer.error) for answer in answers] == [True] * len(bad) + [False]
+    assert all(len(answer.error) < 400 for answer in answers)
+
+
+def test_questions_with_lone_surrogates_are_answered_and_written(assistant, images, tmp_path):
+    file = tmp_path / "q.jsonl"
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    line = {"image": str(tmp_path / "a.png"), "question": "what color is the shape?", "note": "\ud800"}
+    file.write_text("\n".join(json.dumps(line | change) for change in (
+        {}, {"question": "what \ud800 color?"}, {"image": "\udfff.png"})))
+    found = [answer for _, answer in answer_all(assistant, Store(tmp_path / "store"), read_questions(file), SHORT)]
+    assert ["answer" in answer for answer in found] == [True, False, False]
+    assert json.loads(json_line({**line, **found[0]}, "utf-8"))["note"] == "\ud800"
+
+
+def test_visuals_are_bytes_too(assistant, images, tmp_path):
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    digests = {assistant.compress(source).image_digests for source in (
+        content, [content], tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(images[0]), images[0])}
+    assert digests == {(image_digest(images[0]),)}
+
+
+def test_an_image_in_memory_is_read_like_its_file(assistant):
+    """Deep greyscale is not clipped at 255."""
+    deep = Image.fromarray(np.full((32, 32), 30_000, np.uint16))
+    assert assistant.visual(deep).units[0].max() == 30_000 >> 8
+
+
+@pytest.mark.parametrize("more", [{"units": [[0]]}, {"seeds": [1]}, {"seeds": [1, 2, 3]}])
+def test_lists_that_do_not_match_the_questions_are_refused(assistant, cache, more):
+    with pytest.raises(InputError, match=f"{next(iter(more))} must be one"):
+        assistant.read(cache, ["what color is the shape?"] * 2, **more)
+
+
+def test_sixty_four_bit_jax_changes_nothing(assistant, images, cache):
+    ask = ["what color is the shape?"]
+    want = assistant.read(cache, ask, sampling=SHORT)
+    with jax.enable_x64(True):
+        again = assistant.compress(images)
+        assert again.k_LUNGD.dtype == cache.k_LUNGD.dtype and assistant.read(again, ask, sampling=SHORT) == want

@@ -1,5 +1,6 @@
 """The store returns what was put in, whoever else writes, and whatever happens to the disk."""
 
+import dataclasses
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.helpers.hammer import IMAGES, MODEL, entry, hammer
+from vocojax.config import ConfigError
 from vocojax.inference.caches import store as store_module
 from vocojax.inference.caches.cache import CacheError, VocoCache
 from vocojax.inference.caches.files import DamagedCache
@@ -249,3 +251,19 @@ def test_whole_units_and_nameless_caches_do_not_go_into_a_store(tmp_path):
     with pytest.raises(CacheError, match="without its model's fingerprint"):
         Store(tmp_path).put(VocoCache(cache.k_LUNGD, cache.v_LUNGD, 6, cache.image_digests))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("digest", ["/tmp/x", "../../../../x", "a" * 31, "A" * 32, "a" * 32 + "\n", "", 3])
+def test_only_a_digest_becomes_a_path(tmp_path, digest):
+    store = Store(tmp_path / "store")
+    cache = dataclasses.replace(entry(IMAGES[0]), image_digests=(digest,))
+    for use in (lambda: store.put(cache), lambda: store.get(digest, MODEL, 2), lambda: store.has(digest, MODEL, 2)):
+        with pytest.raises(CacheError, match="an image's digest must be 32 hexadecimal digits, got"):
+            use()
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", [{"storage": "int4"}, {"max_bytes": -1}, {"max_bytes": 1.5}])
+def test_a_store_of_another_kind_is_refused(tmp_path, how):
+    with pytest.raises(ConfigError, match=next(iter(how))):
+        Store(tmp_path, **how)

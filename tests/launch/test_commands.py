@@ -107,3 +107,38 @@ def test_a_fault_of_the_program_is_a_traceback(tmp_path):
                      for name in ("user", "fault"))
     assert mended.returncode == 1 and mended.stderr == "error: of a kind\n"
     assert fault.returncode == 1 and "Traceback" in fault.stderr and "ValueError: of" in fault.stderr
+
+
+CONFIG_FILE = """from vocojax.config import ConfigError
+from vocojax.layout import LayoutError
+
+def get_config(which=""):
+    if which == "layout":
+        raise LayoutError("record", "is bad", "bad")
+    if which == "unicode":
+        b"\\xff".decode()
+    if which == "name":
+        return unknown
+    raise ConfigError("model.voco", "must be better")
+"""
+
+
+@pytest.mark.parametrize(("which", "message"), [
+    ("", "line 11: model.voco must be better;"), ("layout", "line 6: record 'record': is bad;"),
+    ("unicode", "line 8: UnicodeDecodeError: 'utf-8' codec"), ("name", "line 10: NameError: name 'unknown'"),
+])
+def test_what_a_config_file_raises_is_one_line_that_names_the_file(tmp_path, which, message):
+    (tmp_path / "own.py").write_text(CONFIG_FILE)
+    config = f"{tmp_path}/own.py" + (f":{which}" if which else "")
+    done = run(*CONSOLE, "train", f"--config={config}", "--workdir=x", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: --config={config}, {message}")
+    assert done.stderr.count("\n") == 1 and done.stderr.endswith("; mend the file, or what follows its name\n")
+
+
+def test_a_platform_without_plug_in_is_one_line(tmp_path):
+    done = run(*CONSOLE, "answer", "--checkpoint=x", "--store=s", "--image=a", "--question=b", "--mesh=1", cwd=tmp_path,
+               JAX_PLATFORMS="cuda")
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: JAX_PLATFORMS is 'cuda', and JAX can't use that here")
+    assert "unset it, or install the platform's plug-in" in line and "Traceback" not in done.stderr

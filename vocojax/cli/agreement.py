@@ -21,7 +21,7 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("checkpoint", None, "A run of training.", required=True)
     flags.DEFINE_integer("pairs", 10_000, "Number of random (image, question) pairs.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Seed of the pairs.")
+    flags.DEFINE_integer("seed", 0, "Seed of the pairs.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_string("json", None, "File to write the figures to.")
     refuse_empty("checkpoint")
     require_writable("json")

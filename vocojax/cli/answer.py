@@ -10,12 +10,13 @@ trained with the VoCo mask (an upper bound, a baseline, plain LLaVA) reads whole
 """
 
 import dataclasses
-import json
+import sys
 from collections.abc import Sequence
 
 from absl import app, flags
 
 from vocojax.cli.flag_checks import refuse_arguments, refuse_empty
+from vocojax.cli.json_lines import json_line
 from vocojax.errors import InputError
 
 FLAGS = flags.FLAGS
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     store = Store(FLAGS.store, FLAGS.storage)
     if questions:
         for question, answer in answer_all(assistant, store, questions, sampling, FLAGS.batch_size, FLAGS.vocos):
-            print(json.dumps({**question.record, **answer}, ensure_ascii=False), flush=True)
+            print(json_line({**question.record, **answer}, sys.stdout.encoding), flush=True)
         return
     if not assistant.reads_caches:  # an upper bound or a baseline: the prompt holds the whole image
         sampling = dataclasses.replace(sampling, seed=FLAGS.seed)

@@ -26,8 +26,8 @@ REPEATS = 5
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("json", None, "File to write the figures to.")
-    flags.DEFINE_integer("images", 120, "Images per measurement.")
-    flags.DEFINE_integer("records", 665_000, "Records of the large JSON file.")
+    flags.DEFINE_integer("images", 120, "Images per measurement.", lower_bound=1)
+    flags.DEFINE_integer("records", 665_000, "Records of the large JSON file.", lower_bound=1)
     require_writable("json")
 
 

@@ -1,8 +1,13 @@
 """Runs one command: its help, its flags, its messages and its errors."""
 
+import io
+import itertools
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 from absl import app, flags
@@ -23,6 +28,7 @@ def run(command: ModuleType, argv: Sequence[str] | None = None) -> None:
       argv: the program's name and its arguments; those of this process by default.
     """
     program, *arguments = sys.argv if argv is None else argv
+    _prepare_process()
     command.define_flags()
     if asks_for_help(arguments):
         print(help_text(command))
@@ -43,20 +49,52 @@ def help_text(command: ModuleType) -> str:
     return f"{command.__doc__.strip()}\n\nFlags:\n{described}"
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Returns an error's message in one line."""
     return " ".join(line.strip() for line in str(error).splitlines())
+
+
+def _prepare_process() -> None:
+    """Makes a process independent of the terminal's encoding and of JAX_ENABLE_X64; dtypes are the config's."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what can't be shown must not end a command
+    os.environ["JAX_ENABLE_X64"] = "0"
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"error: {one_line(error)} (--help lists the flags)")
-    except AttributeError as error:  # a key that the config does not have
-        sys.exit(f"error: --config: {one_line(error)}")
-    except (VocojaxError, OSError) as error:  # of a config file, which is read with the flags
-        sys.exit(f"error: {one_line(error)}")
+    except Exception as error:  # a config file runs while flags are read, and may raise anything
+        if problem := _in_config_file(error, argv):
+            sys.exit(f"error: {problem}")
+        if isinstance(error, flags.Error):
+            sys.exit(f"error: {one_line(error)} (--help lists the flags)")
+        if isinstance(error, AttributeError):  # a key that the config does not have
+            sys.exit(f"error: --config: {one_line(error)}")
+        if isinstance(error, VocojaxError | OSError):
+            sys.exit(f"error: {one_line(error)}")
+        raise
+
+
+def _in_config_file(error: BaseException, argv: Sequence[str]) -> str:
+    """Returns what a config file raised, and in which line of it; '' if it was none.
+
+    ml_collections and absl raise errors of a config file again, with its whole traceback as the message.
+    """
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    named = [after.partition("=")[2] or following
+             for after, following in itertools.pairwise([*argv, ""]) if after.lstrip("-").partition("=")[0] == "config"]
+    files = {str(Path(name.partition(":")[0]).resolve()): name for name in named}
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "", error.lineno))
+    for file, line in reversed(places):
+        if name := files.get(str(Path(file).resolve())):
+            kind = "" if isinstance(error, VocojaxError) else f"{type(error).__name__}: "
+            return f"--config={name}, line {line}: {kind}{one_line(error)}; mend the file, or what follows its name"
+    return ""
 
 
 def _run_main(command: ModuleType, arguments: list[str]) -> None:
@@ -65,6 +103,19 @@ def _run_main(command: ModuleType, arguments: list[str]) -> None:
         command.main(arguments)
     except (VocojaxError, OSError, app.UsageError) as error:
         sys.exit(f"error: {one_line(error)}")
+    except (RuntimeError, AssertionError) as error:
+        asked_for = os.environ.get("JAX_PLATFORMS", "")
+        if not asked_for or not _raised_by_backends(error):
+            raise
+        sys.exit(f"error: JAX_PLATFORMS is {asked_for!r}, and JAX can't use that here"
+                 f"{': ' * bool(str(error))}{one_line(error)}; unset it, or install the platform's plug-in "
+                 "(pip install 'vocojax[cuda]' or 'vocojax[tpu]')")
+
+
+def _raised_by_backends(error: BaseException) -> bool:
+    """Returns whether JAX raised an error while it looked for its backends: by its version, several types."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return last.filename.endswith("xla_bridge.py")
 
 
 def show_own_messages() -> None:

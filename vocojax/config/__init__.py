@@ -12,10 +12,19 @@ from vocojax.config.model import (
     VocoConfig,
 )
 from vocojax.config.presets import PRESETS, preset
-from vocojax.config.reader import ConfigError, build, config_to_dict, differing_keys, require, require_positive
+from vocojax.config.reader import (
+    SEEDS,
+    ConfigError,
+    build,
+    config_to_dict,
+    differing_keys,
+    require,
+    require_positive,
+    require_seed,
+)
 
 __all__ = [
-    "PRESETS", "CompressorConfig", "ConfigError", "DecoderConfig", "LoraConfig", "ModelConfig", "Positions",
+    "PRESETS", "SEEDS", "CompressorConfig", "ConfigError", "DecoderConfig", "LoraConfig", "ModelConfig", "Positions",
     "ProjectorConfig", "RopeScalingConfig", "VisionConfig", "VocoConfig", "build", "config_to_dict", "differing_keys",
-    "preset", "require", "require_positive",
+    "preset", "require", "require_positive", "require_seed",
 ]

@@ -12,9 +12,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from vocojax.errors import VocojaxError
+from vocojax.errors import VocojaxError, shown
 
 T = TypeVar("T")
+SEEDS = 2**32  # seeds are whole numbers below it
 
 
 class ConfigError(VocojaxError, ValueError):
@@ -36,13 +37,19 @@ class ConfigError(VocojaxError, ValueError):
 def require(condition: bool, key: str, problem: str, value: Any) -> None:
     """Raises `ConfigError("KEY PROBLEM, got VALUE")` unless the condition holds."""
     if not condition:
-        raise ConfigError(key, f"{problem}, got {value!r}")
+        raise ConfigError(key, f"{problem}, got {shown(value)}")
 
 
 def require_positive(config: Any, *keys: str) -> None:
     """Raises `ConfigError` for the first of these integer fields that is below 1."""
     for key in keys:
         require(getattr(config, key) >= 1, key, "must be >= 1", getattr(config, key))
+
+
+def require_seed(seed: Any, key: str = "seed") -> None:
+    """Raises `ConfigError` unless the value is a seed: a whole number in [0, 2**32)."""
+    require(isinstance(seed, int) and not isinstance(seed, bool), key, "must be a whole number", seed)
+    require(0 <= seed < SEEDS, key, "must be in [0, 2**32)", seed)
 
 
 def build(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
@@ -83,26 +90,26 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert_to_one([option for option in options if option is not type(None)], value, path)
     if origin is Literal:
         if value not in options:
-            raise ConfigError(path, f"must be one of {', '.join(map(repr, options))}, got {value!r}")
+            raise ConfigError(path, f"must be one of {', '.join(map(repr, options))}, got {shown(value)}")
         return value
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise ConfigError(path, f"must be a list, got {value!r}")
+            raise ConfigError(path, f"must be a list, got {shown(value)}")
         hints = [options[0]] * len(value) if options[-1] is Ellipsis else options
         if len(hints) != len(value):
-            raise ConfigError(path, f"must be a list of {len(hints)}, got {value!r}")
+            raise ConfigError(path, f"must be a list of {len(hints)}, got {shown(value)}")
         return tuple(_convert(item_hint, item, f"{path}[{i}]")
                      for i, (item_hint, item) in enumerate(zip(hints, value, strict=True)))
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
         if not isinstance(value, Mapping):
-            raise ConfigError(path, f"must be a mapping with the keys of {hint.__name__}, got {value!r}")  # type: ignore[union-attr]
+            raise ConfigError(path, f"must be a mapping with the keys of {hint.__name__}, got {shown(value)}")  # type: ignore[union-attr]
         return build(hint, value, path)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(path, f"must be of type {hint.__name__}, got {value!r}")
+        raise ConfigError(path, f"must be of type {hint.__name__}, got {shown(value)}")
     return value
 
 
@@ -116,7 +123,7 @@ def _convert_to_one(hints: list[Any], value: Any, path: str) -> Any:
             if len(hints) == 1:
                 raise
             problems.append(error.problem.rpartition(", got ")[0])
-    raise ConfigError(path, f"{' or '.join(problems)}, got {value!r}")
+    raise ConfigError(path, f"{' or '.join(problems)}, got {shown(value)}")
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

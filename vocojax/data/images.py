@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from vocojax.data.picture_files import too_many_scans, without_notes
 from vocojax.data.resampling import reduce_columns, reduce_rows, resize
-from vocojax.errors import InputError, VocojaxError
+from vocojax.errors import InputError, VocojaxError, shown
 from vocojax.models.clip import CLIP_MEAN
 
 Fit = Literal["pad", "pad_white", "crop", "square", "anyres"]
@@ -41,7 +41,7 @@ class ImageError(VocojaxError, ValueError):
 
     def __init__(self, name: str, problem: str, reason: str):
         self.reason = reason
-        super().__init__(f"image {name!r}: {problem}")
+        super().__init__(f"image {shown(name)}: {problem}")
 
 
 def load_image(image: str | Path | bytes, size: int, fit: Fit = "pad") -> np.ndarray:
@@ -96,16 +96,11 @@ def decode(content: bytes, name: str) -> Image.Image:
       ImageError: it is empty, truncated, not an image, or (checked before decoding) above `MAX_PIXELS` or `MAX_ASPECT`,
         or a JPEG of too many scans.
     """
-    try:
-        with _open(content, name) as image:
-            return to_rgb(image, name)
-    except ImageError:
-        raise
-    except Exception as error:  # a damaged file may make a decoder raise anything
-        raise ImageError(name, f"cannot be decoded: {error}", "undecodable image") from error
+    with _open(content, name) as image:
+        return to_rgb(image, name)
 
 
-def to_rgb(image: Image.Image, name: str = "") -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "in memory") -> Image.Image:
     """Returns an image as RGB. Transparency is dropped; greyscale deeper than 8 bits: see `_deep_grey`.
 
     Args:
@@ -113,11 +108,18 @@ def to_rgb(image: Image.Image, name: str = "") -> Image.Image:
       name: names the image in errors.
 
     Raises:
-      ImageError: its values have no known white.
+      ImageError: it is truncated, above `MAX_PIXELS` or `MAX_ASPECT`, or its values have no known white.
     """
-    if image.mode.startswith(("I", "F")):  # Pillow would clip them at 255
-        return _deep_grey(image, name).convert("RGB")
-    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+    if problem := too_large(*image.size):
+        raise ImageError(name, problem, "too many pixels")
+    try:
+        if image.mode.startswith(("I", "F")):  # Pillow would clip them at 255
+            return _deep_grey(image, name).convert("RGB")
+        return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:  # a damaged file may make a decoder raise anything
+        raise ImageError(name, f"cannot be decoded: {error}", "undecodable image") from error
 
 
 def _deep_grey(image: Image.Image, name: str) -> Image.Image:

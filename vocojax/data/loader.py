@@ -16,7 +16,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from vocojax.config import ConfigError, ModelConfig
+from vocojax.config import ConfigError, ModelConfig, require_seed
 from vocojax.data.config import DataConfig, PartConfig, Plan
 from vocojax.data.images import ImageError
 from vocojax.data.packers import Packer, PlannedRow, RowReport, StreamStateError
@@ -81,6 +81,7 @@ class BatchStream:
 
     def __init__(self, model: ModelConfig, data: DataConfig, rows: int, seed: int, *visibilities: Visibility,
                  process_index: int = 0, process_count: int = 1, plan: Plan = "single_pass"):
+        require_seed(seed)
         self.packers, self.seed = data.packers or rows, seed
         if rows % self.packers:
             raise ConfigError("data.packers", f"must divide the {rows} rows of a batch, got {self.packers}")
@@ -253,13 +254,13 @@ class _GroupIterator(grain.DatasetIterator):
     def __init__(self, group: _Group):
         super().__init__()
         self._group, data = group, group.data
+        self._pool = ThreadPoolExecutor(data.num_threads, "decode")
         self._packers = {
             number: Packer(number, group.packers, group.seed, group.source, group.shape, data.pack_window,
                            data.keep_in_memory)
             for number in group.states
         }
         self._rows = len(self._packers) * group.rows_per_packer
-        self._pool = ThreadPoolExecutor(data.num_threads, "decode")
         self._batches: collections.deque[tuple[Row, list[Future[RowReport]]]] = collections.deque()
         self._plans = self._plan_rows()
 

@@ -203,7 +203,7 @@ class Assistant:
 
         Args:
           cache: of the images.
-          questions: one or several.
+          questions: one text, or several.
           units: for each question the units it is about, in order; by default all of them.
           sampling: how the answers' tokens are chosen.
           seeds: for each question the seed of its draws; by default `sampling.seed` plus its index.
@@ -381,8 +381,12 @@ class Assistant:
         self, cache: VocoCache, questions: str | Sequence[str], units: Sequence[Sequence[int]] | None
     ) -> tuple[list[Sequence[int]], list[Conversation]]:
         """Returns each question's units, and the questions as conversations."""
-        questions = [questions] if isinstance(questions, str) else questions
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        if not all(isinstance(question, str) for question in questions):
+            raise InputError("questions must be texts; give conversations to generate_behind, or use answer_many")
         about: list[Sequence[int]] = [range(cache.num_units)] * len(questions) if units is None else list(units)
+        if len(about) != len(questions):
+            raise InputError(f"units must be one list per question, got {len(about)} for {len(questions)} questions")
         if questions and all(about):
             return about, [(Turn("user", question),) for question in questions]
         raise _not_about(cache, about)
@@ -391,8 +395,12 @@ class Assistant:
         return AnswerText(self.tokenizer, sampling.stop, self.template.stop)
 
     def _devices(self) -> contextlib.AbstractContextManager[object]:
-        """Returns a context in which the mesh is in force."""
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        """Returns a context in which the mesh is in force, and dtypes are the config's even with JAX_ENABLE_X64."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(jax.enable_x64(False))
+        if self.mesh is not None:
+            stack.enter_context(jax.set_mesh(self.mesh))
+        return stack
 
 
 def _not_about(cache: VocoCache, units: Sequence[Sequence[int]]) -> InputError:

@@ -5,22 +5,22 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from vocojax.config import require
+from vocojax.config import SEEDS, require
 from vocojax.data.images import ImageError
-from vocojax.errors import InputError
+from vocojax.errors import InputError, shown
 from vocojax.files import parse_json
 from vocojax.inference.assistant import Assistant
-from vocojax.inference.caches.cache import VocoCache
+from vocojax.inference.caches.cache import CacheError, VocoCache, require_model
 from vocojax.inference.caches.store import Store
-from vocojax.inference.decoding.sampling import SEEDS, SamplingConfig
+from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.inference.requests import Answer, Request
 from vocojax.inference.visuals import Visual, VisualSource
-from vocojax.layout import LayoutError, SampleLayout
+from vocojax.layout import LayoutError
 
 Way = Literal["caches", "single pass"]
 
@@ -38,8 +38,8 @@ def answer_many(
 ) -> Iterator[Answer]:
     """Answers requests in their order, in batches.
 
-    A request that can't be answered (an image that can't be read, a text that is too long) gets an answer with an
-    error; all others are answered.
+    A request that can't be answered (an image that can't be read, a text that is too long, another model's cache) gets
+    an answer with an error; all others are answered.
 
     Args:
       assistant: answers.
@@ -53,11 +53,15 @@ def answer_many(
       progress: name of the progress bar; None for no bar.
 
     Raises:
-      CacheError: a request's cache is another model's, or an entry of the store can't be written.
-      InputError: a single pass is asked for about a visual of which there is only the cache, or with `num_vocos`.
+      CacheError: an entry of the store can't be read or written.
+      InputError: `requests` is no list of Requests; or a single pass is asked for about a visual of which there is
+        only the cache, or with `num_vocos`.
     """
     if not isinstance(requests, list | tuple):
         raise InputError(f"requests must be a list of Requests, got {type(requests).__name__}")
+    for index, request in enumerate(requests):
+        if not isinstance(request, Request):
+            raise InputError(f"requests must be Requests, got {type(request).__name__} as number {index}")
     require(batch_size >= 1, "batch_size", "must be >= 1", batch_size)
     way = way or ("caches" if assistant.reads_caches else "single pass")
     if way == "single pass" and num_vocos is not None:
@@ -84,23 +88,42 @@ def _answer_batch(
         except ImageError as error:
             answers[index] = _refusal(error)
 
-    cache: VocoCache | None = None
-    units: dict[int, list[Any]]  # numbers of the units in the cache, or their prepared images
     if way == "caches" and any(visuals.values()):
-        cache, units = _from_caches(assistant, visuals, store, num_vocos)
+        caches = _caches_of(assistant, visuals, store, num_vocos, answers)
+        groups = _groups(caches)
     else:
-        units = {index: _pixels(own) for index, own in visuals.items()}
+        groups = [_Group(None, {index: _pixels(own) for index, own in visuals.items()})]
+    for group in groups:
+        answers |= _answer_group(assistant, requests, group, with_logits)
+    return [answers[index] for index in range(len(requests))]
 
-    samples: dict[int, SampleLayout] = {}
-    for index, own in units.items():
+
+class _Group(NamedTuple):
+    """Requests that one program answers.
+
+    Attributes:
+      cache: holds their units; None where they are read whole.
+      units: by the request's number, the numbers of its units in the cache, or its units' prepared images.
+    """
+
+    cache: VocoCache | None
+    units: dict[int, list[Any]]
+
+
+def _answer_group(
+    assistant: Assistant, requests: Sequence[Request], group: _Group, with_logits: bool
+) -> dict[int, Answer]:
+    """Returns the answers to a group's requests by their numbers."""
+    cache, answers, samples = group.cache, {}, {}
+    for index, own in group.units.items():
         try:
             samples[index] = assistant.lay_out(requests[index].turns, len(own), cache)
-        except LayoutError as error:
+        except (LayoutError, CacheError) as error:
             answers[index] = _refusal(error)
     if not samples:
-        return [answers[index] for index in range(len(requests))]
+        return answers
 
-    chosen: list[list[Any]] = [units[index] for index in samples]
+    chosen: list[list[Any]] = [group.units[index] for index in samples]
     samplings = [requests[index].sampling for index in samples]
     if cache is None:
         *_, last = assistant.run_whole(list(samples.values()), chosen, samplings)
@@ -110,7 +133,7 @@ def _answer_batch(
     for row, (index, sample) in enumerate(samples.items()):
         text, reason, ids = assistant.finish(last.ids_BT[row].tolist(), samplings[row])
         answers[index] = Answer(text, reason, assistant.prompt_tokens(sample, cache), ids, first_logits_V=logits[row])
-    return [answers[index] for index in range(len(requests))]
+    return answers
 
 
 def _prepare(
@@ -125,24 +148,59 @@ def _prepare(
     return prepared[key]
 
 
-def _from_caches(
+def _caches_of(
     assistant: Assistant, visuals: Mapping[int, Sequence[Visual | VocoCache]], store: Store | None,
-    num_vocos: int | None,
-) -> tuple[VocoCache, dict[int, list[int]]]:
-    """Returns one cache of all visuals, each once, and for each request its units in the cache."""
-    key = lambda visual: visual.digest if isinstance(visual, Visual) else id(visual)
-    different = {key(visual): visual for own in visuals.values() for visual in own}
-    pixels = [visual for visual in different.values() if isinstance(visual, Visual)]
-    found = dict(zip(map(key, pixels), assistant.caches_of(pixels, store), strict=True))
-    caches = [visual if isinstance(visual, VocoCache) else found[name] for name, visual in different.items()]
-    if num_vocos is not None:
-        caches = [cache.truncate(num_vocos) for cache in caches]
-    ends = itertools.accumulate(cache.num_units for cache in caches)
-    units = {name: range(end - cache.num_units, end)
-             for name, cache, end in zip(different, caches, ends, strict=True)}
-    return VocoCache.concat(caches), {
-        index: [unit for visual in own for unit in units[key(visual)]] for index, own in visuals.items()
-    }
+    num_vocos: int | None, answers: dict[int, Answer],
+) -> dict[int, list[VocoCache]]:
+    """Returns the caches of each request's visuals; a request whose caches can't be used is answered with the error."""
+    pixels = {visual.digest: visual for own in visuals.values() for visual in own if isinstance(visual, Visual)}
+    found = dict(zip(pixels, assistant.caches_of(list(pixels.values()), store), strict=True))
+    shorter: dict[int, VocoCache] = {}  # by the whole cache's id, so that equal ones stay one
+
+    def cut(cache: VocoCache) -> VocoCache:
+        if cache.fingerprint is not None:
+            require_model(cache, assistant.fingerprint, "a cache of the request")
+        if num_vocos is None:
+            return cache
+        if id(cache) not in shorter:
+            shorter[id(cache)] = cache.truncate(num_vocos)
+        return shorter[id(cache)]
+
+    caches: dict[int, list[VocoCache]] = {}
+    for index, own in visuals.items():
+        try:
+            caches[index] = [cut(found[visual.digest] if isinstance(visual, Visual) else visual) for visual in own]
+            if len(kinds := {_kept(cache) for cache in caches[index]}) > 1:
+                raise CacheError(f"the request's caches keep {sorted(kept for kept, *_ in kinds)} tokens per unit: "
+                                 "truncate them to one number")
+        except CacheError as error:
+            caches.pop(index, None)
+            answers[index] = _refusal(error)
+    return caches
+
+
+def _kept(cache: VocoCache) -> tuple[int, int, str]:
+    """Returns what the caches of one program have in common."""
+    return cache.tokens_per_unit, cache.first_position, cache.k_LUNGD.dtype.name
+
+
+def _groups(caches: Mapping[int, Sequence[VocoCache]]) -> list[_Group]:
+    """Groups requests by what their caches keep; each group has one cache of all its visuals, each once."""
+    kinds = {index: _kept(own[0]) for index, own in caches.items() if own}
+    some = next(iter(kinds.values()), None)
+    groups: list[_Group] = []
+    for kind in dict.fromkeys(kinds.values()):
+        members = {index: own for index, own in caches.items() if kinds.get(index, some) == kind}  # text alone: any
+        different = {id(cache): cache for own in members.values() for cache in own}
+        ends = itertools.accumulate(cache.num_units for cache in different.values())
+        units = {name: range(end - cache.num_units, end)
+                 for (name, cache), end in zip(different.items(), ends, strict=True)}
+        groups.append(_Group(VocoCache.concat(list(different.values())), {
+            index: [unit for cache in own for unit in units[id(cache)]] for index, own in members.items()
+        }))
+    if not groups:
+        groups.append(_Group(None, {index: [] for index in caches}))
+    return groups
 
 
 def _pixels(visuals: Sequence[Visual | VocoCache]) -> list[np.ndarray]:
@@ -191,26 +249,32 @@ def read_questions(path: str | Path, seed: int = 0) -> list[Question]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: must be UTF-8: {error}") from error
     questions: list[Question] = []
-    for number, line in enumerate(lines, start=1):
-        line = line.removeprefix("\ufeff")  # a byte order mark; every file of several that were joined has its own
+    for number, marked in enumerate(lines, start=1):
+        line = marked.removeprefix("\ufeff")  # a byte order mark, at the start of each of several joined files
         if not line.strip():
             continue
         try:
-            record = parse_json(line)
-            image = record["image"]
-            images = (image,) if isinstance(image, str) else tuple(image)
-            if not images or not all(isinstance(x, str) for x in (*images, record["question"])):
-                raise ValueError("image and question must be strings")
-            own_seed = record.get("seed", (seed + len(questions)) % SEEDS)
-            if type(own_seed) is not int or not 0 <= own_seed < SEEDS:
-                raise ValueError(f"seed must be a whole number in [0, 2**32), got {own_seed!r}")
-            questions.append(Question(images, record["question"], own_seed, record))
-        except (ValueError, TypeError, KeyError) as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise InputError(f'{path}, line {number}: is no {{"image": ..., "question": ...}}: {what}') from error
+            questions.append(_question(parse_json(line), (seed + len(questions)) % SEEDS))
+        except ValueError as error:
+            raise InputError(f'{path}, line {number}: is no {{"image": ..., "question": ...}}: {error}') from error
     if not questions:
         raise InputError(f"{path}: holds no question")
     return questions
+
+
+def _question(record: Any, seed: int) -> Question:
+    """Returns a line's question; `ValueError` says what it lacks."""
+    if not isinstance(record, dict):
+        raise ValueError(f"must be an object, got {shown(record)}")
+    if absent := {"image", "question"} - record.keys():
+        raise ValueError(f"{min(absent)!r} is missing")
+    images = record["image"] if isinstance(record["image"], list) else [record["image"]]
+    if not images or not all(isinstance(text, str) for text in (*images, record["question"])):
+        raise ValueError("image and question must be strings")
+    own_seed = record.get("seed", seed)
+    if type(own_seed) is not int or not 0 <= own_seed < SEEDS:
+        raise ValueError(f"seed must be a whole number in [0, 2**32), got {shown(own_seed)}")
+    return Question(tuple(images), record["question"], own_seed, record)
 
 
 def answer_all(

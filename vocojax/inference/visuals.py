@@ -33,9 +33,12 @@ class Video:
     seconds: float = 120.0
 
     def __post_init__(self) -> None:
+        whole = isinstance(self.frames, int) and not isinstance(self.frames, bool)
+        require(whole, "frames", "must be a whole number", self.frames)
         require_positive(self, "frames")
         require(self.sampling in get_args(Sampling), "sampling", f"must be one of {list(get_args(Sampling))}",
                 self.sampling)
+        require(isinstance(self.seconds, int | float), "seconds", "must be a number", self.seconds)
         require(self.seconds > 0, "seconds", "must be > 0", self.seconds)
 
 
@@ -66,15 +69,16 @@ class Visual:
         return visual_digest([image_digest(unit) for unit in self.units])
 
 
-# What a visual is made of. An array is one prepared unit [size, size, 3] or several [k, size, size, 3], uint8.
-VisualSource = str | Path | Image.Image | np.ndarray | Video | Frames | Visual
+# What a visual is made of: a path, a file's content, an image, ... An array is one prepared unit [size, size, 3] or
+# several [k, size, size, 3], uint8.
+VisualSource = str | Path | bytes | Image.Image | np.ndarray | Video | Frames | Visual
 
 
 def prepare_visual(source: VisualSource, size: int, fit: Fit) -> Visual:
     """Reads and prepares a visual.
 
     Args:
-      source: a file, an image, frames, or prepared units.
+      source: a file or its content, an image, frames, or prepared units.
       size: edge of a unit's image, in pixels.
       fit: how images become square; with `anyres` an image becomes several units, a frame one.
 
@@ -85,30 +89,41 @@ def prepare_visual(source: VisualSource, size: int, fit: Fit) -> Visual:
         return Visual(_checked(source, size))
     units: tuple[np.ndarray, ...]
     if isinstance(source, Video | Frames):
-        frames: Iterable[Image.Image] = (
-            read_frames(source.path, source.sampling, source.frames, source.seconds) if isinstance(source, Video)
-            else (to_rgb(image) for image in source.images))
-        units = tuple(prepare_frame(frame, size, fit) for frame in frames)
+        units = tuple(prepare_frame(frame, size, fit) for frame in _frames(source))
     elif isinstance(source, Image.Image):
-        units = prepare_units(to_rgb(source), size, fit)
+        units = prepare_units(to_rgb(source, getattr(source, "filename", "") or "in memory"), size, fit)
     elif isinstance(source, str | Path):
         units = prepare_units(decode(read(source), str(source)), size, fit)
+    elif isinstance(source, bytes):
+        units = prepare_units(decode(source, "in memory"), size, fit)
     else:
         raise ImageError("image", f"must be a path, a PIL image, an array, a Video, Frames or a Visual, got "
-                         f"{type(source).__name__}", "no image")
+                         f"{type(source).__name__}; the bytes of an image file will do too", "no image")
     if not units:
         raise ImageError(str(source), "has no image: give at least one", "no image")
     return Visual(units)
 
 
+def _frames(source: Video | Frames) -> Iterable[Image.Image]:
+    """Returns RGB frames."""
+    if isinstance(source, Video):
+        return read_frames(source.path, source.sampling, source.frames, source.seconds)
+    if not all(isinstance(image, Image.Image) for image in source.images):
+        raise ImageError("frames", "must be PIL images", "no image")
+    return (to_rgb(image, f"frame {number}") for number, image in enumerate(source.images))
+
+
 def listed(sources: VisualSource | Sequence[VisualSource]) -> list[VisualSource]:
     """Returns one source, or several, as a list."""
-    return [sources] if isinstance(sources, VisualSource) or not isinstance(sources, Sequence) else list(sources)
+    is_one = isinstance(sources, VisualSource) or not isinstance(sources, Sequence)
+    return [sources] if is_one else list(sources)  # type: ignore[arg-type, list-item]
 
 
 def _checked(source: Visual | np.ndarray, size: int) -> tuple[np.ndarray, ...]:
     """Returns units that are prepared already, if they are."""
     units = source.units if isinstance(source, Visual) else tuple(source) if source.ndim == 4 else (source,)
+    if not all(isinstance(unit, np.ndarray) for unit in units):
+        raise ImageError("units", "must be arrays", "unprepared image")
     if not units or any(unit.shape != (size, size, 3) or unit.dtype != np.uint8 for unit in units):
         found = sorted({f"{unit.dtype}{list(unit.shape)}" for unit in units}) or "none"
         raise ImageError("array", f"must be one or several uint8 [{size}, {size}, 3], got {found}: pass the image "

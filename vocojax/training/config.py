@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vocojax.config import ConfigError, LoraConfig, ModelConfig, build, require, require_positive
+from vocojax.config import ConfigError, LoraConfig, ModelConfig, build, require, require_positive, require_seed
 from vocojax.data.config import DataConfig, Plan, SourceName, Split
 from vocojax.layout import Visibility
 from vocojax.models.stack import REMAT_POLICIES
@@ -227,6 +227,7 @@ class StageConfig:
                     f"must be a multiple of validation.every {every} > 0 to keep the best by "
                     f"{self.checkpoint.best_metric}", self.checkpoint.every)
         require_positive(self, "steps", "batch_size", "accumulate", "unit_chunk", "log_every")
+        require_seed(self.seed)
         require(self.batch_size % self.accumulate == 0, "accumulate", f"must divide batch_size {self.batch_size}",
                 self.accumulate)
         require(self.remat in REMAT_POLICIES, "remat", f"must be one of {sorted(REMAT_POLICIES)}", self.remat)

@@ -61,7 +61,7 @@ class StepFlops:
             self.per_image += cost * config.unit_tokens
         elif name.startswith("vision/blocks/") and is_weight:
             self.per_image += cost * (config.vision.num_patches + 1)
-        elif name == "vision/patch_embedding":
+        elif name in ("vision/patch_embedding", "vision/patch_embedding/kernel"):  # CLIP's and EVA's
             self.per_image += cost * config.vision.num_patches
 
     def total(self, tokens: float, targets: float, images: float, pairs: float, teacher_pairs: float = 0.0) -> float:

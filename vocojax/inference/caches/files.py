@@ -11,6 +11,7 @@ The digest covers the metadata and the tensors; safetensors itself notices only 
 import errno
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,9 +21,10 @@ import safetensors
 from etils import epath
 from safetensors.numpy import save as to_safetensors
 
+from vocojax.errors import shown
 from vocojax.files import parse_json, write_atomically
 from vocojax.inference.caches.cache import CacheError, VocoCache, require_model
-from vocojax.inference.caches.fingerprint import Fingerprint
+from vocojax.inference.caches.fingerprint import Fingerprint, is_digest
 
 Storage = Literal["exact", "int8"]
 FORMAT = "vocojax-voco-cache-1"
@@ -99,18 +101,45 @@ def from_bytes(content: bytes, where: str) -> VocoCache:
         arrays = {name: _array(tensor) for name, tensor in safetensors.deserialize(content)}
         metadata = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         if metadata.get("format") != FORMAT:
-            raise CacheError(f"{where}: is no VoCo cache of format {FORMAT} but {metadata.get('format')!r}")
+            raise CacheError(f"{where}: is no VoCo cache of format {FORMAT} but {shown(metadata.get('format'))}")
         if metadata.pop("sha256") != _digest(metadata, arrays):
             raise ValueError("its digest is not that of its content")
         dtype = _NAMES[metadata["dtype"]]
         part = lambda key: (dequantise(arrays[key], arrays[f"{key}_scale"], dtype) if f"{key}_scale" in arrays
                             else arrays[key])
-        return VocoCache(part("keys"), part("values"), int(metadata["position"]),
-                         tuple(parse_json(metadata["images"])), Fingerprint(metadata["config"], metadata["parameters"]))
+        return VocoCache(*_checked_arrays(part("keys"), part("values")), _position(metadata["position"]),
+                         _image_digests(metadata["images"], arrays["keys"].shape[1]), _fingerprint(metadata))
     except CacheError:
         raise
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise DamagedCache(f"{where}: torn or damaged ({error}); delete it and compress the image again") from error
+
+
+def _checked_arrays(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if keys.ndim != 5 or keys.shape != values.shape or 0 in keys.shape or keys.dtype != values.dtype:
+        raise ValueError(f"keys are {keys.dtype}{list(keys.shape)} and values {values.dtype}{list(values.shape)}")
+    return keys, values
+
+
+def _position(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(f"position is {shown(text)}")
+    return int(text)
+
+
+def _image_digests(text: str, count: int) -> tuple[str, ...]:
+    digests = parse_json(text)
+    if not isinstance(digests, list) or len(digests) != count or not all(map(is_digest, digests)):
+        raise ValueError(f"images must be {count} digests of 32 hexadecimal digits, got {shown(text)}")
+    return tuple(digests)
+
+
+def _fingerprint(metadata: Mapping[str, str]) -> Fingerprint:
+    if not isinstance(parse_json(metadata["config"]), dict):
+        raise ValueError(f"config is {shown(metadata['config'])}")
+    found = Fingerprint(metadata["config"], metadata["parameters"])
+    _ = found.digest  # a lone surrogate has none
+    return found
 
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

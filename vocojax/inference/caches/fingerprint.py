@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,11 @@ def fingerprint(model: VocoLlama, tokenizer: Tokenizer) -> Fingerprint:
     text = "".join(f"{name} {value.dtype.name} {list(value.shape)} {sums[name].tolist()}\n"
                    for name, value in sorted(parameters.items()))
     return Fingerprint(json.dumps(config, sort_keys=True), hashlib.sha256(text.encode()).hexdigest())
+
+
+def is_digest(value: object) -> bool:
+    """Returns whether a value has the form of a digest of an image or a visual: 32 hexadecimal digits."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32}", value) is not None
 
 
 def visual_digest(image_digests: Sequence[str]) -> str:

@@ -12,14 +12,16 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from etils import epath
 
+from vocojax.config import require
+from vocojax.errors import shown
 from vocojax.files import is_partial, is_remote
 from vocojax.inference.caches.cache import CacheError, VocoCache
 from vocojax.inference.caches.files import DamagedCache, Storage, from_bytes, to_bytes, write_cache
-from vocojax.inference.caches.fingerprint import Fingerprint
+from vocojax.inference.caches.fingerprint import Fingerprint, is_digest
 
 # The last four parts of an entry's path, and the name of a half-written one. Nothing else is ever removed.
 _ENTRY = re.compile(r"[0-9a-f]{32}/\d+(-int8)?/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors")
@@ -48,18 +50,29 @@ class Store:
 
     Raises:
       CacheError: the root is empty.
+      ConfigError: the storage or the size is none of these.
     """
 
     def __init__(self, root: epath.PathLike, storage: Storage = "exact", max_bytes: int | None = None):
         if not os.fspath(root):
             raise CacheError("a store's directory must be named, got ''")
+        require(storage in get_args(Storage), "storage", f"must be one of {list(get_args(Storage))}", storage)
+        is_size = max_bytes is None or (isinstance(max_bytes, int) and max_bytes >= 0)
+        require(is_size, "max_bytes", "must be a whole number >= 0 or None", max_bytes)
         self.root, self.storage, self.max_bytes = epath.Path(root), storage, max_bytes
         self._used: dict[str, float] = {}  # on an object store
         self._swept: set[epath.Path] = set()  # directories where half-written files were removed
         self._room = 0  # bytes that may be written before the store's size is checked again
 
     def path(self, digest: str, fingerprint: Fingerprint, num_vocos: int) -> epath.Path:
-        """Returns where the entry of a visual with this digest belongs."""
+        """Returns where the entry of a visual with this digest belongs.
+
+        Raises:
+          CacheError: it is no digest; as a path it could lead out of the store.
+        """
+        if not is_digest(digest):
+            raise CacheError(f"an image's digest must be 32 hexadecimal digits, got {shown(digest)}: compress the "
+                             "image itself")
         kind = f"{num_vocos}-int8" if self.storage == "int8" else str(num_vocos)
         return self.root / fingerprint.digest / kind / digest[:2] / f"{digest}.safetensors"
 

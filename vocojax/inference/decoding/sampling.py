@@ -3,15 +3,18 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vocojax.config import require, require_positive
+from vocojax.config import SEEDS, require, require_positive, require_seed
+from vocojax.errors import InputError
 
-SEEDS = 2**32  # seeds are whole numbers below it
+COLDEST = 1e-5  # a lower temperature takes the likeliest token: logits divided by it would leave float32's range
+LARGEST = 1e9  # of temperatures and penalties, for the same reason
+MAX_NEW_TOKENS = 2**20  # room for each token of an answer is made before its first one
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class SamplingConfig:
 
     Attributes:
       max_new_tokens: length limit of the answer, in tokens.
-      temperature: 0 takes the likeliest token; else a token is drawn from the softmax of logits / temperature.
+      temperature: below 1e-5 the likeliest token is taken; else one is drawn from the softmax of logits / temperature.
       top_k: draw from this many likeliest tokens; 0 for all.
       top_p: draw from the smallest set of tokens that holds this probability mass.
       repetition_penalty: logits of tokens that the text already holds are divided by it where positive and multiplied
@@ -40,20 +43,32 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("max_new_tokens", "top_k", "seed"):
+        for key in ("max_new_tokens", "top_k"):
             value = getattr(self, key)
             require(isinstance(value, int) and not isinstance(value, bool), key, "must be a whole number", value)
         for key in ("temperature", "top_p", "repetition_penalty"):
-            require(isinstance(getattr(self, key), int | float), key, "must be a number", getattr(self, key))
+            value = getattr(self, key)
+            require(isinstance(value, int | float) and not isinstance(value, bool), key, "must be a number", value)
         is_strings = isinstance(self.stop, tuple | list) and all(isinstance(text, str) for text in self.stop)
         require(is_strings, "stop", "must be a tuple of strings, as in stop=('\\n',)", self.stop)
         require_positive(self, "max_new_tokens")
+        require(self.max_new_tokens <= MAX_NEW_TOKENS, "max_new_tokens", f"must be <= {MAX_NEW_TOKENS}",
+                self.max_new_tokens)
         require(self.temperature >= 0, "temperature", "must be >= 0", self.temperature)
+        require(self.temperature <= LARGEST, "temperature", f"must be <= {LARGEST:g}", self.temperature)
         require(self.top_k >= 0, "top_k", "must be >= 0", self.top_k)
+        require(self.top_k < 2**31, "top_k", "must be < 2**31", self.top_k)
         require(0 < self.top_p <= 1, "top_p", "must be in (0, 1]", self.top_p)
         require(self.repetition_penalty > 0, "repetition_penalty", "must be > 0", self.repetition_penalty)
+        require(1 / LARGEST <= self.repetition_penalty <= LARGEST, "repetition_penalty",
+                f"must be in [{1 / LARGEST:g}, {LARGEST:g}]", self.repetition_penalty)
         require(all(self.stop), "stop", "must hold no empty string", self.stop)
-        require(0 <= self.seed < SEEDS, "seed", "must be in [0, 2**32)", self.seed)
+        require_seed(self.seed)
+
+    @property
+    def draws(self) -> bool:
+        """True if tokens are drawn, False if the likeliest one is taken."""
+        return self.temperature >= COLDEST
 
 
 GREEDY = SamplingConfig()
@@ -80,14 +95,22 @@ class SamplingStatics(NamedTuple):
         """
         longest = max(sampling.max_new_tokens for sampling in samplings)
         step = 1 << max(0, (longest - 1).bit_length() - 3)
-        return cls(-(-longest // step) * step, any(sampling.temperature > 0 for sampling in samplings),
+        return cls(-(-longest // step) * step, any(sampling.draws for sampling in samplings),
                    any(sampling.repetition_penalty != 1 for sampling in samplings))
 
 
 def one_each(sampling: SamplingConfig, seeds: Sequence[int] | None, count: int) -> list[SamplingConfig]:
-    """Returns the settings of several rows, the same but for the seeds; these count up by default."""
+    """Returns the settings of several rows, the same but for the seeds; these count up by default.
+
+    Raises:
+      InputError: there are more or fewer seeds than rows.
+      ConfigError: a seed is not in [0, 2**32).
+    """
     seeds = [(sampling.seed + index) % SEEDS for index in range(count)] if seeds is None else seeds
-    return [dataclasses.replace(sampling, seed=int(seed)) for _, seed in zip(range(count), seeds, strict=True)]
+    if len(seeds) != count:
+        raise InputError(f"seeds must be one per question, got {len(seeds)} for {count}")
+    whole = [int(seed) if isinstance(seed, np.integer) else seed for seed in seeds]
+    return [dataclasses.replace(sampling, seed=seed) for seed in whole]
 
 
 class SamplingInputs(NamedTuple):
@@ -112,12 +135,16 @@ class SamplingInputs(NamedTuple):
     @classmethod
     def of(cls, samplings: Sequence[SamplingConfig]) -> "SamplingInputs":
         """Returns the settings of rows as host arrays."""
-        columns = {
-            "max_new_tokens": np.int32, "temperature": np.float32, "top_k": np.int32, "top_p": np.float32,
-            "repetition_penalty": np.float32, "seed": np.uint32,
-        }
-        return cls(*(np.array([getattr(s, name) for s in samplings], dtype)  # type: ignore[arg-type]
-                     for name, dtype in columns.items()))
+        smallest = float(np.finfo(np.float32).tiny)  # less would be rounded to 0, and no token is within a mass of 0
+        columns: list[tuple[list[Any], Any]] = [
+            ([s.max_new_tokens for s in samplings], np.int32),
+            ([s.temperature if s.draws else 0 for s in samplings], np.float32),
+            ([s.top_k for s in samplings], np.int32),
+            ([max(s.top_p, smallest) for s in samplings], np.float32),
+            ([s.repetition_penalty for s in samplings], np.float32),
+            ([s.seed for s in samplings], np.uint32),
+        ]
+        return cls(*(np.array(values, dtype) for values, dtype in columns))  # type: ignore[arg-type]
 
 
 def choose(
