@@ -75,7 +75,7 @@ class MmBench(Benchmark):
         try:
             return Image.open(io.BytesIO(base64.b64decode(cell)))
         except (OSError, binascii.Error) as error:
-            raise InputError(f"{self._path}, index {source}: its image can't be read: {error}") from error
+            raise InputError(f"{self._path}, index {source!s}: its image can't be read: {error}") from error
 
     def mark(self, item: Item, text: str, convention: str) -> float | None:
         """Returns 1 if the letter that the answer chooses is right; of one rotation."""
