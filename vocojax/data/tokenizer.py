@@ -1,39 +1,158 @@
-"""Tokenizers: any fast Hugging Face tokenizer with `<voco>` added, and a word tokenizer for closed vocabularies."""
+"""Tokenizers: any fast Hugging Face tokenizer with `<voco>` added, and a word tokenizer for closed vocabularies.
+
+A directory's files are taken as they are: `tokenizer.json`, or else `tokenizer.model`. transformers' classes for single
+families are not used, since some of them build another pipeline than the file says (a space before each text, no NFKC).
+No code of a directory is ever executed.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as BackendTokenizer
-from transformers import (
-    CONFIG_MAPPING,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from vocojax.data.sentencepiece_model import (
+    encode_by_sentencepiece,
+    is_sentencepiece,
+    read_sentencepiece,
+    special_tokens,
+)
 from vocojax.errors import InputError
 from vocojax.layout import Encoded
 from vocojax.sums import require_small_files
 
 VOCO_TOKEN = "<voco>"
+_CONFIG, _JSON, _MODEL = "tokenizer_config.json", "tokenizer.json", "tokenizer.model"
+# References to the sources that exports carry, see `pretrained.pytorch`.
+_OWN_CODE = re.compile(r"(configuration|modeling|processing)_voco_llava\.\w+")
+# What a tokenizer needs in addition to its vocabulary.
+_SETTINGS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_TEMPLATES = "additional_chat_templates"
+# Short texts in which tokenizers differ that were read wrongly: spaces, newlines, digits, other scripts, wide forms.
+PROBES = ("what color is the bus ?", "two  spaces and a\nnewline", "12345 and \uff57ide",
+          "caf\u00e9 \u56fe\u50cf \U0001f642")
 
 
-def open_huggingface(directory: str | Path) -> PreTrainedTokenizerBase:
+def open_huggingface(directory: str | Path) -> PreTrainedTokenizerFast:
     """Opens a directory's own tokenizer, without `<voco>` if it lacks it.
 
     Raises:
-      OSError, ValueError, KeyError, TypeError: transformers can't use what is there.
+      InputError: the directory has neither `tokenizer.json` nor `tokenizer.model`, a file asks for Python code of its
+        own, or the ids are not those that the files define.
+      OSError, ValueError, KeyError, TypeError: the files are damaged.
     """
-    config = None
-    if (Path(directory) / "config.json").is_file():
-        values, _ = PreTrainedConfig.get_config_dict(str(directory), local_files_only=True)
-        if values.get("model_type") not in (None, *CONFIG_MAPPING):  # such as llava_llama
-            config = PreTrainedConfig.from_dict(values)  # as transformers would, which warns that it guesses
-    return AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True, legacy=False)
+    directory = Path(directory)
+    config = _read_config(directory)
+    if (directory / _JSON).is_file():
+        backend = _read_backend(directory / _JSON)
+    elif (directory / _MODEL).is_file():
+        backend = read_sentencepiece(directory / _MODEL, bool(config.get("legacy", False)))
+        config = {**special_tokens(directory / _MODEL), "add_bos_token": True, **config}
+    else:
+        raise InputError(f"{directory}: holds neither {_JSON} nor {_MODEL}")
+    with tempfile.TemporaryDirectory() as name:  # transformers sees these files and no others
+        clean = Path(name)
+        for setting in _SETTINGS:
+            if (directory / setting).is_file():
+                shutil.copyfile(directory / setting, clean / setting)
+        if (directory / _TEMPLATES).is_dir():
+            shutil.copytree(directory / _TEMPLATES, clean / _TEMPLATES)
+        backend.save(str(clean / _JSON))
+        _write(clean / _CONFIG, _with_defaults(config, clean, backend))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    tokenizer.name_or_path = str(directory)
+    if tokenizer.chat_template is None and (directory / "chat_template.json").is_file():  # of transformers 4
+        tokenizer.chat_template = _read(directory / "chat_template.json").get("chat_template")
+    _compare(directory, tokenizer)
+    return tokenizer
+
+
+def _read_backend(path: Path) -> BackendTokenizer:
+    """Reads `tokenizer.json`, without the truncation and padding that it may ask for."""
+    backend = BackendTokenizer.from_file(str(path))
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}; download the file again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold a JSON object; download the file again")
+    return values
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """Reads `tokenizer_config.json`.
+
+    Raises:
+      InputError: an `auto_map` names code of the directory's own. The files that vocojax writes into exports are no
+        tokenizer, and reading needs none of them.
+    """
+    config = _read(directory / _CONFIG) if (directory / _CONFIG).is_file() else {}
+    model = _read(directory / "config.json") if (directory / "config.json").is_file() else {}
+    for name, values in ((_CONFIG, config), ("config.json", model)):
+        if foreign := foreign_code(values):
+            raise InputError(f"{directory / name}: auto_map asks to run Python code of the directory ({foreign}), "
+                             "which vocojax never does; remove the entry if the other files are complete without it")
+    return config
+
+
+def foreign_code(values: Mapping[str, Any]) -> str | None:
+    """Returns a reference in the entry `auto_map` to code other than what vocojax writes into exports, or None."""
+    auto_map = values.get("auto_map") or {}
+    named = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    references = [one for value in named for one in (value if isinstance(value, list) else [value]) if one is not None]
+    return next((str(one) for one in references if not _OWN_CODE.fullmatch(str(one))), None)
+
+
+def _with_defaults(config: dict[str, Any], clean: Path, backend: BackendTokenizer) -> dict[str, Any]:
+    """Returns the settings for the class that takes `tokenizer.json` as it is.
+
+    LLaMA's class pads on the left and has `<s>`, `</s>` and `<unk>` where the files do not name other tokens.
+    """
+    named = config.keys() | (_read(clean / _SETTINGS[0]).keys() if (clean / _SETTINGS[0]).is_file() else set())
+    own = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    defaults = {name: text for name, text in own.items() if name not in named and backend.token_to_id(text) is not None}
+    if str(config.get("tokenizer_class", "")).startswith("LlamaTokenizer"):
+        defaults["padding_side"] = "left"
+    kept = {name: value for name, value in config.items() if name not in ("auto_map", "tokenizer_file", "vocab_file")}
+    return defaults | kept | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def _compare(directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Compares ids with an independent reading of each file.
+
+    Raises:
+      InputError: they differ.
+    """
+    readings = {}
+    if (directory / _JSON).is_file():
+        own = _read_backend(directory / _JSON)
+        readings[_JSON] = lambda text: own.encode(text, add_special_tokens=False).ids
+    if is_sentencepiece(directory / _MODEL):  # Llama 3 has another kind of file under this name
+        readings[_MODEL] = lambda text: encode_by_sentencepiece(directory / _MODEL, text)
+    for text in PROBES:
+        ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        for name, read in readings.items():
+            if (expected := read(text)) != ids:
+                raise InputError(f"{directory / name}: {text!r} has the ids {expected} by this file, and {ids} as it "
+                                 f"is read here; pass a tokenizer directory whose files agree (if it has both {_JSON} "
+                                 f"and {_MODEL}, delete the wrong one)")
 
 
 class Tokenizer:
@@ -45,10 +164,14 @@ class Tokenizer:
       eos_id: id of EOS.
       eos_token: text of EOS.
       voco_id: id of `<voco>`.
+      had_voco: whether the tokenizer had `<voco>` already.
+      sentencepiece: content of the directory's `tokenizer.model`, or None. Slow tokenizers need it, so it travels with
+        runs and exports.
 
     Args:
       tokenizer: a tokenizer backed by the `tokenizers` library, with BOS and EOS. `<voco>` is added if it is missing
         (with Vicuna's tokenizer its id is 32000).
+      sentencepiece: see above.
 
     Raises:
       InputError: the tokenizer has no BOS or EOS, or is a slow one.
@@ -56,14 +179,16 @@ class Tokenizer:
 
     voco_token = VOCO_TOKEN
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, sentencepiece: bytes | None = None):
         if not tokenizer.is_fast:
             raise InputError(f"{type(tokenizer).__name__} keeps no character offsets: load its fast version")
         for name in ("bos_token_id", "eos_token_id"):
             if getattr(tokenizer, name) is None:
                 raise InputError(f"the tokenizer {tokenizer.name_or_path!r} has no {name.removesuffix('_id')}")
+        self.had_voco = VOCO_TOKEN in tokenizer.get_vocab()
         tokenizer.add_tokens([VOCO_TOKEN], special_tokens=True)
         self.huggingface = tokenizer
+        self.sentencepiece = sentencepiece
         self.bos_id: int = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
         self.eos_token: str = tokenizer.eos_token
@@ -81,13 +206,35 @@ class Tokenizer:
             raise FileNotFoundError(f"tokenizer directory {str(directory)!r} does not exist")
         require_small_files(directory)
         try:
-            return cls(open_huggingface(directory))
-        except OSError as error:
+            model = Path(directory) / _MODEL
+            return cls(open_huggingface(directory), model.read_bytes() if is_sentencepiece(model) else None)
+        except InputError:
+            raise
+        except Exception as error:  # the libraries raise anything for a damaged file
             raise InputError(f"{str(directory)!r} holds no usable tokenizer: {error}") from error
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer files that `from_directory` and transformers load."""
+        """Writes tokenizer files that `from_directory` and transformers from 4.37 load.
+
+        With a `tokenizer.model` the class is `LlamaTokenizer`, whose slow version the original code loads.
+        """
+        directory = Path(directory)
         self.huggingface.save_pretrained(str(directory))
+        if self.sentencepiece is not None:
+            (directory / _MODEL).write_bytes(self.sentencepiece)
+        added = self.huggingface.backend_tokenizer.get_added_tokens_decoder()
+        _write(directory / "added_tokens.json", {
+            token.content: id_ for id_, token in sorted(added.items()) if id_ >= self.huggingface.vocab_size})
+        specials = {name: str(token) for name, token in self.huggingface.special_tokens_map.items()
+                    if not isinstance(token, list)}
+        _write(directory / _SETTINGS[0], {**specials, "additional_special_tokens": [VOCO_TOKEN]})
+        _write(directory / _CONFIG, _read(directory / _CONFIG) | {
+            "tokenizer_class": "PreTrainedTokenizerFast" if self.sentencepiece is None else "LlamaTokenizer",
+            "added_tokens_decoder": {str(id_): {
+                "content": token.content, "lstrip": token.lstrip, "rstrip": token.rstrip,
+                "normalized": token.normalized, "single_word": token.single_word, "special": token.special,
+            } for id_, token in sorted(added.items())},
+        })
 
     @property
     def vocabulary_digest(self) -> str:

@@ -14,8 +14,8 @@ from vocojax.convert import huggingface, llava, tables
 from vocojax.convert.mapped import MappedWeights
 from vocojax.convert.mapping import Table
 from vocojax.convert.tensor_files import MergedTensors, open_directory, open_file
-from vocojax.data.tokenizer import VOCO_TOKEN, Tokenizer, open_huggingface
-from vocojax.errors import ConvertError
+from vocojax.data.tokenizer import VOCO_TOKEN, Tokenizer
+from vocojax.errors import ConvertError, InputError
 from vocojax.layout import Visibility
 from vocojax.models.llama import Decoder
 from vocojax.models.parameters import abstract, variables_of
@@ -127,12 +127,12 @@ def open_source(
         decoder = huggingface.read_decoder(values, where)
         config = ModelConfig(decoder=decoder, voco=huggingface.read_voco(values, where))
         make_table = _llama_table
-    own_tokenizer, knows_voco = _read_tokenizer(Path(tokenizer or directory))
+    own_tokenizer = _read_tokenizer(Path(tokenizer or directory))
     rows, voco_id = config.decoder.vocab_size, own_tokenizer.voco_id
     if "voco" in values:
         _require_same_voco(config.voco, own_tokenizer, num_vocos, where)
     # The last row of the released code's vocabulary is `<voco>`'s, even if its tokenizer does not know the token.
-    knows_voco |= "mm_hidden_size" in values and rows == voco_id + 1
+    knows_voco = own_tokenizer.had_voco or ("mm_hidden_size" in values and rows == voco_id + 1)
     is_released = knows_voco and "mm_hidden_size" in values and "voco" not in values
     config = replace(
         config, decoder=_own_vocabulary(config.decoder, values, where) or _grown(config.decoder, voco_id),
@@ -182,15 +182,11 @@ def _own_vocabulary(config: DecoderConfig, values: Mapping[str, Any], where: str
                            "again, or delete the entry") from None
 
 
-def _read_tokenizer(directory: Path) -> tuple[Tokenizer, bool]:
-    """Reads the tokenizer of a directory; also returns whether its files already have `<voco>`."""
+def _read_tokenizer(directory: Path) -> Tokenizer:
     try:
-        raw = open_huggingface(directory)
-        knows_voco = VOCO_TOKEN in raw.get_vocab()
-        return Tokenizer(raw), knows_voco
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = first_line(error) or type(error).__name__
-        raise ConvertError(f"{directory}: no usable tokenizer ({reason}); pass a directory that has one as "
+        return Tokenizer.from_directory(directory)
+    except (OSError, InputError) as error:
+        raise ConvertError(f"{directory}: no usable tokenizer ({first_line(error)}); pass a directory that has one as "
                            "--tokenizer") from None
 
 
