@@ -92,12 +92,12 @@ def attention_mask_of(layout: Layout, queries: int, keys: int, attention: str, d
     Raises:
       ValueError: the implementation takes no such mask.
     """
-    if attention == "flex_attention" and queries > 1:
+    if attention == "flex_attention":
         return _block_mask(layout, queries, keys)
     mask_BQK = torch.nn.functional.pad(allowed(layout, queries), (0, keys - layout.stop_BS.shape[1]))
     if attention == "sdpa":
         return mask_BQK
-    if attention in ("eager", "flex_attention"):
+    if attention == "eager":
         return torch.zeros(mask_BQK.shape, dtype=dtype, device=mask_BQK.device).masked_fill(
             ~mask_BQK, torch.finfo(dtype).min)
     raise ValueError(f"attn_implementation {attention!r} can't take the VoCo mask: load the model with 'sdpa', "
@@ -106,12 +106,12 @@ def attention_mask_of(layout: Layout, queries: int, keys: int, attention: str, d
 
 def _block_mask(layout: Layout, queries: int, keys: int) -> BlockMask:
     rows, length = layout.stop_BS.shape
-    first = length - queries
-    start_BS = layout.start_BS
+    start_BQ = layout.start_BS[:, -queries:].contiguous()
     stop_BK = torch.nn.functional.pad(layout.stop_BS, (0, keys - length))
+    index_Q = torch.arange(length - queries, length, device=start_BQ.device)  # numbers would be compiled into kernels
 
     def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        index = query + first
-        return (start_BS[row, index] <= key) & (key <= index) & (index < stop_BK[row, key])
+        index = index_Q[query]
+        return (start_BQ[row, query] <= key) & (key <= index) & (index < stop_BK[row, key])
 
-    return create_block_mask(sees, rows, None, queries, keys, device=str(start_BS.device))
+    return create_block_mask(sees, rows, None, queries, keys, device=str(start_BQ.device))
