@@ -1,15 +1,19 @@
 """One export of a tiny model, opened by PyTorch and by vocojax; what the tests compute with both is compared."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vocojax.inference.assistant import Assistant
+from vocojax.models.parameters import abstract, parameters_of, with_parameters
+from vocojax.models.voco import VocoLlama
 from vocojax.pretrained.loading import save_model
 from vocojax.runs.card import ModelCard
 
@@ -51,6 +55,16 @@ def causal(tiny_config, tiny_model, words, tmp_path_factory) -> Pair:
     """The same weights as an upper bound."""
     directory = tmp_path_factory.mktemp("torch") / "causal"
     save_model(tiny_model, ModelCard(tiny_config, words, "short", "pad", "causal"), directory)
+    return open_pair(directory)
+
+
+@pytest.fixture(scope="session")
+def sequential(tiny_config, tiny_model, words, tmp_path_factory) -> Pair:
+    """The same weights, with images numbered one after the other."""
+    config = dataclasses.replace(tiny_config, voco=dataclasses.replace(tiny_config.voco, positions="sequential"))
+    directory = tmp_path_factory.mktemp("torch") / "sequential"
+    model = with_parameters(abstract(lambda: VocoLlama(config, nnx.Rngs(0), np.float32)), parameters_of(tiny_model))
+    save_model(model, ModelCard(config, words, "short", "pad", "voco"), directory)
     return open_pair(directory)
 
 

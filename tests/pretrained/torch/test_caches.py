@@ -59,6 +59,18 @@ def test_text_after_a_cache_reads_as_in_vocojax(voco, ours, theirs, kept):
     assert_same_answers(found[:, inputs["input_ids"].shape[1] :], expected.ids_BT, voco.assistant.tokenizer.eos_id)
 
 
+def test_positions_may_be_sequential(sequential, images):
+    cache = sequential.model.compress(sequential.processor(images=images)["pixel_values"])
+    expected = sequential.assistant.generate_behind(sequential.assistant.compress(images), CONVERSATIONS, UNITS, GREEDY)
+    inputs = asked(sequential, cache)
+    found = sequential.model.generate(**inputs, voco_cache=cache, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert_same_answers(found[:, inputs["input_ids"].shape[1] :], expected.ids_BT, 2)
+    with torch.no_grad():
+        logits = sequential.model(**inputs, voco_cache=cache).logits[:, -1].numpy()
+    is_text = np.isfinite(expected.logits_BV[0])
+    np.testing.assert_allclose(logits[:, : len(is_text)][:, is_text], expected.logits_BV[:, is_text], atol=1e-4)
+
+
 def test_two_stages_are_a_single_pass(voco, images, theirs):
     whole = inputs_about(voco, (1, 2, 3), images)
     after = asked(voco, theirs, [[0], [0, 1], [0, 1, 2]])

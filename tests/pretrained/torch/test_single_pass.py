@@ -39,7 +39,7 @@ def prompts_about(pair, counts, images):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["voco", "causal"])
+@pytest.mark.parametrize("kind", ["voco", "causal", "sequential"])
 def test_logits_are_those_of_vocojax(kind, side, images, request):
     pair = request.getfixturevalue(kind)
     counts = (0, 1, 3)
@@ -107,6 +107,7 @@ def test_bfloat16_is_right_within_its_rounding(voco, images):
     assert 0 < off[0].max() < 2 * off[1].max() and off[0].mean() < 1.2 * off[1].mean()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # flex_attention is not compiled
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_every_implementation_of_attention(voco, images, attention):
     inputs = inputs_about(voco, (0, 1, 3), images)

@@ -9,7 +9,7 @@ class VocoLlavaConfig(LlavaConfig):
     """A `LlavaConfig` that also holds what its `config.json` says of VoCo tokens, prompts and mask.
 
     Attributes:
-      voco: `num_vocos`, the VoCo tokens per unit, and `token_id`, the id of `<voco>`.
+      voco: `num_vocos`, the VoCo tokens per unit; `token_id`, the id of `<voco>`; `positions`, see `unit_gap`.
       prompt: `template`, `fit` and `visibility`. `visibility` is the mask that the model was trained with: `voco`, or
         `causal` for upper bounds. Set `config.prompt["visibility"]` to evaluate with the other one.
       vocojax: `model`, the model's config in vocojax; `unit_ids`, the ids of BOS and newline in a unit.
@@ -28,6 +28,11 @@ class VocoLlavaConfig(LlavaConfig):
     def first_position(self) -> int:
         """Position of a unit's first VoCo token in the unit: the number of tokens before it."""
         return self.image_seq_length + len(self.vocojax["unit_ids"])
+
+    @property
+    def unit_gap(self) -> int:
+        """Positions between the VoCo tokens of two units: none (`compact`), or those of all tokens between them."""
+        return 0 if self.voco.get("positions", "compact") == "compact" else self.first_position
 
     @property
     def num_tokens(self) -> int:

@@ -34,38 +34,49 @@ class Layout(NamedTuple):
 _NEVER = torch.iinfo(torch.int64).max  # `stop` of a key that all later tokens see
 
 
-def voco_layout(is_token_BS: torch.Tensor, is_voco_BS: torch.Tensor, first_position: int) -> Layout:
+def voco_layout(
+    is_token_BS: torch.Tensor, is_voco_BS: torch.Tensor, first_position: int, gap: int, cached_vocos: int | None
+) -> Layout:
     """Lays out rows in which units stand alone, and text sees only their VoCo tokens.
 
-    Positions are compact: unit t has those of a single unit, shifted by t * N, and text follows the last VoCo token.
-    Units that a cache holds are in the row as their VoCo tokens alone; text after them has the same positions.
+    Unit t has the positions of a single unit, shifted by t * (N + gap), and text follows the last VoCo token. Units
+    that a cache holds are in the row as their VoCo tokens alone; text after them has the same positions.
 
     Args:
       is_token_BS: bool, False for padding.
       is_voco_BS: bool, True for VoCo tokens.
       first_position: position of a unit's first VoCo token in the unit.
+      gap: positions between the VoCo tokens of two units: 0 if they are consecutive (compact positions).
+      cached_vocos: VoCo tokens of each unit, N, if a cache holds the units; None for rows with whole units.
     """
     length = is_token_BS.shape[1]
     index_BS = torch.arange(length, device=is_token_BS.device).expand_as(is_token_BS)
     vocos_BS = is_voco_BS.cumsum(-1)
     in_unit_BS = is_token_BS & (is_voco_BS | (vocos_BS < vocos_BS[:, -1:]))
-    ends_unit_BS = is_voco_BS & ~torch.nn.functional.pad(is_voco_BS[:, 1:], (0, 1))
-    follows_end_BS = torch.nn.functional.pad(ends_unit_BS[:, :-1], (1, 0))
+    ends_unit_BS = is_voco_BS & ~_shifted_left(is_voco_BS)
+    units_BS = ends_unit_BS.cumsum(-1) if cached_vocos is None else vocos_BS // cached_vocos
     # A unit begins after padding or after the unit before it.
-    follows_gap_BS = ~torch.nn.functional.pad(is_token_BS[:, :-1], (1, 0))
-    begins_BS = in_unit_BS & (follows_end_BS | follows_gap_BS)
+    begins_BS = in_unit_BS & (_shifted_right(ends_unit_BS) | ~_shifted_right(is_token_BS))
     start_BS = torch.where(begins_BS, index_BS, 0).cummax(-1).values
     end_BS = torch.where(ends_unit_BS, index_BS + 1, length).flip(-1).cummin(-1).values.flip(-1)
-    is_hidden_BS = in_unit_BS & ~is_voco_BS
-    vocos_before_BS = (vocos_BS - is_voco_BS.long()).gather(1, start_BS)
-    unit_position_BS = index_BS - start_BS + vocos_before_BS
+    before_BS = vocos_BS - is_voco_BS.long() + gap * (units_BS - ends_unit_BS.long())  # positions of earlier units
+    unit_position_BS = index_BS - start_BS + before_BS.gather(1, start_BS)
     text_index_BS = (is_token_BS & ~in_unit_BS).cumsum(-1) - 1
-    text_start_B1 = vocos_BS[:, -1:] + torch.where(vocos_BS[:, -1:] > 0, first_position, 0)
+    vocos_B1, units_B1 = vocos_BS[:, -1:], units_BS[:, -1:]
+    text_start_B1 = torch.where(units_B1 > 0, first_position + vocos_B1 + gap * (units_B1 - 1), 0)
     positions_BS = torch.where(in_unit_BS, unit_position_BS, text_start_B1 + text_index_BS)
     start_BS = torch.where(in_unit_BS, start_BS, 0)
-    stop_BS = torch.where(is_hidden_BS, end_BS, _NEVER)
+    stop_BS = torch.where(in_unit_BS & ~is_voco_BS, end_BS, _NEVER)
     return Layout(torch.where(is_token_BS, positions_BS, 0), torch.where(is_token_BS, start_BS, index_BS),
                   torch.where(is_token_BS, stop_BS, index_BS + 1))
+
+
+def _shifted_left(x_BS: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(x_BS[:, 1:], (0, 1))
+
+
+def _shifted_right(x_BS: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(x_BS[:, :-1], (1, 0))
 
 
 def allowed(layout: Layout, queries: int) -> torch.Tensor:

@@ -90,7 +90,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         prefix = _prefix_length(voco_cache, voco_units) if is_first else 0
         queries = input_ids.shape[1] - prefix
         if attention_mask is None or len(attention_mask.shape) == 2:
-            attention_mask, positions = self._visibility(input_ids, attention_mask, queries, is_first)
+            attention_mask, positions = self._visibility(input_ids, attention_mask, voco_cache, queries, is_first)
             position_ids = positions if position_ids is None else position_ids
         if voco_cache is not None and is_first:
             past_key_values = DynamicCache() if past_key_values is None else past_key_values
@@ -186,13 +186,14 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 queries -= _prefix_length(kwargs.get("voco_cache"), kwargs.get("voco_units"))
             # A static cache has more slots than there are tokens; transformers has made a mask of that size.
             keys = theirs.shape[-1] if theirs is not None and theirs.ndim == 4 else input_ids.shape[1]
-            layout = self._layout(input_ids, attention_mask)
+            layout = self._layout(input_ids, attention_mask, kwargs.get("voco_cache"))
             inputs["attention_mask"] = self._mask(layout, queries, keys)
             inputs["position_ids"] = layout.positions_BS[:, -queries:]
         return inputs
 
     def _visibility(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, queries: int, is_first: bool
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: VocoCache | None, queries: int,
+        is_first: bool,
     ) -> tuple[Any, torch.Tensor | None]:
         """Returns the mask and the positions of the last `queries` tokens of whole rows."""
         if not self.config.stands_alone:
@@ -203,16 +204,16 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if not is_first:
             raise ValueError("after past_key_values, the mask can't be known from the new ids alone: use generate, or "
                              "pass attention_mask [B, 1, Q, K] and position_ids")
-        layout = self._layout(input_ids, attention_mask)
+        layout = self._layout(input_ids, attention_mask, cache)
         return self._mask(layout, queries, input_ids.shape[1]), layout.positions_BS
 
-    def _layout(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Layout:
+    def _layout(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: VocoCache | None
+    ) -> Layout:
         is_token = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         is_voco = (input_ids == self.config.voco["token_id"]) & is_token
-        if self.config.voco.get("positions", "compact") != "compact":
-            raise ValueError("the model numbers the positions of its images one after the other (voco.positions is "
-                             "'sequential'), which vocojax knows and this code does not: use vocojax")
-        return voco_layout(is_token, is_voco, self.config.first_position)
+        return voco_layout(is_token, is_voco, self.config.first_position, self.config.unit_gap,
+                           None if cache is None else cache.num_vocos)
 
     def _mask(self, layout: Layout, queries: int, keys: int) -> Any:
         attention = self.model.language_model.config._attn_implementation
@@ -254,7 +255,8 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> None:
         """Puts the units of a cache into `past`, in front of each row's text.
 
-        A unit's keys are rotated to the positions that it has alone; rotating them by t * N more moves them to slot t.
+        A unit's keys are rotated to the positions that it has alone; rotating them by t * (N + gap) more moves them to
+        slot t.
         """
         self._require_voco()
         cache.require_model(self.fingerprint())
@@ -269,9 +271,9 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 is_voco[:, prefix:].any()):
             raise ValueError(f"the ids do not begin with the VoCo tokens of {cache}: make them with "
                              "processor(text=..., voco_cache=cache), with the same units")
-        slots_BT = ((units_BT >= 0).cumsum(-1) - 1).clamp(min=0)
+        shift_BT = ((units_BT >= 0).cumsum(-1) - 1).clamp(min=0) * (kept + self.config.unit_gap)
         rotary = self.model.language_model.rotary_emb
-        cos, sin = (x[:, :, None, None] for x in rotary(torch.empty(0, device=self.device), slots_BT * kept))
+        cos, sin = (x[:, :, None, None] for x in rotary(torch.empty(0, device=self.device), shift_BT))
         places = {"cache_position": torch.arange(prefix, device=self.device)}
         for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
             k_BTNGD, v_BTNGD = (x.to(self.device)[units_BT.clamp(min=0)] for x in (keys, values))
