@@ -29,6 +29,7 @@ setup(
         "einops>=0.8",
         "etils[epath]>=1.15",
         "transformers>=5.23",
+        "huggingface_hub>=1.0",
         "safetensors>=0.6",
         "sentencepiece>=0.2",
         "protobuf>=5",

@@ -15,7 +15,7 @@ ORDER = (
     ("errors",),
     ("devices", "liveness"),
     ("kernels",),
-    ("files", "config"),
+    ("files", "config", "hub"),
     ("layout", "sums"),
     ("models",),
     ("weights", "parallel", "data"),

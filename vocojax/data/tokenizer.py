@@ -25,6 +25,7 @@ from vocojax.data.sentencepiece_model import (
     special_tokens,
 )
 from vocojax.errors import InputError
+from vocojax.hub import local_copy
 from vocojax.layout import Encoded
 from vocojax.sums import require_small_files
 
@@ -202,6 +203,7 @@ class Tokenizer:
           FileNotFoundError: no such directory.
           InputError: no usable tokenizer in it.
         """
+        directory = local_copy(directory)
         if not Path(directory).is_dir():
             raise FileNotFoundError(f"tokenizer directory {str(directory)!r} does not exist")
         require_small_files(directory)

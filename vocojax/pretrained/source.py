@@ -16,6 +16,7 @@ from vocojax.convert.mapping import Table
 from vocojax.convert.tensor_files import MergedTensors, open_directory, open_file
 from vocojax.data.tokenizer import VOCO_TOKEN, Tokenizer
 from vocojax.errors import ConvertError, InputError
+from vocojax.hub import local_copy
 from vocojax.layout import Visibility
 from vocojax.models.llama import Decoder
 from vocojax.models.parameters import abstract, variables_of
@@ -86,7 +87,7 @@ def open_source(
     """Opens weights. Only their headers are read.
 
     Args:
-      directory: one of
+      directory: on this machine or on the hub (`hf://org/name[@revision]`, also for the other paths), one of
         - a `LlavaForConditionalGeneration` of transformers (tensor names of versions 4 and 5);
         - the original layout: LLaVA-1.5, the released VoCo-LLaMA, Shikra, LLaMA-VID;
         - a `LlamaForCausalLM` (LLaMA, Vicuna, ...): part of a model if `vision` is given, else a decoder alone;
@@ -103,6 +104,8 @@ def open_source(
         and the remedy.
       CheckpointError: a run has no complete checkpoint, or it is damaged.
     """
+    directory = local_copy(directory)
+    vision, projector, tokenizer = (local_copy(part) if part else None for part in (vision, projector, tokenizer))
     if not run_path(directory).is_dir():
         raise ConvertError(f"{directory}: no such directory; check the path")
     if is_run(directory):

@@ -14,6 +14,7 @@ from vocojax.data.conversation import TEMPLATES
 from vocojax.data.images import Fit
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.files import local_directory, write_atomically
+from vocojax.hub import local_copy
 from vocojax.layout import UnitShape, Visibility, unit_shape
 from vocojax.runs.checkpoint_files import first_line
 from vocojax.runs.directory import CheckpointError, require_run_files, run_config, run_path, signed
@@ -108,7 +109,7 @@ def read_card(workdir: str | Path, tokenizer: str | Path | None = None) -> Model
     except ConfigError as error:
         raise CheckpointError(f"{workdir}/config.json: {error}") from None
     own = run_path(workdir) / "tokenizer"
-    home = tokenizer or (own if own.is_dir() else data.get("tokenizer") or own)
+    home = local_copy(tokenizer or (own if own.is_dir() else data.get("tokenizer") or own))
     if home == own:
         require_run_files(workdir, ["tokenizer/"])
     try:

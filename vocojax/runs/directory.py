@@ -18,6 +18,7 @@ from etils import epath
 from vocojax.config import ConfigError, build, config_to_dict, differing_keys
 from vocojax.errors import CheckpointError
 from vocojax.files import LiteralPath, is_remote, write_atomically
+from vocojax.hub import local_copy
 from vocojax.parallel import processes
 from vocojax.runs.checkpoint_files import first_line, read_progress
 from vocojax.runs.earlier import upgraded
@@ -35,17 +36,19 @@ HOST_KEYS = ("data.num_threads", "data.num_workers", "data.keep_in_memory")
 
 
 def run_path(workdir: str | os.PathLike) -> epath.Path:
-    """Returns the path of a run's directory; a local one becomes absolute.
+    """Returns the path of a run's directory; a local one becomes absolute, one on the hub is downloaded.
 
     Raises:
       CheckpointError: the file system can't be reached.
+      InputError: see `hub.local_copy`.
     """
+    workdir = local_copy(workdir)
     try:
         path = epath.Path(workdir)
         path.exists()
     except (KeyError, NotImplementedError):
         raise CheckpointError(f"workdir {str(workdir)!r} has an unknown scheme before '://'; use a local path or "
-                              "gs://BUCKET/PATH") from None
+                              "gs://BUCKET/PATH, or hf://ORG/NAME to read") from None
     except ImportError as error:
         raise CheckpointError(f"workdir {str(workdir)!r} can't be reached: {error}. Install the package that opens it "
                               "(for gs://: pip install 'vocojax[gcs]'), or mount the bucket") from error

@@ -1,0 +1,65 @@
+"""Directories on the Hugging Face hub, in a cache as the hub's own library lays it out. Nothing is downloaded."""
+
+import numpy as np
+import pytest
+
+from tests.helpers import checkpoints
+from vocojax.data.tokenizer import Tokenizer
+from vocojax.errors import InputError
+from vocojax.hub import _downloaded, local_copy
+from vocojax.inference.assistant import Assistant
+from vocojax.pretrained.conversion import convert
+from vocojax.pretrained.loading import load_card
+from vocojax.pretrained.source import open_source
+
+COMMITS = {"main": "1" * 40, "v2": "2" * 40}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The cache of a repository with two revisions, and no network."""
+    home = tmp_path / "hub"
+    for revision, commit in COMMITS.items():
+        repository = home / "models--org--a.llava"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        checkpoints.save_original(repository / "snapshots" / commit, checkpoints.original_tensors())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _downloaded.cache_clear()
+    yield home / "models--org--a.llava" / "snapshots"
+    _downloaded.cache_clear()
+
+
+def test_a_name_becomes_the_directory_of_its_revision(cache):
+    assert local_copy("hf://org/a.llava") == str(cache / COMMITS["main"])
+    assert local_copy("hf://org/a.llava@v2/") == str(cache / COMMITS["v2"])
+    assert local_copy("hf://org/a.llava@v2/config.json") == str(cache / COMMITS["v2"] / "config.json")
+    assert local_copy("runs/voco") == "runs/voco"
+
+
+def test_wherever_a_directory_is_asked_for(cache, tmp_path):
+    name = "hf://org/a.llava@v2"
+    expected = open_source(cache / COMMITS["v2"])
+    assert load_card(name).model == expected.card.model == Assistant.from_pretrained(name).model.config
+    assert Tokenizer.from_directory(name).vocabulary_digest == expected.card.tokenizer.vocabulary_digest
+    convert(name, tmp_path / "run", "orbax", tokenizer="hf://org/a.llava", report=lambda _: None)
+    for path in expected.weights.shapes:
+        np.testing.assert_array_equal(open_source(tmp_path / "run").weights.read(path), expected.weights.read(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("hf://org/absent", "is not in the hub's cache, and the hub can't be reached"),
+        ("hf://org/a.llava@absent", "is not in the hub's cache, and the hub can't be reached"),
+        ("hf://org", "is no name on the hub; write hf://org/name"),
+        ("hf://org/a..b", "is no name on the hub"),
+        ("hf://org/a.llava/absent.bin", "the repository has no absent.bin"),
+        ("hf://org/a.llava/../../x", "is no name on the hub"),
+    ],
+)
+def test_a_problem_is_one_line_that_names_it(cache, name, problem):
+    with pytest.raises(InputError) as error:
+        local_copy(name)
+    assert name in str(error.value) and problem in str(error.value) and "\n" not in str(error.value)
