@@ -20,7 +20,7 @@ def test_a_row_literally():
     assert row["ids"].tolist() == [10, 113, 97, 10, 113, 98, 99, 0, 0, 0, 0, 0]
     assert row["positions"].tolist() == [6, 7, 8, 5, 6, 7, 8, 0, 0, 0, 0, 0]
     assert row["unit_slot"].tolist() == [2, 3, 1, -1] and row["unit_position"].tolist() == [0, 1, 0, 0]
-    assert row["images"][:, 0, 0, 0].tolist() == [1, 2, 11, 0]
+    assert row["images"][:, 0, 0].tolist() == [1, 2, 11, 0]
     assert row["start"].tolist() == [2, 2, 2, 1, 1, 1, 1, 11, 12, 13, 14, 15]
     assert row["stop"].tolist() == [0, 11, 7, 7, 7, 7, 7, 11, 11, 11, 11, 11, 12, 13, 14, 15]
     assert row["target_index"].tolist() == [1, 4, 5, 0, 0, 0, 0, 0]
@@ -64,7 +64,7 @@ def test_units_are_dealt_out_evenly(devices, accumulate):
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     dealt = deal(batch, devices, accumulate, first_text=8)
     assert dealt["text"].tolist() == [8, 9, 10, 11]
-    found = sorted(zip(dealt["unit_text"].ravel(), dealt["unit_slot"].ravel(), dealt["images"][..., 0, 0, 0].ravel(),
+    found = sorted(zip(dealt["unit_text"].ravel(), dealt["unit_slot"].ravel(), dealt["images"][..., 0, 0].ravel(),
                        strict=True))
     assert found[-6:] == [(8, 0, 11), (8, 1, 12), (8, 2, 1), (8, 3, 2), (9, 3, 21), (11, 3, 31)]
     used = (dealt["unit_text"] >= 0).reshape(devices, accumulate, -1)

@@ -6,6 +6,7 @@
         --compare-remat --json=policies.json
     vocojax report --config=configs/voco.py --topology=v5e:4x4 --search --policies=full,minimal --rows=1,2 \\
         --meshes=1x16x1 --json=search.json
+    vocojax report --config=configs/video_7b.py --topology=v5p:2x2x1 --frames=8,64,512,2048 --fast
     vocojax report --config=configs/voco.py --topology=h100:8 --config.batch_size=128 --config.accumulate=8
 
 The step is compiled for the topology. This needs the extra `tpu` (libtpu) or `cuda` (the CUDA plugin) and no device.
@@ -16,6 +17,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -33,6 +35,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("fast", False, "Stop at the scheduled program: seconds, not minutes; times from a roofline.")
     flags.DEFINE_bool("compare-remat", False, "Report on every rematerialisation policy.")
     flags.DEFINE_bool("search", False, "Try rows per device x policy x mesh (fast) and rank them.")
+    flags.DEFINE_list("frames", [], "Report on both plans of a stage of videos with so many frames per row.")
     flags.DEFINE_list("policies", [], "Policies to compare or search; default: all.")
     flags.DEFINE_list("rows", [], "Rows per device, and part of a batch, to search.")
     flags.DEFINE_list("meshes", [], "Meshes to search, data x fsdp x tensor: 1x256x1,2x128x1.")
@@ -61,6 +64,7 @@ def _report() -> None:
     from vocojax.costs.steps.report import compile_report
     from vocojax.costs.steps.search import compare_remat, refuse_a_search, search
     from vocojax.costs.steps.tables import comparison, table
+    from vocojax.costs.steps.videos import frames_report, frames_table
     from vocojax.costs.topologies import Topology
     from vocojax.files import write_atomically
     from vocojax.training.config import stage_config
@@ -78,8 +82,12 @@ def _report() -> None:
         return
     if FLAGS.json:
         refuse_a_search(FLAGS.json)
-    figures = compile_report(config, topology, fast=FLAGS.fast)
-    print(table(figures))
+    if FLAGS.frames:
+        figures: Any = frames_report(config, topology, [int(count) for count in FLAGS.frames], fast=FLAGS.fast)
+        print(frames_table(config, figures))
+    else:
+        figures = compile_report(config, topology, fast=FLAGS.fast)
+        print(table(figures))
     if FLAGS.json:
         write_atomically(FLAGS.json, json.dumps(figures, indent=2))
 
@@ -87,6 +95,10 @@ def _report() -> None:
 def _refuse_what_does_nothing() -> None:
     if FLAGS.search and FLAGS["compare-remat"].value:
         raise app.UsageError("--search tries every policy, as --compare-remat does: give one of them")
+    if not all(count.isdecimal() and int(count) for count in FLAGS.frames):
+        raise app.UsageError(f"--frames must be whole numbers of frames such as 8,64,512, got {','.join(FLAGS.frames)}")
+    if FLAGS.frames and (FLAGS.search or FLAGS["compare-remat"].value):
+        raise app.UsageError("--frames reports on both plans: leave out --search and --compare-remat")
     for name, goes_with in (("rows", ["search"]), ("meshes", ["search"]), ("policies", ["search", "compare-remat"])):
         if FLAGS[name].value and not any(FLAGS[mode].value for mode in goes_with):
             raise app.UsageError(f"--{name} goes with {' or '.join('--' + mode for mode in goes_with)}")

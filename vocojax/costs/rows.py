@@ -113,7 +113,7 @@ class _TypicalSource:
     def __len__(self) -> int:
         return 2**20
 
-    def lay_out(self, record: int) -> Prepared:
+    def lay_out(self, record: int, position: int = 0) -> Prepared:
         random = np.random.default_rng((SEED, record))
         images = int(random.random() >= TEXT_ALONE)
         layout = lay_out(images, int(random.integers(TEXT[0], TEXT[1] + 1)), self._unit, self._length)

@@ -5,7 +5,7 @@ prefix, R = tokens of a unit with room for padding before it, T = target slots):
 
     ids, positions, start         int32 [S]     text and its interval mask
     stop                          int32 [P + S]
-    images                        uint8 [U, size, size, 3]
+    images                        uint8 [U, F, 128], pixels one after the other and then zeros, in whole memory tiles
     unit_slot                     int32 [U]     the place of the unit among the prefix's U, -1 for no unit
     unit_position                 int32 [U]     rotary position of the unit's first token
     unit_ids, unit_positions, unit_vision, unit_start, unit_stop     int32 [R]   one unit alone, the same in every row
@@ -32,6 +32,7 @@ from vocojax.data.packing import Item, Row, Size, row_of
 from vocojax.errors import InputError
 from vocojax.layout import IGNORE, LayoutError, Role, SampleLayout, UnitShape
 
+LANES, TILE_ROWS = 128, 32  # of a tile of uint8 in a TPU's memory
 NEWLINES = 4  # tokens of a unit's newline that there is room for, whatever the tokenizer
 UNIT_ARRAYS = ("unit_ids", "unit_positions", "unit_vision", "unit_start", "unit_stop")
 
@@ -84,7 +85,7 @@ class TextRowShape:
         array = lambda *shape: np.empty((count, *shape), np.int32)
         arrays = {name: array(self.length) for name in ("ids", "positions", "start")}
         arrays["stop"] = array(self.prefix + self.length)
-        arrays["images"] = np.empty((count, self.images, self.image_size, self.image_size, 3), np.uint8)
+        arrays["images"] = np.empty((count, self.images, *tiles(self.image_size)), np.uint8)
         arrays |= {name: array(self.images) for name in ("unit_slot", "unit_position")}
         arrays |= {name: array(self.unit_room) for name in UNIT_ARRAYS}
         arrays |= {name: array(self.targets) for name in ("target_index", "target_ids")}
@@ -123,7 +124,8 @@ class TextRowShape:
             row["unit_position"][own] = item.layout.view("voco").positions[: item.layout.text_start][
                 :: max(item.layout.unit_length, 1)]
             for at, pixels in enumerate(item.images, image):
-                row["images"][at] = pixels
+                flat = row["images"][at].reshape(-1)
+                flat[: pixels.size], flat[pixels.size :] = pixels.reshape(-1), 0
             token, image, target = token + size, own.stop, target + targets
         row["images"][image:] = 0
         row["num_tokens"][...] = token
@@ -152,6 +154,14 @@ class TextRowShape:
         row["unit_vision"][place][self.alone.roles == Role.VISION] = np.arange(self.unit.tokens)
         row["unit_start"][place] = view.start + padding
         row["unit_stop"][place] = view.stop + padding
+
+
+def tiles(image_size: int) -> tuple[int, int]:
+    """Returns the shape in which an image is kept on a device: rows of 128 bytes, in whole tiles of a TPU's memory.
+
+    Any other shape of uint8 has a default layout there that XLA first copies to run chunk after chunk.
+    """
+    return -(-3 * image_size**2 // (TILE_ROWS * LANES)) * TILE_ROWS, LANES
 
 
 def text_row_shape(

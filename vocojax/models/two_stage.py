@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from vocojax.config import DecoderConfig
 from vocojax.kernels.rotary import Rotation, rotate
@@ -38,7 +39,7 @@ class Units(NamedTuple):
     """The units that one device runs for a batch of texts, in X chunks of C units that run one after the other.
 
     Attributes:
-      images_XCHWC: uint8 RGB images.
+      images_XCFR: uint8 RGB images, pixels one after the other and then padding (`data/text_rows.py`).
       text_XC: int32, the text that reads the unit; -1 for no unit. Chunks without any unit are skipped.
       slot_XC: int32, the unit's place among those of its text.
       position_XC: int32, rotary position of the unit's first token.
@@ -49,7 +50,7 @@ class Units(NamedTuple):
       stop_R: int32, of the interval mask.
     """
 
-    images_XCHWC: jax.Array
+    images_XCFR: jax.Array
     text_XC: jax.Array
     slot_XC: jax.Array
     position_XC: jax.Array
@@ -86,28 +87,33 @@ def compress_in_chunks(
       Keys and values [L, B, T * N, G, D]. Places without a unit hold zeros, which the texts' mask must hide.
     """
     decoder, kept, chunk = model.config.decoder, model.config.unit_vocos, units.text_XC.shape[1]
+    side = model.config.vision.image_size
     kept_shape = decoder.depth, chunk, kept, decoder.num_kv_heads, decoder.head_width
 
-    def run(images_CHWC: jax.Array, position_C: jax.Array) -> KeyValues:
+    def run(images_CFR: jax.Array, position_C: jax.Array) -> KeyValues:
+        # Otherwise XLA copies all images into the layout that the vision tower would like a chunk's to have.
+        images_CFR = with_layout_constraint(images_CFR, Layout(major_to_minor=(0, 1, 2)))
+        flat_CR = images_CFR.reshape(chunk, -1)[:, : 3 * side**2]
+        images_CUHWC = flat_CR.reshape(chunk, 1, side, side, 3)
         repeat = lambda x_R: jnp.broadcast_to(x_R, (chunk, *x_R.shape))
         rows = Rows(repeat(units.ids_R), units.positions_R + position_C[:, None], repeat(units.start_R),
-                    repeat(units.stop_R), repeat(units.vision_R), images_CHWC[:, None])
+                    repeat(units.stop_R), repeat(units.vision_R), images_CUHWC)
         return compress(model, rows, kept, attention=attention, remat=remat)
 
-    def skip(images_CHWC: jax.Array, position_C: jax.Array) -> KeyValues:
+    def skip(images_CFR: jax.Array, position_C: jax.Array) -> KeyValues:
         nothing = jnp.zeros(kept_shape, model.dtype)
         return KeyValues(nothing, nothing)
 
     @jax.checkpoint
-    def run_chunk(images_CHWC: jax.Array, position_C: jax.Array, is_used: jax.Array) -> KeyValues:
-        return jax.lax.cond(is_used, run, skip, images_CHWC, position_C)
+    def run_chunk(images_CFR: jax.Array, position_C: jax.Array, is_used: jax.Array) -> KeyValues:
+        return jax.lax.cond(is_used, run, skip, images_CFR, position_C)
 
     def add_chunk(prefix: KeyValues, chunk_units: tuple[jax.Array, ...]) -> tuple[KeyValues, None]:
-        images_CHWC, text_C, slot_C, position_C = chunk_units
+        images_CFR, text_C, slot_C, position_C = chunk_units
         is_used = (text_C >= 0).any()
         if axes:  # all devices run the chunk or none does, because layers are gathered inside it
             is_used = jax.lax.pmax(is_used.astype(jnp.int32), axes) > 0
-        compressed = run_chunk(images_CHWC, position_C, is_used)
+        compressed = run_chunk(images_CFR, position_C, is_used)
         everyones = lambda x, axis: jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
         text_A, slot_A = everyones(text_C, 0), everyones(slot_C, 0)
         is_own_AB = (text_A[:, None] == text_B) & (text_A >= 0)[:, None]
@@ -118,7 +124,7 @@ def compress_in_chunks(
         return KeyValues(*map(put, prefix, compressed)), None
 
     empty = jnp.zeros((decoder.depth, len(text_B), slots, *kept_shape[2:]), model.dtype)
-    chunks = units.images_XCHWC, units.text_XC, units.slot_XC, units.position_XC
+    chunks = units.images_XCFR, units.text_XC, units.slot_XC, units.position_XC
     prefix, _ = jax.lax.scan(add_chunk, KeyValues(empty, empty), chunks)
     return KeyValues(*(x.reshape(*x.shape[:2], -1, *x.shape[4:]) for x in prefix))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +13,15 @@ import numpy as np
 from vocojax.costs.kernels import gpu, report, tpu
 from vocojax.costs.kernels.layouts import Layout
 from vocojax.costs.kernels.tpu import Job
-from vocojax.costs.rows import Rows, typical_rows
+from vocojax.costs.rows import LetterTokenizer, Rows, typical_rows
 from vocojax.devices import GPUS
 from vocojax.kernels.interval_attention import IntervalMask, gpu_blocks
 from vocojax.kernels.interval_attention.block_info import FULL, PARTIAL, block_kinds, padded_vectors
 from vocojax.kernels.rotary import pallas_tpu as rotary_tpu
-from vocojax.layout import Visibility, unit_shape
+from vocojax.layout import Visibility, lay_out_unit, unit_shape
 from vocojax.parallel.mesh import MeshConfig
 from vocojax.training.config import StageConfig
+from vocojax.training.flops import visible_pairs
 
 ROWS = 64  # typical rows whose mean stands for all
 COMPILED_ROWS = 8  # rows that a kernel is compiled for; its code is the same for any number
@@ -36,6 +38,57 @@ def stage_rows(config: StageConfig, visibility: Visibility) -> Rows:
 def stage_targets(config: StageConfig, rows: Rows) -> float:
     """Returns the targets of a mean row: its text, which is the most that a conversation has, if there are slots."""
     return min(config.data.target_slots, rows.text)
+
+
+class RowCounts(NamedTuple):
+    """The contents of a mean row, units included, whichever plan runs it.
+
+    Attributes:
+      tokens: padding counts where rows hold whole samples.
+      targets: of its text.
+      images: its units.
+      pairs: of a query and a key that it sees.
+      teacher_pairs: the same through the causal mask.
+    """
+
+    tokens: float
+    targets: float
+    images: float
+    pairs: float
+    teacher_pairs: float
+
+
+def row_counts(config: StageConfig) -> RowCounts:
+    """Returns the counts of a stage's rows: one video and its text per row in a stage of videos, else typical rows."""
+    if is_of_videos(config):
+        return _video_counts(config)
+    rows, causal = stage_rows(config, config.visibility), stage_rows(config, "causal")
+    mean_pairs = lambda rows: visible_pairs(rows.start, rows.stop) / len(rows.start)
+    return RowCounts(config.data.row_length, stage_targets(config, rows), rows.images, mean_pairs(rows),
+                     mean_pairs(causal))
+
+
+def is_of_videos(config: StageConfig) -> bool:
+    """Returns whether any of a stage's sources has videos."""
+    sources = {config.data.source} if not config.data.mixture else {part.source for part in config.data.mixture}
+    return bool(sources & {"webvid", "video_chatgpt"})
+
+
+def _video_counts(config: StageConfig) -> RowCounts:
+    """Returns the counts of a row that `data.images_per_row` frames and one text of the remaining tokens fill."""
+    units, unit = config.data.images_per_row, unit_length(config)
+    text = config.data.row_length - (units * unit if config.plan == "single_pass" else 0)
+    tokens = units * unit + text
+    seen = units * unit_shape(config.model).vocos
+    pairs = units * unit * (unit + 1) / 2 + text * seen + text * (text + 1) / 2
+    causal = tokens * (tokens + 1) / 2
+    targets = min(config.data.target_slots, text)
+    return RowCounts(tokens, targets, units, causal if config.visibility == "causal" else pairs, causal)
+
+
+def unit_length(config: StageConfig) -> int:
+    """Returns the tokens of a unit, with a newline of one token."""
+    return len(lay_out_unit("unit", LetterTokenizer(config.model.voco.token_id), unit_shape(config.model)))
 
 
 def gpu_kernel_seconds(config: StageConfig, kind: str, rows: int) -> dict[str, float]:

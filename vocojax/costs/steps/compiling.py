@@ -160,9 +160,9 @@ def _compile_here(topology: Topology, folder: str) -> None:
     """Does the child's part of `compile_step`."""
     import jax
 
-    from vocojax.costs.steps.attention import stage_rows, stage_targets
+    from vocojax.costs.steps.attention import row_counts
     from vocojax.parallel.mesh import make_mesh
-    from vocojax.training.flops import StepFlops, visible_pairs
+    from vocojax.training.flops import StepFlops
     from vocojax.training.program import make_program
 
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache leaves no dumps
@@ -179,11 +179,7 @@ def _compile_here(topology: Topology, folder: str) -> None:
     kinds = {"parameters": state.trained, "optimizer": state.optimizer, "frozen": state.frozen,
              "teacher": state.teacher, "batch": program.abstract_batch}
     held = {kind: sum(_bytes_held(leaf) for leaf in jax.tree.leaves(tree)) for kind, tree in kinds.items()}
-    rows, causal = stage_rows(config, config.visibility), stage_rows(config, "causal")
-    per_row = StepFlops(config.model, state).total(
-        tokens=config.data.row_length, targets=stage_targets(config, rows), images=rows.images,
-        pairs=visible_pairs(rows.start, rows.stop) / len(rows.start),
-        teacher_pairs=visible_pairs(causal.start, causal.stop) / len(causal.start))
+    per_row = StepFlops(config.model, state).total(**row_counts(config)._asdict())
     cores = getattr(devices[0], "num_cores", 1) or 1
     answer = Compiled(len(devices), devices[0].device_kind, cores, held, config.batch_size * per_row)
     _write(answer, folder)

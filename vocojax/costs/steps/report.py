@@ -15,7 +15,6 @@ from vocojax.costs.steps.program import Costs, add_up
 from vocojax.costs.topologies import Topology
 from vocojax.devices import GPUS, known_tpu, peak_flops
 from vocojax.training.config import StageConfig
-from vocojax.training.flops import visible_pairs
 
 LOG = logging.getLogger(__name__)
 _SENT = {"all-reduce": 2}  # how often a collective's bytes pass through a device's links
@@ -85,7 +84,7 @@ def compile_report(config: StageConfig, topology: Topology, *, fast: bool = Fals
     device = Device.of(topology, compiled)
     ways = compiled.devices // config.mesh.tensor
     rows = config.batch_size // config.accumulate // ways
-    tokens = config.batch_size * config.data.row_length // compiled.devices
+    tokens = int(config.batch_size * attention.row_counts(config).tokens) // compiled.devices
     report = known | {
         "devices": compiled.devices, "device_kind": compiled.device_kind, "rows_per_device": rows,
         "tokens_per_device": tokens, "hbm_limit": device.memory, "error": compiled.error,
@@ -156,7 +155,7 @@ def estimate(
 
 def _attention(config: StageConfig, topology: Topology, costs: Costs, device: Device, rows: int) -> float:
     """Returns the seconds of all kernels of a step, calls that rematerialisation repeats included."""
-    if costs.kernels:
+    if costs.kernels and not attention.is_of_videos(config):
         try:
             each = (attention.gpu_kernel_seconds(config, topology.kind, rows) if topology.is_gpu
                     else attention.kernel_seconds(config, topology.name, rows))
@@ -164,8 +163,7 @@ def _attention(config: StageConfig, topology: Topology, costs: Costs, device: De
         except FileNotFoundError as missing:
             LOG.warning("attention is estimated by its FLOPs: %s", missing)
     decoder = config.model.decoder
-    typical = attention.stage_rows(config, config.visibility)
-    pairs = rows / attention.ROWS * visible_pairs(typical.start, typical.stop) * decoder.num_heads / config.mesh.tensor
+    pairs = rows * attention.row_counts(config).pairs * decoder.num_heads / config.mesh.tensor
     forwards = 1 if config.remat in ("none", "attention_out") else 2
     flops = (4 * forwards + 10) * pairs * decoder.head_width * decoder.depth * config.accumulate
     return flops / (attention.MXU_SHARE * device.flops)
