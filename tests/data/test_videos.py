@@ -3,7 +3,7 @@
 import av
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -49,6 +49,7 @@ def test_frames_literally(sampling, count, expected):
     assert choose_frames(VideoInfo(10, 2.1), sampling, count) == expected
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 20), st.sampled_from(["uniform", "segments", "fps"]), st.integers(0, 9))
 def test_a_jittered_frame_is_nearest_to_its_own(frames, count, sampling, seed):
     info = VideoInfo(frames, 3.0)
@@ -85,14 +86,18 @@ def test_bad_videos_are_named(tmp_path):
         stream = container.add_stream("pcm_s16le", rate=8000)
         container.mux(stream.encode(silence(0.1)))
     for name, reason in (("empty", "undecodable video"), ("noise", "undecodable video"), ("cut", "undecodable video"),
-                         ("sound.wav", "undecodable video"), ("none", "missing video"), ("", "missing video")):
+                         ("sound.wav", "undecodable video"), ("none", "missing video"), ("", "missing video"),
+                         ("n" * 300, "missing video"), ("a\0b", "missing video"), ("\ud800", "missing video")):
         with pytest.raises(VideoError, match="video '") as error:
             list(read_frames(tmp_path / name, "uniform", 4))
         assert error.value.reason == reason, name
     assert len(list(read_frames(tmp_path / "good.mp4", "uniform", 151))) == 150
-    with pytest.raises(VideoError, match="has no video stream") as error:
-        list(read_frames(sound(tmp_path / "cover.mp4"), "uniform", 4))
-    assert error.value.reason == "undecodable video"
+    content = encode(tmp_path / "unknown.mkv").read_bytes()
+    (tmp_path / "unknown.mkv").write_bytes(content.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/AVC"))
+    for path in (sound(tmp_path / "cover.mp4"), tmp_path / "unknown.mkv"):
+        with pytest.raises(VideoError, match="has no video stream of a known codec") as error:
+            list(read_frames(path, "uniform", 4))
+        assert error.value.reason == "undecodable video"
 
 
 def test_a_slow_video_is_given_up(tmp_path):

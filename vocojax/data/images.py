@@ -44,6 +44,18 @@ class ImageError(VocojaxError, ValueError):
         super().__init__(f"image {shown(name)}: {problem}")
 
 
+class VideoError(ImageError):
+    """A video that can't be used.
+
+    Attributes:
+      reason: a short key to count it under.
+    """
+
+    def __init__(self, name: str, problem: str, reason: str):
+        super().__init__(name, problem, reason)
+        self.args = (f"video {name!r}: {problem}",)
+
+
 def load_image(image: str | Path | bytes, size: int, fit: Fit = "pad") -> np.ndarray:
     """Reads an image and prepares it, see `prepare`.
 

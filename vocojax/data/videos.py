@@ -6,7 +6,6 @@ all frames without decoding them. Files of other kinds are decoded once to count
 """
 
 import os
-import re
 import stat
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,8 @@ from av.video.frame import PictureType
 from PIL import Image
 
 from vocojax.data.frame_choice import Sampling, VideoInfo, choose_frames
-from vocojax.data.images import ImageError, decode, read, too_large
+from vocojax.data.frame_files import frame_files
+from vocojax.data.images import VideoError, decode, read, too_large
 from vocojax.data.timelines import Mark, Timeline, timeline_of_frames, timeline_of_packets
 
 FrameSource = Path | tuple[Path | bytes, ...]  # a file, a directory of frames, or frames (files or their content)
@@ -34,20 +34,7 @@ OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts
 ONE_BY_ONE = ({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}, {"h264", "hevc", "vp9", "av1"})
 CHECKED = 8
 SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts"}  # AVI's time stamps change after a seek
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 NOT_FRAMES = Disposition.attached_pic | Disposition.timed_thumbnails
-
-
-class VideoError(ImageError):
-    """A video that can't be used.
-
-    Attributes:
-      reason: a short key to count it under.
-    """
-
-    def __init__(self, name: str, problem: str, reason: str):
-        super().__init__(name, problem, reason)
-        self.args = (f"video {name!r}: {problem}",)
 
 
 class Pick(NamedTuple):
@@ -92,7 +79,7 @@ def probe(path: str | Path, seconds: float = 120.0) -> VideoInfo:
     Raises:
       VideoError: as `read_frames`.
     """
-    if frames := _frame_files(Path(path)):
+    if frames := frame_files(Path(path)):
         return VideoInfo(len(frames), 1.0)
     with _Opened(path, seconds) as video:
         timeline = video.timeline()
@@ -115,7 +102,7 @@ def plan_frames(
     Raises:
       VideoError: as `read_frames`.
     """
-    frames = video if isinstance(video, tuple) else _frame_files(Path(video))
+    frames = video if isinstance(video, tuple) else frame_files(Path(video))
     if frames:
         return FramePlan(tuple(frames[i] for i in choose_frames(VideoInfo(len(frames), 1.0), sampling, count, jitter)))
     if isinstance(video, tuple):
@@ -166,24 +153,6 @@ def read_frames(
     yield from read_plan(plan_frames(video, sampling, count, seconds), seconds, seek)
 
 
-def _frame_files(path: Path) -> tuple[Path, ...]:
-    """Returns the images in a directory; nothing for a file."""
-    if not os.path.isdir(path):
-        return ()
-    try:
-        found = [entry for entry in path.iterdir() if entry.suffix.lower() in FRAME_SUFFIXES and entry.name[0] != "."]
-    except OSError as error:
-        raise VideoError(str(path), f"cannot be read: {error.strerror}", "missing video") from error
-    if not found:
-        raise VideoError(str(path), f"is a directory without images ({', '.join(FRAME_SUFFIXES)})", "missing video")
-    return tuple(sorted(found, key=_natural))
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Returns a key that orders frame_2 before frame_10."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
-
-
 def _pick(timeline: Timeline, index: int) -> Pick:
     if timeline.stamps is None:
         return Pick(index, 0, ())
@@ -225,8 +194,13 @@ class _Opened:
 
     def __enter__(self) -> "_Opened":
         try:
-            if not stat.S_ISREG(os.stat(self._name).st_mode):
-                raise VideoError(self._name, "is not a file", "missing video")
+            is_file = stat.S_ISREG(os.stat(self._name).st_mode)
+        except (OSError, ValueError) as error:  # ValueError: a path that no system call takes
+            problem = getattr(error, "strerror", None) or error
+            raise VideoError(self._name, f"cannot be read: {problem}", "missing video") from error
+        if not is_file:
+            raise VideoError(self._name, "is not a file", "missing video")
+        try:
             self._open()
         except Exception as error:
             raise self._named(error) from error
@@ -245,9 +219,9 @@ class _Opened:
     def _open(self) -> None:
         self._container = av.open(self._name, timeout=self._seconds, metadata_errors="replace", options=OPTIONS)
         streams = [s for s in self._container.streams.video if not s.disposition & NOT_FRAMES]
-        if not streams:
+        if not streams or streams[0].codec_context is None:
             self._container.close()
-            raise VideoError(self._name, "has no video stream", "undecodable video")
+            raise VideoError(self._name, "has no video stream of a known codec", "undecodable video")
         self._stream = streams[0]
 
     def _restart(self) -> None:
@@ -395,5 +369,5 @@ class _Opened:
             return VideoError(self._name, f"takes more than {self._seconds:g} s", "slow video")
         if isinstance(error, av.error.ArgumentError):  # the error for a format that is not on the list
             return VideoError(self._name, "is not mp4, mov, mkv, webm, avi or ts, or is damaged", "undecodable video")
-        problem = getattr(error, "strerror", None) or error
+        problem = error.strerror if isinstance(error, av.error.FFmpegError) else "it is damaged"
         return VideoError(self._name, f"cannot be decoded: {problem}", "undecodable video")

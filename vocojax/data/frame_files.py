@@ -1,0 +1,31 @@
+"""Directories of images that are the frames of a video."""
+
+import os
+import re
+from pathlib import Path
+
+from vocojax.data.images import VideoError
+
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def frame_files(path: Path) -> tuple[Path, ...]:
+    """Returns the images in a directory, in the order of their names, with numbers as numbers; nothing for a file.
+
+    Raises:
+      VideoError: the directory can't be read, or holds no image.
+    """
+    if not os.path.isdir(path):
+        return ()
+    try:
+        found = [entry for entry in path.iterdir() if entry.suffix.lower() in FRAME_SUFFIXES and entry.name[0] != "."]
+    except OSError as error:
+        raise VideoError(str(path), f"cannot be read: {error.strerror}", "missing video") from error
+    if not found:
+        raise VideoError(str(path), f"is a directory without images ({', '.join(FRAME_SUFFIXES)})", "missing video")
+    return tuple(sorted(found, key=_natural))
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Returns a key that orders frame_2 before frame_10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
