@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vocojax.errors import ConvertError
-from vocojax.files import is_partial, new_directory, new_file, write_atomically, write_files
+from vocojax.files import _swept, is_partial, new_directory, new_file, remove_abandoned, write_atomically, write_files
 
 ROOT = Path(__file__).parent.parent
 HEAD = """
@@ -50,6 +50,32 @@ def test_a_killed_writer_leaves_the_old_content_and_a_name_that_tells(tmp_path, 
     assert (tmp_path / "x").read_text() == "old" and not (tmp_path / "y").exists()
     left, = (path.name for path in tmp_path.iterdir() if path.name != "x")
     assert is_partial(left) and not is_partial("x") and not is_partial(".x.partial")
+
+
+@pytest.mark.parametrize("is_directory", [False, True])
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_nothing_else(tmp_path, is_directory):
+    """That of a live writer stays, that of one on another machine for a day, and what others named stays for ever."""
+    code = "c = new_directory(target / 'y'); (c.__enter__() / 'x').write_text('half')" if is_directory else (
+        "f = new_file(target / 'y'); f.__enter__().write_text('half')")
+    process = python(code + "\nprint('half', flush=True)\nsys.stdin.readline()", tmp_path)
+    assert process.stdout.readline() == "half\n"
+    left, = (path.name for path in tmp_path.iterdir())
+    for name in (f".z.{'0' * 32}.partial", f".w.{'1' * 32}.partial", ".x.partial", "plain"):
+        (tmp_path / name).write_text("other")
+    os.utime(tmp_path / f".w.{'1' * 32}.partial", (1, 1))
+    stays = {f".z.{'0' * 32}.partial", ".x.partial", "plain"}
+    remove_abandoned(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == stays | {left}
+    if is_directory:
+        with pytest.raises(ConvertError, match=rf"y: process {process.pid} on this machine writes it already; wait"), \
+                new_directory(tmp_path / "y"):
+            pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _swept.discard(tmp_path)
+    with new_directory(tmp_path / "y") if is_directory else new_file(tmp_path / "y") as partial:
+        (partial / "x" if is_directory else partial).write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == stays | {"y"}
 
 
 def test_several_writers_at_once_never_show_a_part(tmp_path):

@@ -5,16 +5,19 @@ with several writers at the same time, and when a writer is killed or the machin
 content goes to an unused name next to the target, then to the disk (fsync), and is renamed. An object store shows an
 object only after all of it has arrived.
 
-A killed writer leaves a file or directory named `.NAME.HEX.partial` (`is_partial`). Nobody reads it; delete it at will.
+A killed writer leaves a file or directory named `.NAME.HEX.partial` (`is_partial`), which nobody reads. The next
+process that writes into the same directory removes it (`remove_abandoned`).
 """
 
 import contextlib
 import json
+import logging
 import os
 import re
+import secrets
 import shutil
 import tempfile
-import uuid
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,14 @@ from etils import epath
 from etils.epath.gpath import PosixGPath
 
 from vocojax.errors import ConvertError
+from vocojax.liveness import ProcessName, this_process
 
 _DEEPEST = 100  # levels of lists and objects in JSON
-_PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.partial")
+LOG = logging.getLogger(__name__)
+# The digits name the writer: its machine, its process, and a number that nobody can guess.
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})(?P<pid>[0-9a-f]{8})[0-9a-f]{16}\.partial")
+_ABANDONED = 86400.0  # seconds without a write after which the writer on another machine must have been killed
+_swept: set[Path] = set()  # directories from which this process has removed what killed writers left
 
 
 class LiteralPath(PosixGPath):
@@ -68,6 +76,38 @@ def is_remote(path: str | os.PathLike) -> bool:
 def is_partial(name: str) -> bool:
     """Returns whether a file or directory of this name is being written, or was left by a killed writer."""
     return _PARTIAL.fullmatch(name) is not None
+
+
+def remove_abandoned(directory: str | os.PathLike) -> None:
+    """Removes from a local directory what killed writers left there; what can't be removed stays.
+
+    A writer on this machine is seen to be dead. One on another machine counts as dead after a day without a write.
+    """
+    for path in Path(directory).iterdir():
+        if (writer := _writer(path.name)) is None:
+            continue
+        with contextlib.suppress(OSError):  # another process was faster, or it is another user's
+            if writer.is_dead if writer.is_on_this_machine else time.time() - _last_write(path) > _ABANDONED:
+                _remove(path)
+                LOG.warning("removed %s, which a killed process left", path)
+
+
+def _writer(name: str) -> ProcessName | None:
+    """Returns the writer of a file or directory of this name; None if it is not being written."""
+    parts = _PARTIAL.fullmatch(name)
+    return ProcessName("", parts["machine"], int(parts["pid"], 16)) if parts else None
+
+
+def _last_write(path: Path) -> float:
+    """Returns when a file, or anything in a directory, was last written, in seconds since 1970."""
+    return max(file.lstat().st_mtime for file in (path, *path.rglob("*")))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
@@ -137,12 +177,17 @@ def new_directory(target: Path) -> Iterator[Path]:
       target: a local path; missing parent directories are made.
 
     Raises:
-      ConvertError: `target` exists already and is no empty directory.
+      ConvertError: `target` exists already and is no empty directory, or another process on this machine writes it.
       OSError: for example, the disk is full.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConvertError(f"{target}: exists already; name a new directory or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
+    for path in target.parent.iterdir():
+        parts, writer = _PARTIAL.fullmatch(path.name), _writer(path.name)
+        if writer and parts and parts["name"] == target.name and writer.is_on_this_machine and not writer.is_dead:
+            raise ConvertError(f"{target}: process {writer.pid} on this machine writes it already; wait until it ends, "
+                               "or name a new directory")
     partial = _partial(target)
     partial.mkdir()
     try:
@@ -172,7 +217,12 @@ def write_files(directory: str | os.PathLike, write: Callable[[Path], None]) -> 
 
 
 def _partial(target: Path) -> Path:
-    return target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+    """Returns an unused name for what becomes `target`; first removes what killed writers left next to it."""
+    if target.parent not in _swept:
+        _swept.add(target.parent)
+        remove_abandoned(target.parent)
+    writer = this_process()
+    return target.parent / f".{target.name}.{writer.machine}{writer.pid:08x}{secrets.token_hex(8)}.partial"
 
 
 def _sync(path: Path) -> None:

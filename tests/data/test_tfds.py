@@ -24,6 +24,7 @@ from vocojax.data.prepared import PreparedSource
 from vocojax.data.sources import LlavaSource, open_source
 from vocojax.data.sources.tfds import Preparation, StoredFrames, TfdsSource, shards, write_shard
 from vocojax.data.tally import SkippedTooMany
+from vocojax.liveness import this_process
 
 ROOT = Path(__file__).parent.parent.parent
 SLOWLY = """
@@ -205,8 +206,11 @@ def test_records_whose_images_were_repaired_are_taken_up(tmp_path, source):
 
 def test_partial_files_of_killed_processes_are_removed(tmp_path, source):
     (tmp_path / "shards").mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    writer = f"{this_process().machine}{dead.pid:08x}{'0' * 16}"
     for left in (".x-train.array_record-00000-of-00002", "shards/.train-00000-of-00002.json"):
-        (tmp_path / f"{left}.{'1f' * 16}.partial").write_bytes(b"left")
+        (tmp_path / f"{left}.{writer}.partial").write_bytes(b"left")
     prepare(source, tmp_path)
     assert not [name for name in files(tmp_path) if name.startswith(".")]
 

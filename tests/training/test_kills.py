@@ -208,7 +208,8 @@ def test_a_full_disk(easy_vqa, whole, writes_fail):
     with fail(workdir, child):
         assert runs.finish([child]) == [1], runs.logs(workdir)
         log = runs.logs(workdir)
-        assert "THE DISK IS FULL" in log and "are intact" in log, log
+        said = "A FILE IS TOO LARGE" if fail is write_limit else "THE DISK IS FULL"
+        assert said in log and "are intact" in log, log
         assert 8 in steps_on_disk(workdir)
     assert_goes_on(easy_vqa, workdir, whole)
     assert json.loads((workdir / "goodput.json").read_text())["starts"] == 2

@@ -122,3 +122,12 @@ def show_own_messages() -> None:
     """Shows this package's messages from INFO on, those of libraries (Orbax reports every file) from WARNING on."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("vocojax").setLevel(logging.INFO)
+    # A failed write of a checkpoint is reported once, by the run: Orbax logs it with a traceback in addition, and
+    # TensorStore's writes that are still under way find Orbax's event loop closed.
+    absl_logging.get_absl_handler().addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
+    sys.unraisablehook = _report_unraisable
+
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

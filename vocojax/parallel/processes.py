@@ -1,7 +1,8 @@
 """Small values passed between the processes of a run.
 
 These are decisions and states of a few kilobytes. They go over the hosts' network by JAX's key-value store: no device
-waits for them. For a process on its own every function returns at once.
+waits for them. For a process on its own every function returns at once. All processes call the functions from their
+main thread, in the same order.
 """
 
 import json
@@ -28,15 +29,17 @@ def is_first() -> bool:
 
 
 _rounds: defaultdict[str, int] = defaultdict(int)
+_set_by_first: list[str] = []  # keys that other processes may still have to read
 
 
 def from_first(topic: str, value: Any, limit: float = EXCHANGE_SECONDS) -> Any:
-    """Returns process 0's value (JSON-able) on all processes, which call this in the same order for a topic."""
+    """Returns process 0's value (JSON-able) on all processes."""
     if jax.process_count() == 1:
         return value
     key = _next_key(topic)
     if is_first():
         _store().key_value_set(key, json.dumps(value))
+        _set_by_first.append(key)
         return value
     return json.loads(_get(key, limit, (0,), topic))
 
@@ -64,6 +67,8 @@ def to_first(topic: str, value: Any, limit: float = EXCHANGE_SECONDS) -> list[An
             _store().key_value_delete(own)
     if missing:
         raise MissingProcesses(missing_message(missing, jax.process_count(), topic, limit))
+    while _set_by_first:  # every process has read them: it has come to this call
+        _store().key_value_delete(_set_by_first.pop())
     return values
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,18 @@ def checkpoint_path(workdir: str | os.PathLike) -> epath.Path:
         raise CheckpointError(f"workdir {name!r} has a path that is not UTF-8, which TensorStore can't open: rename "
                               "the directory, or use another one")
     return path
+
+
+def put_aside(path: epath.Path) -> epath.Path:
+    """Moves a damaged file or checkpoint of a run to WORKDIR/damaged, and returns its new path.
+
+    Args:
+      path: WORKDIR/NAME or WORKDIR/checkpoints/STEP.
+    """
+    home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    target = home / "damaged" / f"{path.name}-{int(time.time())}"
+    target.parent.mkdir(exist_ok=True)
+    return path.rename(target)
 
 
 def strip(values: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> dict[str, Any]:

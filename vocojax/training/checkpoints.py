@@ -13,7 +13,6 @@ order of the data are; they follow from the seed in the config, so that there is
 import errno
 import logging
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from vocojax.models.parameters import Parameters
 from vocojax.parallel import processes
 from vocojax.runs.checkpoint_files import damaged, described, first_line, not_saved, read_arrays, read_progress, sha256
 from vocojax.runs.checksums import checksums
-from vocojax.runs.directory import CheckpointError, changed_keys, checkpoint_path, fixed_keys
+from vocojax.runs.directory import CheckpointError, changed_keys, checkpoint_path, fixed_keys, put_aside
 from vocojax.runs.owner import taken_over
 from vocojax.training.config import CheckpointConfig
 from vocojax.training.step import TrainState
@@ -229,10 +228,8 @@ class Checkpoints:
         if not steps:
             return
         if processes.is_first():
-            (self._workdir / "damaged").mkdir(exist_ok=True)
             for step in steps:
-                target = self._workdir / "damaged" / f"{step}-{int(time.time())}"
-                (self._workdir / "checkpoints" / str(step)).rename(target)
+                target = put_aside(self._workdir / "checkpoints" / str(step))
                 LOG.error("%s: moved to %s; the run resumes from the one before", self._workdir, target)
         processes.from_first("damaged", True)
         self._manager.reload()
@@ -257,10 +254,10 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.close()
-        except CheckpointError:
+        except CheckpointError as error:
             if kind is None:
                 raise
-            LOG.exception("while another error ended the run")
+            LOG.error("while another error ended the run: %s", error)
 
     def close(self) -> None:
         """Waits, and releases the writer's threads."""
@@ -277,9 +274,13 @@ class Checkpoints:
         intact = f"those of steps {', '.join(map(str, steps))} are intact" if steps else "there is none"
         remedy = "run the same command to resume from the newest"
         text = str(error)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-            sign in text for sign in ("No space left", "ENOSPC", "quota exceeded", "File too large"))
-        if full:
+        number = getattr(error, "errno", None)
+        if number == errno.EFBIG or "File too large" in text:
+            return CheckpointError(f"{self._workdir}: A FILE IS TOO LARGE for the limit of this process (ulimit -f) or "
+                                   f"of the file system and could not be written; checkpoints: {intact}. Raise "
+                                   f"the limit; {remedy}")
+        if number in (errno.ENOSPC, errno.EDQUOT) or any(
+                sign in text for sign in ("No space left", "ENOSPC", "quota exceeded")):
             free = "" if is_remote(self._workdir) else (
                 f" ({shutil.disk_usage(self._workdir).free / 2**20:,.0f} MiB are free)")
             return CheckpointError(f"{self._workdir}: THE DISK IS FULL{free}: a file of the run could not be written; "

@@ -1,14 +1,17 @@
 """Where a run's wall time goes: the time of steps, and the share of it in everything since the run first began."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from vocojax.files import write_atomically
-from vocojax.runs.directory import run_path
+from vocojax.runs.checkpoint_files import first_line
+from vocojax.runs.directory import put_aside, run_path
+
+LOG = logging.getLogger(__name__)
 
 
 class StepTimer:
@@ -60,10 +63,21 @@ class Goodput:
 
     def __init__(self, workdir: str | Path, useful: float = 0.0, clock: Callable[[], float] = time.time):
         self._path, self._clock, self.useful = run_path(workdir) / "goodput.json", clock, useful
-        before: dict[str, Any] = {}
-        if self._path.exists():
-            before = json.loads(self._path.read_text())
-        self._began, self._starts = before.get("began", clock()), before.get("starts", 0) + 1
+        began, starts = self._read() if self._path.exists() else (clock(), 0)
+        self._began, self._starts = began, starts + 1
+
+    def _read(self) -> tuple[float, int]:
+        """Reads when the run first began, and how often it was started; a damaged file is put aside."""
+        try:
+            values = json.loads(self._path.read_text())
+            began, starts = float(values["began"]), int(values["starts"])
+            if not 0 < began <= self._clock() or starts < 0:
+                raise ValueError(f"began {began}, starts {starts}")
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            LOG.warning("%s: is damaged (%s), moved to %s; goodput counts from now on", self._path, first_line(error),
+                        put_aside(self._path))
+            return self._clock(), 0
+        return began, starts
 
     def count(self, seconds: float) -> None:
         """Adds seconds that went into steps since the last call."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
@@ -17,7 +18,7 @@ from tensorboardX.summary import scalar
 from vocojax.config import ConfigError
 from vocojax.files import is_remote, write_atomically
 from vocojax.parallel import processes
-from vocojax.runs.directory import run_path
+from vocojax.runs.directory import put_aside, run_path
 
 LOG = logging.getLogger(__name__)
 Steps = Sequence[tuple[int, Mapping[str, float]]]
@@ -44,8 +45,8 @@ class RunLog:
         self._local = Path(self._temporary.name if self._temporary else self._target)
         self._history = self._local / "metrics.jsonl"
         if self._temporary and (self._target / "metrics.jsonl").exists():
-            self._history.write_text((self._target / "metrics.jsonl").read_text())
-        _forget_after(self._history, first_step)
+            self._history.write_bytes((self._target / "metrics.jsonl").read_bytes())
+        _forget_after(self._history, first_step, self._target / "metrics.jsonl")
         # Not `SummaryWriter`: its thread dies on a full disk, and the next write then waits for it for ever.
         self._tensorboard = EventsWriter(str(self._local / "events"), f".{os.getpid()}")
         purge = SessionLog(status=SessionLog.START)
@@ -101,18 +102,31 @@ def _open_wandb(project: str, name: str, workdir: str) -> Any:
     return wandb.init(project=project, name=name, id=identity, resume="allow")
 
 
-def _forget_after(history: Path, step: int) -> None:
-    """Drops the lines of steps that a resumed run will take again, and a line that was cut off."""
+def _forget_after(history: Path, step: int, original: epath.Path) -> None:
+    """Drops the lines of steps that a resumed run will take again, and a line that was cut off.
+
+    Args:
+      history: metrics.jsonl, or a local copy of it.
+      step: the last step whose line stays.
+      original: metrics.jsonl; if lines of it are damaged, it is put aside, and only they are dropped.
+    """
     if not history.exists():
         return
-    kept = []
-    for line in history.read_text(encoding="utf-8").splitlines():
-        try:
-            number = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if number <= step:
-            kept.append(line + "\n")
-    write_atomically(history, "".join(kept))
+    lines = history.read_bytes().splitlines()
+    numbers = [_step_of(line) for line in lines]
+    if damaged := [index for index, number in enumerate(numbers[:-1], 1) if number is None]:
+        LOG.warning("%s: line %d and %d others are damaged, moved to %s; only they are dropped", original, damaged[0],
+                    len(damaged) - 1, put_aside(original))
+    kept = [line + b"\n" for line, number in zip(lines, numbers, strict=True) if number is not None and number <= step]
+    write_atomically(history, b"".join(kept))
 
 
+def _step_of(line: bytes) -> int | None:
+    """Returns the step of a line of metrics; None if it is damaged."""
+    try:
+        values = json.loads(line)
+        if all(isinstance(value, int | float) for value in values.values()) and isinstance(values["step"], int):
+            return values["step"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    return None

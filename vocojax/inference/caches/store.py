@@ -18,14 +18,13 @@ from etils import epath
 
 from vocojax.config import require
 from vocojax.errors import shown
-from vocojax.files import is_partial, is_remote
+from vocojax.files import is_remote
 from vocojax.inference.caches.cache import CacheError, VocoCache
 from vocojax.inference.caches.files import DamagedCache, Storage, from_bytes, to_bytes, write_cache
 from vocojax.inference.caches.fingerprint import Fingerprint, is_digest
 
-# The last four parts of an entry's path, and the name of a half-written one. Nothing else is ever removed.
+# The last four parts of an entry's path. Nothing else is ever removed.
 _ENTRY = re.compile(r"[0-9a-f]{32}/\d+(-int8)?/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors")
-_ABANDONED = 3600  # seconds after which the writer of a half-written file must have been killed
 
 
 class MissingCache(CacheError):
@@ -61,7 +60,6 @@ class Store:
         require(is_size, "max_bytes", "must be a whole number >= 0 or None", max_bytes)
         self.root, self.storage, self.max_bytes = epath.Path(root), storage, max_bytes
         self._used: dict[str, float] = {}  # on an object store
-        self._swept: set[epath.Path] = set()  # directories where half-written files were removed
         self._room = 0  # bytes that may be written before the store's size is checked again
 
     def path(self, digest: str, fingerprint: Fingerprint, num_vocos: int) -> epath.Path:
@@ -132,8 +130,6 @@ class Store:
         write_cache(path, content)
         if is_remote(path):
             self._touch(path)
-        elif path.parent not in self._swept:
-            self._sweep(path.parent)
         self._room -= len(content)
         if self.max_bytes is not None and self._room < 0:
             self._evict(self.max_bytes)
@@ -152,14 +148,6 @@ class Store:
             entry.path.unlink(missing_ok=True)  # another writer may have been faster
             size -= entry.size
         self._room = max(0, min(max_bytes // 20, max_bytes - size))
-
-    def _sweep(self, directory: epath.Path) -> None:
-        self._swept.add(directory)
-        for path in directory.iterdir():
-            if is_partial(path.name):
-                with contextlib.suppress(OSError):  # another process was faster, or it is another user's
-                    if time.time() - os.stat(path).st_mtime > _ABANDONED:
-                        path.unlink(missing_ok=True)
 
     def _entries(self) -> Iterator[_Entry]:
         for path in epath.Path(glob.escape(str(self.root))).glob("*/*/*/*.safetensors"):

@@ -31,7 +31,7 @@ from vocojax.data.sources import open_source
 from vocojax.data.sources.base import Source
 from vocojax.data.tally import SkippedTooMany
 from vocojax.data.videos import FrameSource, plan_frames, read_plan
-from vocojax.files import is_partial, new_file, write_atomically
+from vocojax.files import new_file, remove_abandoned, write_atomically
 from vocojax.layout import LayoutError
 
 VERSION = 3
@@ -160,9 +160,7 @@ class Preparation:
             "rejected": rejected,
         }
         for folder in (Path(self.directory), Path(self.directory) / "shards"):
-            for file in folder.iterdir():
-                if is_partial(file.name):  # left by a process that was killed
-                    file.unlink(missing_ok=True)
+            remove_abandoned(folder)
         write_atomically(Path(self.directory) / "manifest.json", json.dumps(manifest, indent=1))
         if len(rejected) > self.max_skipped_share * (records + len(rejected)):
             raise SkippedTooMany(f"{len(rejected)} of {records + len(rejected)} records were rejected ({reasons}), "
