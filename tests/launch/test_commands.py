@@ -65,6 +65,8 @@ def test_every_script_is_a_verb():
     (["efficiency", f"--config={ROOT}/configs/voco.py", "--vocos=0"], "--vocos must be whole numbers >= 1"),
     (["convert", "--source=a", "--target=b"], "--target_layout must have a value"),
     (["train", "--workdir=x", "--config=nowhere.py"], "error: "),
+    (["evaluate", "--data_root=x"], "error: --benchmarks is missing"),
+    (["evaluate", "--benchmarks=gqa"], "error: give --checkpoint to answer with a model, or --predictions"),
     (["anwser"], "error: unknown verb 'anwser', did you mean answer?"),
     (["--store=x", "answer"], "error: the verb comes first"),
     ([], "error: a verb is missing"),

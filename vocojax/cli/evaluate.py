@@ -35,9 +35,11 @@ def define_flags() -> None:
     flags.DEFINE_enum("visibility", None, ["voco", "causal"], "Who sees whom; default: as trained. A lower bound is an "
                       "upper bound read with voco.")
     flags.DEFINE_string("store", None, "Directory for caches of images, to use them again; default: none is kept.")
-    flags.DEFINE_string("judge", None, "Judge of open-ended video answers: the URL of an OpenAI-compatible endpoint, "
-                        "such as https://api.openai.com/v1; its key is read from OPENAI_API_KEY.")
-    flags.DEFINE_string("judge_model", "gpt-3.5-turbo", "Model that the judge's endpoint runs.")
+    flags.DEFINE_string("judge", None, "Judge of open-ended video answers: URL of an OpenAI-compatible endpoint (its "
+                        "key is read from OPENAI_API_KEY), a model's directory, or 'stored' to read stored replies.")
+    flags.DEFINE_string("judge_model", "gpt-3.5-turbo", "Name of the judge, and of the model that its endpoint runs.")
+    flags.DEFINE_string("judge_replies", None, "File of the judge's replies; default: OUTPUT/BENCHMARK/judge.jsonl.")
+    flags.DEFINE_integer("judge_threads", 8, "Answers that the judge's endpoint reads at once.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of the model; default: as stored.")
     flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR over this process's devices (-1 for the rest); default: one.")
     flags.DEFINE_string("json", None, "File to write the scores to.")
@@ -86,6 +88,7 @@ def _score_file(benchmark):  # type: ignore[no-untyped-def]
     predictions = read_predictions(FLAGS.predictions, benchmark, FLAGS.allow_missing)
     result = benchmark.score(predictions.texts, FLAGS.convention)
     result = dataclasses.replace(result, notes=(*result.notes, *predictions.notes))
+    result = _judged(benchmark, result, benchmark.items, predictions.texts)
     print(result)
     return result
 
@@ -118,7 +121,35 @@ def _ask(benchmarks):  # type: ignore[no-untyped-def]
             print(f"{benchmark.name}: labels are not public; send the file to the benchmark's server")
             continue
         result = benchmark.score(texts, FLAGS.convention, items)
+        result = _judged(benchmark, result, items, texts)
         write_atomically(directory / "result.json", json.dumps(result.as_json(), indent=2, ensure_ascii=False) + "\n")
         print(result)
         results.append(result)
     return results
+
+
+def _judged(benchmark, result, items, texts):  # type: ignore[no-untyped-def]
+    """Returns a score with --judge's figures in front, for benchmarks that a judge scores."""
+    from vocojax.errors import InputError
+    from vocojax.evaluation.benchmarks.video_qa import OpenVideoQa
+    from vocojax.evaluation.judge.endpoint import EndpointJudge
+    from vocojax.evaluation.judge.local import LocalJudge
+    from vocojax.evaluation.judge.replies import judge_pairs, pairs_of, stored_score, with_judge
+    from vocojax.inference.assistant import Assistant
+
+    if not FLAGS.judge or not isinstance(benchmark, OpenVideoQa):
+        return result
+    if not FLAGS.judge_replies and not FLAGS.output:
+        raise app.UsageError("--judge needs --judge_replies or --output, where its replies are stored")
+    path = Path(FLAGS.judge_replies) if FLAGS.judge_replies else Path(FLAGS.output) / benchmark.name / "judge.jsonl"
+    pairs = pairs_of(items, texts)
+    if FLAGS.judge == "stored":
+        if not path.exists():
+            raise InputError(f"{path}: is missing, so there are no stored replies")
+        return with_judge(result, stored_score(path, pairs, FLAGS.judge_model), FLAGS.judge_model)
+    if FLAGS.judge.startswith(("http://", "https://")):
+        endpoint = EndpointJudge(FLAGS.judge, FLAGS.judge_model)
+        judged = judge_pairs(endpoint, pairs, path, FLAGS.judge_threads)
+        return with_judge(result, judged, FLAGS.judge_model, endpoint.usage)
+    judge = LocalJudge(Assistant.from_pretrained(FLAGS.judge), FLAGS.judge_model)
+    return with_judge(result, judge_pairs(judge, pairs, path), FLAGS.judge_model)
