@@ -280,7 +280,7 @@ def test_a_frame_that_is_made_up_is_refused(tmp_path):
     assert error.value.reason == "undecodable video"
 
 
-def test_a_directory_of_frames_is_a_video(tmp_path):
+def test_a_directory_of_frames_is_a_video(tmp_path, monkeypatch):
     for number in range(12):
         Image.new("RGB", (8, 8), (number,) * 3).save(tmp_path / f"frame_{number}.png")
     (tmp_path / "notes.txt").write_text("x")
@@ -291,6 +291,9 @@ def test_a_directory_of_frames_is_a_video(tmp_path):
     (tmp_path / "frame_11.png").write_bytes(b"x")
     with pytest.raises(ImageError, match=r"frame_11\.png': cannot be decoded"):
         list(read_frames(tmp_path, "uniform", 2))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VideoError, match="video '': cannot be read"):
+        probe("")
     (tmp_path / "empty").mkdir()
     with pytest.raises(VideoError, match="is a directory without images") as error:
         list(read_frames(tmp_path / "empty", "uniform", 2))

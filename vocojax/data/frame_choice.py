@@ -8,7 +8,7 @@ Sampling = Literal["uniform", "segments", "fps"]
 
 
 class VideoInfo(NamedTuple):
-    """What is known of a video before frames are chosen.
+    """The number and the rate of a video's frames.
 
     Attributes:
       frames: number of frames.

@@ -9,7 +9,7 @@ from vocojax.data.images import VideoError
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
-def frame_files(path: Path) -> tuple[Path, ...]:
+def frame_files(path: str | Path) -> tuple[Path, ...]:
     """Returns the images in a directory, in the order of their names, with numbers as numbers; nothing for a file.
 
     Raises:
@@ -18,7 +18,8 @@ def frame_files(path: Path) -> tuple[Path, ...]:
     if not os.path.isdir(path):
         return ()
     try:
-        found = [entry for entry in path.iterdir() if entry.suffix.lower() in FRAME_SUFFIXES and entry.name[0] != "."]
+        found = [entry for entry in Path(path).iterdir()
+                 if entry.suffix.lower() in FRAME_SUFFIXES and not entry.name.startswith(".")]
     except OSError as error:
         raise VideoError(str(path), f"cannot be read: {error.strerror}", "missing video") from error
     if not found:

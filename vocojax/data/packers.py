@@ -28,7 +28,7 @@ class StreamStateError(VocojaxError, ValueError):
 
 @dataclass
 class RowReport:
-    """What a packer did to make one row, and its state after that row.
+    """A packer's report on one row, and its state after that row.
 
     Attributes:
       packer: its number.

@@ -79,7 +79,7 @@ def probe(path: str | Path, seconds: float = 120.0) -> VideoInfo:
     Raises:
       VideoError: as `read_frames`.
     """
-    if frames := frame_files(Path(path)):
+    if frames := frame_files(path):
         return VideoInfo(len(frames), 1.0)
     with _Opened(path, seconds) as video:
         timeline = video.timeline()
@@ -102,7 +102,7 @@ def plan_frames(
     Raises:
       VideoError: as `read_frames`.
     """
-    frames = video if isinstance(video, tuple) else frame_files(Path(video))
+    frames = video if isinstance(video, tuple) else frame_files(video)
     if frames:
         return FramePlan(tuple(frames[i] for i in choose_frames(VideoInfo(len(frames), 1.0), sampling, count, jitter)))
     if isinstance(video, tuple):
