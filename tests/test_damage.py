@@ -16,6 +16,7 @@ import pytest
 
 from tests.inference.test_store import IMAGES, MODEL, entry
 from vocojax.config import config_to_dict
+from vocojax.data.config import PartConfig
 from vocojax.data.sources.columnar import ColumnarRecords
 from vocojax.errors import VocojaxError
 from vocojax.inference.caches.store import Store
@@ -51,6 +52,14 @@ def records_of(directory: Path) -> list[dict]:
     return [records[index] for index in range(len(records))]
 
 
+def samples_of(directory: Path) -> list:
+    """The samples of a prepared data set."""
+    from vocojax.data.sources.tfds import TfdsSource
+
+    source = TfdsSource(directory, "train")
+    return [source[index] for index in range(len(source))]
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, tiny_config, words, llava_data):
     """Makes a directory of each kind, once: kind -> (directory, what is read from it)."""
@@ -71,6 +80,15 @@ def written(tmp_path_factory, tiny_config, words, llava_data):
         elif kind == "arrow":
             directory.mkdir()
             shutil.copy(llava_data / "records.json", directory / "x.json")
+        else:
+            pytest.importorskip("tensorflow_datasets")
+            from vocojax.data.sources.tfds import Preparation, write_shard
+
+            part = PartConfig(path=str(llava_data / "records.json"), image_root=str(llava_data / "images"))
+            preparation = Preparation((part,), str(directory), "x", 2)
+            for task in preparation.tasks():
+                write_shard(task)
+            preparation.finish()
         made[kind] = READ[kind](directory)
         return directory, made[kind]
 
@@ -78,7 +96,7 @@ def written(tmp_path_factory, tiny_config, words, llava_data):
 
 
 READ = {"run": model_of, "orbax": model_of, "huggingface": model_of, "llava": model_of, "store": caches_of,
-        "arrow": records_of}
+        "arrow": records_of, "prepared": samples_of}
 
 
 def damage(kind: str, directory: Path, whole: object, places: int, seed: int) -> dict[str, int]:

@@ -4,6 +4,12 @@
 _LONGEST = 200  # characters of a value that a message repeats
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of an exception's message, cut to 300 characters."""
+    lines = str(error).splitlines()
+    return lines[0][:300] if lines else ""
+
+
 def shown(value: object) -> str:
     """Returns a value's `repr` for a message; the middle of a long one, such as a whole question, is left out."""
     text = repr(value)

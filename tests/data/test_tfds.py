@@ -24,6 +24,7 @@ from vocojax.data.prepared import PreparedSource
 from vocojax.data.sources import LlavaSource, open_source
 from vocojax.data.sources.tfds import Preparation, StoredFrames, TfdsSource, shards, write_shard
 from vocojax.data.tally import SkippedTooMany
+from vocojax.errors import ConvertError, InputError
 from vocojax.liveness import this_process
 
 ROOT = Path(__file__).parent.parent.parent
@@ -108,7 +109,7 @@ def test_a_data_set_of_version_0_1_is_read(tmp_path, source, monkeypatch):
 
     text = tfds.features.Text()
     features = tfds.features.FeaturesDict({"id": text, "images": tfds.features.Sequence(text), "threads": text})
-    monkeypatch.setattr(shards, "_features", lambda: features)
+    monkeypatch.setattr(shards, "features", lambda: features)
     monkeypatch.setattr(shards, "_serializer", shards._serializer.__wrapped__)
     monkeypatch.setattr(features, "encode_example", lambda record: type(features).encode_example(
         features, {key: record[key] for key in ("id", "images", "threads")}))
@@ -280,3 +281,31 @@ def test_beam_writes_it_in_several_processes(tmp_path, source):
         write_shard(task)
     preparation.finish()
     assert files(tmp_path / "beam") == files(tmp_path / "here")
+
+
+def test_a_data_set_that_names_other_modules_is_refused_before_they_are_imported(tmp_path, source):
+    prepare(source, tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
+    path = tmp_path / "features.json"
+    text = path.read_text()
+    (tmp_path / "harmful.py").write_text("raise SystemExit")
+    path.write_text(text.replace("tensorflow_datasets.core.features.text_feature.Text", "harmful.Text", 1))
+    with pytest.raises(InputError, match=rf"^{path}: is not what launch/prepare_data.py writes; run it again"):
+        TfdsSource(tmp_path, "train")
+    path.write_text(text)
+    assert len(TfdsSource(tmp_path, "train")) == 12 and "harmful" not in sys.modules
+
+
+def test_damage_of_a_prepared_set_is_named_and_mended_by_the_same_command(tmp_path, source):
+    prepare(source, tmp_path)
+    whole = files(tmp_path)
+    for name in ("dataset_info.json", "features.json", "manifest.json", "x-train.array_record-00001-of-00002",
+                 "shards/train-00000-of-00002.json"):
+        content = bytearray((tmp_path / name).read_bytes())
+        content[content.index(b"6" if b"6" in content[:500] else content[200:201])] ^= 1
+        (tmp_path / name).write_bytes(content)
+        if not name.startswith("shards/"):
+            with pytest.raises((InputError, ConvertError), match=rf"^{tmp_path}.*again"):
+                [TfdsSource(tmp_path, "train")[index] for index in range(12)]
+        prepare(source, tmp_path)
+        assert files(tmp_path) == whole

@@ -9,7 +9,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vocojax.errors import CheckpointError
+from vocojax.errors import CheckpointError, first_line
 from vocojax.files import write_atomically
 
 
@@ -85,9 +85,3 @@ def damaged(directory: epath.Path | Path, problem: str) -> CheckpointError:
 def described(error: Exception) -> str:
     """Returns the type of an exception and the first line of its message."""
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an exception's message, cut to 300 characters."""
-    lines = str(error).splitlines()
-    return lines[0][:300] if lines else ""

@@ -5,6 +5,7 @@
     DIRECTORY/shards/SPLIT-00000-of-00016.json         its counts, checksum and rejected records
     DIRECTORY/manifest.json                            those of all shards
     DIRECTORY/dataset_info.json, features.json         TFDS's metadata, written last
+    DIRECTORY/SHA256SUMS                               sums of the metadata; shards have checksums of their own
 
 A shard depends on its records alone and appears only when it is complete. So the writing may be killed and started
 again: complete shards are kept, and the result is the same to the byte. A shard that lacks a record because of a bad
@@ -29,10 +30,14 @@ from vocojax.data.frame_choice import Sampling
 from vocojax.data.images import ImageError, decode, read
 from vocojax.data.sources import open_source
 from vocojax.data.sources.base import Source
+from vocojax.data.sources.columnar import file_digest
+from vocojax.data.sources.tfds.features import features
 from vocojax.data.tally import SkippedTooMany
 from vocojax.data.videos import FrameSource, plan_frames, read_plan
-from vocojax.files import new_file, remove_abandoned, write_atomically
+from vocojax.errors import InputError
+from vocojax.files import new_file, parse_json, remove_abandoned, write_atomically
 from vocojax.layout import LayoutError
+from vocojax.sums import write_sums
 
 VERSION = 3
 
@@ -147,7 +152,10 @@ class Preparation:
         Raises:
           SkippedTooMany: more than `max_skipped_share` of the records were rejected; the manifest names them.
         """
-        parts = [(task, json.loads(task.part.read_text())) for task in self.tasks()]
+        parts = [(task, part) for task in self.tasks() if (part := _read_part(task))]
+        if lost := [str(task.part) for task in self.tasks() if task not in [written for written, _ in parts]]:
+            raise InputError(f"{lost[0]}: is missing or damaged, as are {len(lost) - 1} others; run the same command "
+                             "again, which writes these shards again")
         rejected = [{"split": task.source.split, **record} for task, part in parts for record in part["rejected"]]
         reasons: dict[str, int] = {}
         for record in rejected:
@@ -167,6 +175,7 @@ class Preparation:
                                  f"more than --max_skipped_share {self.max_skipped_share:g} allows: manifest.json "
                                  "names them; repair their files and run the same command again, or raise the limit")
         self._write_metadata(parts)
+        write_sums(self.directory, ["dataset_info.json", "features.json", "manifest.json"])
         return manifest
 
     def _write_metadata(self, parts: Sequence[tuple[ShardTask, dict[str, Any]]]) -> None:
@@ -181,7 +190,7 @@ class Preparation:
                 name=source.split, shard_lengths=[part["records"] for part in own],
                 num_bytes=sum(part["bytes"] for part in own), filename_template=template))
         tfds.folder_dataset.write_metadata(
-            data_dir=self.directory, features=_features(), split_infos=splits, check_data=False,
+            data_dir=self.directory, features=features(), split_infos=splits, check_data=False,
             description="Written by vocojax: launch/prepare_data.py")
 
 
@@ -193,11 +202,10 @@ def write_shard(task: ShardTask) -> int:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     inputs = _inputs(task)
-    if task.part.exists():
-        part = json.loads(task.part.read_text())
-        same = part["inputs"] == inputs and not part["bad_files"]
-        if same and task.shard.exists() and _sha256(task.shard) == part["sha256"]:
-            return part["records"]
+    if before := _read_part(task):
+        same = before["inputs"] == inputs and not before["bad_files"]
+        if same and task.shard.is_file() and _sha256(task.shard) == before["sha256"]:
+            return before["records"]
     source = _source(task.source, json.dumps(inputs))
     task.part.parent.mkdir(parents=True, exist_ok=True)
     rejected, records, bad_files = [], 0, 0
@@ -216,8 +224,21 @@ def write_shard(task: ShardTask) -> int:
         part = {"records": records, "bytes": partial.stat().st_size, "sha256": _sha256(partial), "inputs": inputs,
                 "bad_files": bad_files, "rejected": rejected}
         task.info.unlink(missing_ok=True)  # it holds the length of the shard that is replaced now
-    write_atomically(task.part, json.dumps(part))
+    write_atomically(task.part, json.dumps({**part, "checksum": _checksum(part)}))
     return records
+
+
+def _read_part(task: ShardTask) -> dict[str, Any] | None:
+    """Reads the counts of a shard; None if there are none, or they are damaged or of an earlier version."""
+    try:
+        part = parse_json(task.part.read_bytes())
+        return part if part.pop("checksum") == _checksum(part) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _checksum(part: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
 
 
 def _example(source: Source, index: int, stored: StoredFrames) -> bytes:
@@ -231,7 +252,7 @@ def _example(source: Source, index: int, stored: StoredFrames) -> bytes:
     record = {"id": sample.id, "images": images, "threads": json.dumps(sample.threads),
               "frames": [frame for frames in videos for frame in frames],
               "videos": json.dumps([len(frames) for frames in videos])}
-    example = _serializer().get_tf_example(_features().encode_example(record))
+    example = _serializer().get_tf_example(features().encode_example(record))
     return example.SerializeToString(deterministic=True)  # otherwise the order of fields depends on the process
 
 
@@ -252,20 +273,10 @@ def _frames(video: FrameSource, stored: StoredFrames) -> list[bytes]:
 
 
 @functools.cache
-def _features() -> Any:
-    import tensorflow_datasets as tfds
-
-    text = tfds.features.Text()
-    several = tfds.features.Sequence(text)
-    return tfds.features.FeaturesDict({"id": text, "images": several, "threads": text, "frames": several,
-                                       "videos": text})
-
-
-@functools.cache
 def _serializer() -> Any:
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-    return ExampleSerializer(_features().get_serialized_info())
+    return ExampleSerializer(features().get_serialized_info())
 
 
 @functools.lru_cache(maxsize=4)
@@ -277,9 +288,16 @@ def _source(part: PartConfig, inputs: str) -> Source:
 
 def _inputs(task: ShardTask) -> dict[str, Any]:
     """Returns what a shard is made from: if any of it changes, the shard is written again."""
-    status = os.stat(task.source.path) if task.source.path else None
+    path = Path(task.source.path)
+    content = _content(path, os.stat(path).st_mtime_ns, os.stat(path).st_ctime_ns) if path.is_file() else None
     return {**dataclasses.asdict(task.source), **dataclasses.asdict(task.stored), "version": VERSION,
-            "file": status and [status.st_size, status.st_mtime_ns]}
+            "file": content}
+
+
+@functools.lru_cache(maxsize=16)
+def _content(path: Path, *times: int) -> str:
+    """Returns the digest of a file, once for all shards as long as it is not written."""
+    return file_digest(path)
 
 
 def _sha256(path: Path) -> str:
