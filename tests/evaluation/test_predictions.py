@@ -152,3 +152,9 @@ def test_a_gold_answer_beside_a_missing_answer_is_never_scored(data_root, tmp_pa
     del records[1]["response"]
     with pytest.raises(InputError, match=r"'001-1' \(none\); every record holds a text under 'response'"):
         read_predictions(lines(tmp_path / "a.jsonl", records), videomme)
+
+
+def test_llavas_numbers_of_vizwizs_images(data_root, tmp_path):
+    vizwiz = open_benchmark("vizwiz_val", data_root)
+    path = lines(tmp_path / "a.jsonl", [{"question_id": i, "text": "dog"} for i in range(3)])
+    assert vizwiz.score(read_predictions(path, vizwiz).texts).value == 100.0

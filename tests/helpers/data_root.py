@@ -72,7 +72,7 @@ def make_data_root(root: Path) -> Path:
                                                ("bb2", "what brand is it?")])]})
     write(root / "textvqa/TextVQA_Rosetta_OCR_v0.2_val.json", {"data": [
         {"image_id": "aa1", "ocr_tokens": ["dog", "2012"]}, {"image_id": "bb2", "ocr_tokens": []}]})
-    rows = [{"image": f"VizWiz_val_{i}.jpg", "question": "What is this?", "answer_type": "other", "answerable": 1,
+    rows = [{"image": f"VizWiz_val_{i:08d}.jpg", "question": "What is this?", "answer_type": "other", "answerable": 1,
              "answers": ten} for i in range(3)]
     write(root / "vizwiz/val.json", rows)
     write(root / "vizwiz/test.json", [{"image": each["image"].replace("val", "test"), "question": each["question"]}

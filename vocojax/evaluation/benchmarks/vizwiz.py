@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vocojax.evaluation.benchmarks.base import LMMS_EVAL, OFFICIAL, SHORT_ANSWER, Benchmark, Item, Missing
 from vocojax.evaluation.benchmarks.files import find, listed, need_all, read_json
@@ -15,6 +16,8 @@ UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'U
 
 class VizWiz(Benchmark):
     """`vizwiz/<split>.json` and `vizwiz/<split>/` with the images. A question's id is its image's file name.
+
+    LLaVA's ids are the numbers in those names.
 
     Args:
       root: of all data.
@@ -38,6 +41,11 @@ class VizWiz(Benchmark):
         return [Item(each["image"], each["question"] + UNANSWERABLE + SHORT_ANSWER, (folder / each["image"],),
                      [one["answer"] for one in each["answers"]] if "answers" in each else None,
                      each.get("answer_type") or "", each) for each in self._questions]
+
+    def identify(self, record: Mapping[str, Any]) -> str | None:
+        """Returns the image's file name, for LLaVA's numbers too."""
+        key = super().identify(record)
+        return f"VizWiz_{self.name.removeprefix('vizwiz_')}_{int(key):08d}.jpg" if key and key.isdecimal() else key
 
     def mark(self, item: Item, text: str, convention: str) -> float:
         """Returns the soft accuracy."""
