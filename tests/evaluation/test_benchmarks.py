@@ -235,7 +235,12 @@ def test_unknown_names_and_missing_files(tmp_path):
     (tmp_path / "OCRBench.json").write_text('[{"id": 1}]')
     with pytest.raises(InputError, match=r"OCRBench.json, record 0: has no 'image_path'"):
         open_benchmark("ocrbench", tmp_path)
+    with pytest.raises(InputError, match="'rec' is a group of benchmarks: refcoco_val"):
+        open_benchmark("rec", tmp_path)
+    record = {"id": 1, "image_path": "a", "question": "q", "answers": "a", "type": "t", "dataset_name": "d"}
+    (tmp_path / "OCRBench.json").write_text(json.dumps([record, record]))
+    with pytest.raises(InputError, match=r"ocrbench: 1 ids of its annotation file in .* are not unique"):
+        open_benchmark("ocrbench", tmp_path)
+    (tmp_path / "OCRBench.json").write_text(json.dumps([record]))
     with pytest.raises(InputError, match="not scored by the convention 'lmms'; available: official, lmms-eval"):
-        (tmp_path / "OCRBench.json").write_text(json.dumps([{
-            "id": 1, "image_path": "a", "question": "q", "answers": "a", "type": "t", "dataset_name": "d"}]))
         open_benchmark("ocrbench", tmp_path).score(["a"], "lmms")

@@ -140,4 +140,5 @@ def test_exact_match_is_reported_beside_the_judge(data_root):
     judged = judged_score([Verdict(True, 5), Verdict(True, 4)])
     result = with_judge(benchmark.score(texts), judged, "tiny-judge", {"prompt_tokens": 7})
     assert result.metrics == {"judge's accuracy": 100.0, "judge's score (0 to 5)": 4.5, "exact match: accuracy": 50.0}
+    assert result.convention == "official, judge tiny-judge"
     assert "judge tiny-judge, prompts " in result.notes[1] and result.notes[2] == "the judge took 7 prompt_tokens"

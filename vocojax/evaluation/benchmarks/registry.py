@@ -1,6 +1,7 @@
 """All benchmarks by name."""
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -149,5 +150,12 @@ def open_benchmark(name: str, root: str | Path) -> Benchmark:
     Raises:
       InputError: the name is unknown, or an annotation file is missing or malformed.
     """
-    (single,) = expand([name])
-    return BENCHMARKS[single](Path(root))
+    if name not in BENCHMARKS:
+        expand([name])
+        raise InputError(f"{name!r} is a group of benchmarks: {', '.join(GROUPS[name])}; open one of them")
+    benchmark = BENCHMARKS[name](Path(root))
+    twice = [key for key, times in Counter(item.id for item in benchmark.items).items() if times > 1]
+    if twice:
+        raise InputError(f"{name}: {len(twice):,} ids of its annotation file in {root} are not unique, the first is "
+                         f"{twice[0]!r}; is the file the official one?")
+    return benchmark

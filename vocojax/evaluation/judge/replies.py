@@ -131,4 +131,5 @@ def with_judge(result: Result, judged: JudgedScore, judge: str, usage: Mapping[s
     if usage:
         notes.append("the judge took " + " and ".join(f"{count:,} {name}" for name, count in usage.items()))
     exact = {f"exact match: {name}": value for name, value in result.metrics.items()}
-    return dataclasses.replace(result, metrics=known | exact, notes=(*result.notes, *notes))
+    return dataclasses.replace(result, convention=f"{result.convention}, judge {judge}", metrics=known | exact,
+                               notes=(*result.notes, *notes))
