@@ -10,12 +10,14 @@ process that writes into the same directory removes it (`remove_abandoned`).
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -66,6 +68,26 @@ def parse_json(text: str | bytes) -> Any:
             raise ValueError("nested too deeply")
         level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
     return value
+
+
+class NotAFile(OSError):
+    """A named pipe, a socket or a device in a file's place: reading it may wait for ever."""
+
+
+def read_file(path: epath.Path) -> bytes:
+    """Reads a file, local or remote.
+
+    Raises:
+      NotAFile: something else is in its place.
+      OSError: it can't be read.
+    """
+    if is_remote(path):
+        return path.read_bytes()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe is opened at once
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NotAFile(errno.EINVAL, "is no file but a pipe or a device", str(path))
+        return file.read()
 
 
 def is_remote(path: str | os.PathLike) -> bool:

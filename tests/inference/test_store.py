@@ -20,7 +20,7 @@ from tests.helpers.hammer import IMAGES, MODEL, entry, hammer
 from vocojax.config import ConfigError
 from vocojax.inference.caches import store as store_module
 from vocojax.inference.caches.cache import CacheError, VocoCache
-from vocojax.inference.caches.files import DamagedCache
+from vocojax.inference.caches.files import DamagedCache, load
 from vocojax.inference.caches.fingerprint import Fingerprint, image_digest
 from vocojax.inference.caches.store import MissingCache, Store
 
@@ -267,3 +267,19 @@ def test_only_a_digest_becomes_a_path(tmp_path, digest):
 def test_a_store_of_another_kind_is_refused(tmp_path, how):
     with pytest.raises(ConfigError, match=next(iter(how))):
         Store(tmp_path, **how)
+
+
+def test_a_pipe_in_an_entrys_place_does_not_hang(tmp_path):
+    store = Store(tmp_path)
+    path = Path(store.path(IMAGES[0], MODEL, 2))
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert not store.has(IMAGES[0], MODEL, 2)
+    with pytest.raises(CacheError, match=rf"^{path}: can't be read: is no file but a pipe or a device$"):
+        load(path)
+    with pytest.raises(DamagedCache, match=rf"^{path}: is no file but a pipe or a device$"):
+        store.get(IMAGES[0], MODEL, 2)
+    assert not path.exists()
+    os.mkfifo(path)
+    store.put(entry(IMAGES[0]))
+    assert store.get(IMAGES[0], MODEL, 2).num_units == 1

@@ -18,6 +18,7 @@ from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.inference.many import answer_many
 from vocojax.inference.requests import Request
 from vocojax.pretrained.conversion import convert
+from vocojax.pretrained.export import export
 from vocojax.pretrained.loading import load_card, save_model
 from vocojax.pretrained.source import open_source
 from vocojax.runs.card import ModelCard, read_card, read_published
@@ -89,7 +90,7 @@ def test_a_run_has_the_card_of_its_stage(stage, tmp_path):
     train(dataclasses.replace(stage, steps=1, visibility="causal"), tmp_path / "run")
     assert facts(read_card(tmp_path / "run")) == {
         "template": "short", "fit": "pad", "visibility": "causal", "num_vocos": 2,
-        "token_id": stage.model.voco.token_id}
+        "token_id": stage.model.voco.token_id, "positions": "compact"}
 
 
 @pytest.mark.parametrize(
@@ -216,3 +217,16 @@ def test_an_export_has_sums_that_the_usual_command_checks(upper_bound, tmp_path)
     (tmp_path / "export" / "SHA256SUMS").write_text("not sums")
     with pytest.raises(ConvertError, match=r"SHA256SUMS: is damaged; restore it, or remove it to use the directory"):
         open_source(tmp_path / "export")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_umask_alone_says_who_may_read_an_export(upper_bound, tmp_path, umask):
+    _, root = upper_bound
+    before = os.umask(umask)
+    try:
+        for layout in ("huggingface", "orbax"):
+            export(open_source(root / "orbax"), tmp_path / layout, layout)
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path

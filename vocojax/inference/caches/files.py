@@ -22,7 +22,7 @@ from etils import epath
 from safetensors.numpy import save as to_safetensors
 
 from vocojax.errors import shown
-from vocojax.files import parse_json, write_atomically
+from vocojax.files import parse_json, read_file, write_atomically
 from vocojax.inference.caches.cache import CacheError, VocoCache, require_model
 from vocojax.inference.caches.fingerprint import Fingerprint, is_digest
 
@@ -62,7 +62,7 @@ def load(path: epath.PathLike, fingerprint: Fingerprint | None = None) -> VocoCa
       CacheError: it can't be read or is of another model. `DamagedCache`: it is torn, truncated or altered.
     """
     try:
-        content = epath.Path(path).read_bytes()
+        content = read_file(epath.Path(path))
     except OSError as error:
         raise CacheError(f"{path}: can't be read: {error.strerror or error}") from error
     cache = from_bytes(content, str(path))

@@ -18,7 +18,7 @@ from etils import epath
 
 from vocojax.config import require
 from vocojax.errors import shown
-from vocojax.files import is_remote
+from vocojax.files import NotAFile, is_remote, read_file
 from vocojax.inference.caches.cache import CacheError, VocoCache
 from vocojax.inference.caches.files import DamagedCache, Storage, from_bytes, to_bytes, write_cache
 from vocojax.inference.caches.fingerprint import Fingerprint, is_digest
@@ -76,7 +76,8 @@ class Store:
 
     def has(self, digest: str, fingerprint: Fingerprint, num_vocos: int) -> bool:
         """Returns whether there is an entry of exactly that many VoCo tokens; it is not read."""
-        return self.path(digest, fingerprint, num_vocos).exists()
+        path = self.path(digest, fingerprint, num_vocos)
+        return path.exists() if is_remote(path) else os.path.isfile(path)
 
     def get(self, digest: str, fingerprint: Fingerprint, num_vocos: int) -> VocoCache:
         """Returns the cache of one visual; an entry with more VoCo tokens is cut to `num_vocos`.
@@ -93,19 +94,18 @@ class Store:
         for kept in self._at_least(num_vocos, fingerprint):
             path = self.path(digest, fingerprint, kept)
             try:
-                content = path.read_bytes()
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise CacheError(f"{path}: can't be read: {error.strerror or error}") from error
-            try:
-                cache = from_bytes(content, str(path))
+                cache = from_bytes(read_file(path), str(path))
                 if (cache.digest, cache.fingerprint, cache.tokens_per_unit) != (digest, fingerprint, kept):
                     raise DamagedCache(f"{path}: holds another image's or model's cache than its name says")
-            except CacheError as error:  # also of another format: by its name it should be an entry
+            except FileNotFoundError:
+                continue
+            except (CacheError, NotAFile) as error:  # also of another format: by its name it should be an entry
                 with contextlib.suppress(OSError):  # a store that may only be read keeps it
                     path.unlink(missing_ok=True)
-                raise DamagedCache(str(error)) from error
+                problem = f"{path}: {error.strerror}" if isinstance(error, NotAFile) else str(error)
+                raise DamagedCache(problem) from error
+            except OSError as error:
+                raise CacheError(f"{path}: can't be read: {error.strerror or error}") from error
             self._touch(path)
             return cache if kept == num_vocos else cache.truncate(num_vocos)
         raise MissingCache(f"{self.root}: holds no {self.storage} cache of image {digest} with {num_vocos} or more "
