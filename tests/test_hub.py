@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 
 from tests.helpers import checkpoints
+from vocojax.config import ConfigError
 from vocojax.data.tokenizer import Tokenizer
-from vocojax.errors import InputError
-from vocojax.hub import _downloaded, local_copy
+from vocojax.errors import ConvertError, InputError
+from vocojax.hub import _downloaded, cached_copy, local_copy
 from vocojax.inference.assistant import Assistant
 from vocojax.pretrained.conversion import convert
 from vocojax.pretrained.loading import load_card
 from vocojax.pretrained.source import open_source
+from vocojax.training.stage import train
 
 COMMITS = {"main": "1" * 40, "v2": "2" * 40}
 
@@ -63,3 +65,16 @@ def test_a_problem_is_one_line_that_names_it(cache, name, problem):
     with pytest.raises(InputError) as error:
         local_copy(name)
     assert name in str(error.value) and problem in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_hub_is_only_read(cache, stage, tmp_path):
+    with pytest.raises(ConfigError, match="workdir can't be on the hub, which is only read, got hf://org/run"):
+        train(stage, "hf://org/run")
+    with pytest.raises(ConvertError, match="hf://org/new: the hub is only read; write to a local directory"):
+        convert("hf://org/a.llava", "hf://org/new", "llava", report=lambda _: None)
+
+
+def test_an_adapters_base_may_be_named_by_its_repository(cache):
+    """As PEFT names it; then it is taken from the cache, and never downloaded."""
+    assert cached_copy("org/a.llava") == str(cache / COMMITS["main"])
+    assert cached_copy("org/absent") is None and cached_copy("no repository") is None

@@ -33,6 +33,16 @@ def local_copy(path: P) -> P | str:
     return _downloaded(name) if name.startswith(SCHEME) else path
 
 
+def cached_copy(repo: str) -> str | None:
+    """Returns the local path of a repository `org/name` if the hub's cache has it; nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(repo, local_files_only=True)
+    except (OSError, ValueError):  # not there, or no name of a repository
+        return None
+
+
 @functools.cache
 def _downloaded(name: str) -> str:
     """Downloads once per process, so that all parts of one run are of one revision."""

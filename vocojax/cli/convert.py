@@ -6,7 +6,8 @@
     vocojax convert --source=runs/voco --target=voco-hf --target_layout=huggingface
 
 A source is a directory in transformers' LLaVA layout, in the original LLaVA layout (also the released VoCo-LLaMA,
-Shikra, LLaMA-VID), a LLaMA (alone, or with --vision), or a run of training.
+Shikra, LLaMA-VID), a LLaMA (alone, or with --vision), a LoRA adapter of PEFT's, which is merged into its base, or a run
+of training. Each may be on the Hugging Face hub: hf://ORG/NAME[@REVISION].
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("target_layout", None, ["orbax", "huggingface", "llava"], "Layout to write.", required=True)
     flags.DEFINE_string("vision", None, "Vision tower, a CLIP directory or an EVA-CLIP file, if the source has none.")
     flags.DEFINE_string("projector", None, "File of the projector (mm_projector.bin), if the source has none.")
+    flags.DEFINE_string("base", None, "Base model of a LoRA adapter, if it is not where adapter_config.json says.")
     flags.DEFINE_string("tokenizer", None, "Directory of the tokenizer, if the source has none.")
     flags.DEFINE_integer("num_vocos", None, "VoCo tokens per image, if the source does not say it (otherwise 1, or 2 "
                          "for the released VoCo-LLaMA).", lower_bound=1)
@@ -41,5 +43,5 @@ def main(arguments: Sequence[str]) -> None:
     convert(
         FLAGS.source, FLAGS.target, FLAGS.target_layout, dtype=FLAGS.dtype, verify=FLAGS.verify, vision=FLAGS.vision,
         projector=FLAGS.projector, tokenizer=FLAGS.tokenizer, num_vocos=FLAGS.num_vocos,
-        allow_missing=FLAGS.allow_missing,
+        allow_missing=FLAGS.allow_missing, base=FLAGS.base,
     )

@@ -99,6 +99,15 @@ def projector_rules(config: ProjectorConfig, linear_in: str, linear_out: str) ->
     return rules + _linear(linear_out, "projector/linear_out") if config.kind == "mlp2x_gelu" else rules
 
 
+# Names that versions 4.5x and 5 of transformers give the tensors, and the names of the published files.
+HUGGINGFACE_ALIASES = (
+    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)
+
+
 def huggingface_table(config: ModelConfig, rows: int, new_id: int | None = None) -> Table:
     """Returns the table of transformers' `LlavaForConditionalGeneration`.
 
@@ -121,13 +130,8 @@ def huggingface_table(config: ModelConfig, rows: int, new_id: int | None = None)
         *clip_rules(config.vision, "vision_tower.vision_model."),
         *projector_rules(config.projector, "multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
     ]
-    aliases = (
-        (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
-        (r"^model\.language_model\.", "language_model.model."),
-        (r"^lm_head\.", "language_model.lm_head."),
-        (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
-    )
-    return Table("huggingface", tuple(rules), _unused(config.decoder, r"language_model\.lm_head"), aliases)
+    return Table("huggingface", tuple(rules), _unused(config.decoder, r"language_model\.lm_head"),
+                 HUGGINGFACE_ALIASES)
 
 
 TOWER = "model.vision_tower.vision_tower."  # prefix of the vision tower's own names in the original layout

@@ -82,6 +82,7 @@ class Assistant:
         *,
         num_vocos: int | None = None,
         template: str | None = None,
+        base: str | Path | None = None,
         visibility: Visibility | None = None,
         mesh: Mesh | None = None,
         dtype: DTypeLike | None = None,
@@ -91,6 +92,7 @@ class Assistant:
         Args:
           directory: of the weights.
           num_vocos, template: if the directory does not say them; None for the defaults of `open_source`.
+          base: directory of a LoRA adapter's base model, if it is not where the adapter says.
           visibility: who sees whom; None for what the model was trained with.
           mesh: where the parameters go (`parallel.mesh.local_mesh`); None for the first device.
           dtype: of parameters and computation; None keeps the decoder's on disk.
@@ -98,7 +100,7 @@ class Assistant:
         Raises:
           ConvertError, CheckpointError: name the file and the remedy.
         """
-        source = open_source(directory, num_vocos=num_vocos)
+        source = open_source(directory, num_vocos=num_vocos, base=base)
         card = source.card
         written = find_template(template or card.template)
         model = model_of(source, directory, mesh=mesh, dtype=dtype)

@@ -30,6 +30,7 @@ def convert(
     tokenizer: str | Path | None = None,
     num_vocos: int | None = None,
     allow_missing: Collection[str] = (),
+    base: str | Path | None = None,
     report: Callable[[str], None] = print,
 ) -> None:
     """Converts weights from one layout to another.
@@ -45,13 +46,14 @@ def convert(
       tokenizer: see `open_source`.
       num_vocos: see `open_source`.
       allow_missing: see `open_source`.
+      base: see `open_source`.
       report: called with each line of the report.
 
     Raises:
       ConvertError: see `open_source`, `export` and `verify_target`.
     """
     opened = open_source(source, vision=vision, projector=projector, tokenizer=tokenizer, num_vocos=num_vocos,
-                         allow_missing=allow_missing)
+                         allow_missing=allow_missing, base=base)
     total = sum(int(np.prod(shape)) for shape in opened.weights.shapes.values())
     report(f"{opened.weights.where}: {len(opened.weights.shapes)} parameters, {total:,} values")
     digests: list[str] = []

@@ -15,6 +15,7 @@ from vocojax.convert.safetensors_files import SafetensorsWriter
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.errors import ConvertError
 from vocojax.files import new_directory
+from vocojax.hub import SCHEME
 from vocojax.pretrained import pytorch
 from vocojax.pretrained.source import Source, parameter_shapes
 from vocojax.runs.card import write_card
@@ -52,6 +53,8 @@ def export(
       ConvertError: the target exists, or the layout does not support this model.
     """
     dtypes = {path: np.dtype(dtype) if dtype else source.weights.dtype(path) for path in source.weights.shapes}
+    if str(target).startswith(SCHEME):
+        raise ConvertError(f"{target}: the hub is only read; write to a local directory and upload that (hf upload)")
     with new_directory(Path(target)) as directory:
         if layout == "orbax":
             _write_run(source, directory, dtypes)

@@ -32,6 +32,7 @@ def load_model(
     tokenizer: str | Path | None = None,
     num_vocos: int | None = None,
     allow_missing: Collection[str] = (),
+    base: str | Path | None = None,
     seed: int = 0,
 ) -> VocoLlama:
     """Loads a model from weights in any layout that `open_source` knows.
@@ -46,6 +47,7 @@ def load_model(
       tokenizer: see `open_source`.
       num_vocos: see `open_source`.
       allow_missing: see `open_source`.
+      base: see `open_source`.
       seed: for the random values of parameters whose tensors are allowed to be missing.
 
     Raises:
@@ -53,7 +55,7 @@ def load_model(
       CheckpointError: see `open_source`.
     """
     source = open_source(directory, vision=vision, projector=projector, tokenizer=tokenizer, num_vocos=num_vocos,
-                         allow_missing=allow_missing)
+                         allow_missing=allow_missing, base=base)
     return model_of(source, directory, mesh=mesh, dtype=dtype, seed=seed)
 
 

@@ -10,13 +10,13 @@ from typing import Any
 from flax import nnx
 
 from vocojax.config import DecoderConfig, LoraConfig, ModelConfig, VocoConfig
-from vocojax.convert import huggingface, llava, tables
+from vocojax.convert import huggingface, llava, peft, tables
 from vocojax.convert.mapped import MappedWeights
 from vocojax.convert.mapping import Table
 from vocojax.convert.tensor_files import MergedTensors, open_directory, open_file
 from vocojax.data.tokenizer import VOCO_TOKEN, Tokenizer
 from vocojax.errors import ConvertError, InputError
-from vocojax.hub import local_copy
+from vocojax.hub import SCHEME, cached_copy, local_copy
 from vocojax.layout import Visibility
 from vocojax.models.llama import Decoder
 from vocojax.models.parameters import abstract, variables_of
@@ -83,6 +83,7 @@ def open_source(
     tokenizer: str | Path | None = None,
     num_vocos: int | None = None,
     allow_missing: Collection[str] = (),
+    base: str | Path | None = None,
 ) -> Source:
     """Opens weights. Only their headers are read.
 
@@ -91,6 +92,7 @@ def open_source(
         - a `LlavaForConditionalGeneration` of transformers (tensor names of versions 4 and 5);
         - the original layout: LLaVA-1.5, the released VoCo-LLaMA, Shikra, LLaMA-VID;
         - a `LlamaForCausalLM` (LLaMA, Vicuna, ...): part of a model if `vision` is given, else a decoder alone;
+        - a LoRA adapter in PEFT's layout, also with LLaVA's `non_lora_trainables.bin`: it is merged into its base;
         - a training run, or a conversion's target in the layout `orbax`: the newest Orbax checkpoint is read.
       vision: directory of a CLIP vision tower or file of an EVA-CLIP one, if the directory has none.
       projector: file of a projector, if the directory has none.
@@ -98,6 +100,7 @@ def open_source(
       num_vocos: VoCo tokens per unit, if the directory does not say it; by default 2 for a checkpoint of the released
         VoCo-LLaMA (an original layout whose vocabulary has `<voco>`), and 1 otherwise.
       allow_missing: regexes of tensors that may be missing or unexpected.
+      base: directory of an adapter's base model, if it is not where `adapter_config.json` says.
 
     Raises:
       ConvertError: a file is missing or damaged, or the model is not supported; the message names the file, the tensors
@@ -113,12 +116,18 @@ def open_source(
         return _open_run(directory, tokenizer, num_vocos, allow_missing)
     directory = Path(directory)
     require_small_files(directory)
-    values = huggingface.read_json(directory / "config.json")
-    where = str(directory / "config.json")
+    home = _base_of(directory, base) if peft.is_adapter(directory) else directory
+    if base is not None and home == directory:
+        raise ConvertError(f"{directory}: is no LoRA adapter, so it has no base model; leave out --base")
+    own_config = directory / "config.json"  # LLaVA's scripts write one beside the adapter, PEFT does not
+    where = str(own_config if own_config.is_file() else home / "config.json")
+    values = huggingface.read_json(Path(where))
     if values.get("model_type", "llama") not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise ConvertError(f"{where}: model_type {values['model_type']!r} is not supported; supported are {known}")
-    tensors = open_directory(directory)
+    tensors = open_directory(home)
+    if home != directory:
+        tensors = peft.AdaptedTensors(tensors, directory)
     make_table: Callable[[ModelConfig, int, int | None], Table]
     if "text_config" in values:
         _refuse_parts(directory, vision, projector)
@@ -130,7 +139,7 @@ def open_source(
         decoder = huggingface.read_decoder(values, where)
         config = ModelConfig(decoder=decoder, voco=huggingface.read_voco(values, where))
         make_table = _llama_table
-    own_tokenizer = _read_tokenizer(Path(tokenizer or directory))
+    own_tokenizer = _read_tokenizer(Path(tokenizer or (directory if _has_tokenizer(directory) else home)))
     rows, voco_id = config.decoder.vocab_size, own_tokenizer.voco_id
     if "voco" in values:
         _require_same_voco(config.voco, own_tokenizer, num_vocos, where)
@@ -150,6 +159,28 @@ def open_source(
         values, llava.read_fit(values, where), trained_with, "released" if is_released else "vicuna_v1"))
     card = ModelCard(model=config, tokenizer=own_tokenizer, **said)
     return Source(card, MappedWeights(table, tensors, shapes, allow_missing))
+
+
+def _base_of(adapter: Path, base: str | Path | None) -> Path:
+    """Returns the directory of an adapter's base model.
+
+    Raises:
+      ConvertError: it is not here, or is no published model.
+    """
+    name = str(base or peft.base_name(adapter))
+    home = local_copy(name) if name.startswith(SCHEME) else cached_copy(name) or name
+    if not name or not Path(home).is_dir():
+        raise ConvertError(f"{adapter}: is a LoRA adapter, and its base model {name!r} is not here; download it "
+                           "and pass its directory as --base")
+    if is_run(home) or peft.is_adapter(Path(home)):
+        raise ConvertError(f"{adapter}: is a LoRA adapter, and its base {name!r} is a training run or an "
+                           "adapter; convert that to the layout huggingface first, and pass the result as --base")
+    require_small_files(Path(home))
+    return Path(home)
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"))
 
 
 def _refuse_parts(directory: str | Path, *parts: str | Path | None) -> None:
@@ -200,7 +231,7 @@ def _with_parts(tensors: Weights, vision: str | Path | None, projector: str | Pa
         tower = open_directory(vision) if Path(vision).is_dir() else open_file(vision)
         parts.append((tower, lambda name: tables.TOWER + name))
     if projector is not None:
-        parts.append((open_file(projector), lambda name: name))
+        parts.append((open_file(projector), peft.plain_name))
     if len(parts) == 1:
         return tensors
     return MergedTensors(" + ".join(part.where for part, _ in parts), parts)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from vocojax.config import ConfigError, ModelConfig, VisionConfig, build, config_to_dict, differing_keys
 from vocojax.data.loader import BatchStream, merge_states
 from vocojax.files import write_files
+from vocojax.hub import SCHEME
 from vocojax.models.lora import is_factor
 from vocojax.models.parameters import Parameters, parameters_of
 from vocojax.parallel import processes
@@ -60,6 +61,8 @@ def train(config: StageConfig, workdir: str | Path, bar_position: int = 0) -> No
       SkippedTooMany: too many records can't be read.
       Preempted: the run was asked to stop, and is saved.
     """
+    if str(workdir).startswith(SCHEME):
+        raise ConfigError("workdir", f"can't be on the hub, which is only read, got {workdir}: name another place")
     with owned(workdir):
         _train_as_owner(config, workdir, bar_position)
 
