@@ -3,7 +3,12 @@
     . launch/xla_flags.sh v5p
     python launch/compile_report.py --config=configs/video_7b.py --frames=8,64,512,2048 --topology=v5p:2x2x1
 
-`--frames` sets the frames of every row, for both plans.
+`--frames` sets the frames of every row, for both plans. The same shape runs on chips that are there, to be timed:
+
+    python launch/train.py --config=configs/video_7b.py --workdir=runs/video_7b --config.data.path=video_chatgpt.json \
+        --config.data.image_root=activitynet --config.data.tokenizer=vicuna-7b-v1.5 --config.init_from=runs/voco_2
+
+Stages to train are configs/video.py's.
 """
 
 from ml_collections import ConfigDict

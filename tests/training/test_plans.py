@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,14 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vocojax.config import LoraConfig
+from tests.helpers import run_processes as runs
+from vocojax.config import ConfigError, LoraConfig
 from vocojax.data.packing import Item, row_shape
 from vocojax.data.text_rows import text_row_shape
+from vocojax.evaluation.report import loss_curve
 from vocojax.layout import IGNORE, Span, lay_out_sample, lay_out_unit, unit_shape
 from vocojax.models.parameters import abstract, parameters_of, with_parameters
+from vocojax.training.config import CheckpointConfig, DistillConfig
 from vocojax.training.objectives import gather_targets
 from vocojax.training.plan import deal, hidden_states
 from vocojax.training.program import make_model
@@ -154,3 +158,25 @@ def test_eight_devices_agree_and_exchange_keys_and_values_alone(stage, words, tm
 @pytest.mark.slow
 def test_a_mesh_with_a_tensor_axis_agrees(stage, words, tmp_path):
     on_eight_devices(stage, words, tmp_path, 2, 2, 2)
+
+
+def test_a_killed_run_in_two_stages_resumes_with_the_same_losses(stage, tmp_path):
+    """Rows of up to four units and twelve tokens of text, which no row of whole samples would hold."""
+    data = dataclasses.replace(stage.data, row_length=12, images_per_row=4)
+    stage = dataclasses.replace(stage, data=data, plan="two_stage", unit_chunk=2, batch_size=2, steps=12, log_every=1,
+                                checkpoint=CheckpointConfig(every=2, keep=2))
+    runs.run(stage, tmp_path / "whole")
+    (child,) = runs.start(stage, tmp_path / "killed")
+    runs.wait_until(lambda: (tmp_path / "killed" / "checkpoints" / "4").exists(), child)
+    runs.kill(child)
+    assert runs.finish([child]) == [-signal.SIGKILL], runs.logs(tmp_path / "killed")
+    runs.run(stage, tmp_path / "killed")
+    assert loss_curve(tmp_path / "killed") == loss_curve(tmp_path / "whole")
+    assert [step for step, _ in loss_curve(tmp_path / "whole")] == list(range(1, 13))
+
+
+def test_what_two_stages_can_t_compute_is_refused(stage):
+    with pytest.raises(ConfigError, match="visibility must be 'voco' for plan 'two_stage', whose units run alone"):
+        dataclasses.replace(stage, plan="two_stage", visibility="causal")
+    with pytest.raises(ConfigError, match=r"distill\.teacher must be '' for plan 'two_stage'"):
+        dataclasses.replace(stage, plan="two_stage", distill=DistillConfig(teacher="runs/upper_bound"))
