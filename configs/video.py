@@ -1,9 +1,7 @@
 """Stage 3: the model of a voco stage learns time on compressed frames (paper §3.4), on videos' captions and questions.
 
     python launch/train.py --config=configs/video.py --workdir=runs/video_2 --config.model.voco.num_vocos=2 \
-        --config.init_from=runs/voco_2 --config.data.tokenizer=vicuna-7b-v1.5 \
-        --config.data.mixture='[{"source": "webvid", "path": "webvid.csv", "image_root": "webvid"},
-        {"source": "video_chatgpt", "path": "video_chatgpt.json", "image_root": "activitynet"}]'
+        --config.init_from=runs/voco_2 --config.data.tokenizer=vicuna-7b-v1.5
 
 With eight VoCo tokens per frame, start from a voco stage of eight. Another model of `vocojax.config.PRESETS`, here at
 224 px; the voco stage must have the same model:
@@ -11,10 +9,13 @@ With eight VoCo tokens per frame, start from a voco stage of eight. Another mode
     python launch/train.py --config=configs/video.py:clip_l_224_vicuna_7b --workdir=runs/video_224_8 \
         --config.model.voco.num_vocos=8 --config.init_from=runs/voco_224_8 --config.data.tokenizer=vicuna-7b-v1.5
 
-The mixture's files are by default those of the first command. Frames are taken once per second, `data.frames` of them
-at most; longer videos are sampled evenly. Every frame is a unit. Units run alone (`plan="two_stage"`), so memory hardly
-depends on the number of frames: launch/compile_report.py --frames shows it (README.md has a table). Positions are
-compact. `--config.model.voco.positions=sequential` numbers all tokens instead.
+The data is `SOURCES` below: files and folders of these names in the current directory. Others are given as
+`--config.data.mixture='[{"source": "webvid", "path": "a.csv", "image_root": "clips"}]'`, all sources at once.
+
+Frames are taken once per second, `data.frames` of them at most; longer videos are sampled evenly. Every frame is a
+unit. Units run alone (`plan="two_stage"`), so memory hardly depends on the number of frames, as
+launch/compile_report.py --frames shows (README.md has a table). Positions are compact;
+`--config.model.voco.positions=sequential` numbers all tokens.
 
 What trains: the projector and the decoder, as in the voco stage. The vision tower is frozen. The paper names the data,
 and 2 and 8 VoCo tokens at 224 and 336 px (Table 8). It does not give the hyper-parameters of this stage. These are

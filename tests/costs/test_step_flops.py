@@ -103,3 +103,14 @@ def test_a_run_s_utilisation_counts_images_and_pairs(monkeypatch):
                      "start": np.array([[0, 0, 0, 0, 0, 5]]), "stop": np.array([[3, 3, 5, 5, 5, 5]])})
     want = found.total(10, 3, 2, 22) / (4.0 * 1e12 * jax.device_count())
     assert composition.utilisation(found, 10, 3, 4.0) == pytest.approx(want)
+
+
+def test_a_run_in_two_stages_counts_units_and_texts(monkeypatch):
+    """A unit of 3 tokens after one of padding sees 1 + 2 + 3; a text of 2 sees one key of the prefix and 1 + 2."""
+    monkeypatch.setattr(flops, "peak_flops", lambda kind: 1e12)
+    composition, found = Composition(unit_tokens=2), counted("projector/.*", "decoder/.*")
+    composition.see({"num_tokens": np.array([2]), "unit_slot": np.array([[1, -1]]),
+                     "unit_start": np.array([[0, 1, 1, 1]]), "unit_stop": np.array([[0, 4, 4, 4]]),
+                     "start": np.array([[1, 1, 4]]), "stop": np.array([[0, 4, 4, 4, 4]])})
+    want = found.total(2 + 3, 3, 1, 6 + 2 + 3) / (4.0 * 1e12 * jax.device_count())
+    assert composition.utilisation(found, 2, 3, 4.0) == pytest.approx(want)
