@@ -11,10 +11,14 @@ command runs on each, with an --output that all of them share. --list names the 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
 from vocojax.cli.flag_checks import refuse_arguments, refuse_empty, require_writable
+
+if TYPE_CHECKING:
+    from vocojax.evaluation.benchmarks.base import Benchmark, Item, Result
 
 FLAGS = flags.FLAGS
 
@@ -79,7 +83,7 @@ def _check() -> None:
         raise app.UsageError("--checkpoint needs --output, the directory for answers and scores")
 
 
-def _score_file(benchmark):  # type: ignore[no-untyped-def]
+def _score_file(benchmark: "Benchmark") -> "Result":
     """Scores --predictions and prints the score."""
     import dataclasses
 
@@ -93,7 +97,7 @@ def _score_file(benchmark):  # type: ignore[no-untyped-def]
     return result
 
 
-def _ask(benchmarks):  # type: ignore[no-untyped-def]
+def _ask(benchmarks: "Sequence[Benchmark]") -> "list[Result]":
     """Answers and scores benchmarks with --checkpoint; returns the scores on process 0."""
     from vocojax.evaluation.running import Asking, answer_benchmark, asked_items, write_submission
     from vocojax.files import write_atomically
@@ -128,7 +132,9 @@ def _ask(benchmarks):  # type: ignore[no-untyped-def]
     return results
 
 
-def _judged(benchmark, result, items, texts):  # type: ignore[no-untyped-def]
+def _judged(
+    benchmark: "Benchmark", result: "Result", items: "Sequence[Item]", texts: Sequence[str | None]
+) -> "Result":
     """Returns a score with --judge's figures in front, for benchmarks that a judge scores."""
     from vocojax.errors import InputError
     from vocojax.evaluation.benchmarks.video_qa import OpenVideoQa
