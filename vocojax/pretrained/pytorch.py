@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 
 from vocojax.data.conversation import TEMPLATES
-from vocojax.layout import Role, lay_out_unit
+from vocojax.layout import Role, lay_out_unit, units_stand_alone
 from vocojax.runs.card import ModelCard
 
 SOURCES = Path(__file__).parent / "torch"
@@ -32,18 +32,28 @@ def write_sources(directory: Path, card: ModelCard) -> None:
     for source in sorted(SOURCES.glob("*.py")):
         shutil.copyfile(source, directory / source.name)
     (directory / "chat_template.jinja").write_text(chat_template(card.template), encoding="utf-8")
-    bos, eos = card.tokenizer.huggingface.bos_token, card.tokenizer.eos_token
-    text = Template((SOURCES / "README.md").read_text(encoding="utf-8")).substitute(
-        prompt=f"{bos}<image>\\n{'<voco>' * card.unit.vocos}\\n", vocos=card.unit.vocos, fit=card.fit, eos=eos,
-        template=card.template, visibility=card.visibility, meaning=_MEANING[card.visibility])
-    (directory / "README.md").write_text(text, encoding="utf-8")
+    (directory / "README.md").write_text(_readme(card), encoding="utf-8")
+
+
+def _readme(card: ModelCard) -> str:
+    """Returns the README of an export: how the model is used in PyTorch."""
+    tokenizer, vocos = card.tokenizer, card.unit.vocos
+    bos, *newline = model_entry(card)["unit_ids"]
+    lead = ", ".join([str(bos), f"{card.unit.tokens} x <image>", *map(str, newline), f"{vocos} x {tokenizer.voco_id}"])
+    values = {
+        "question": "What is in the picture?", "tokens": card.unit.tokens, "vocos": vocos, "fit": card.fit,
+        "template": card.template, "visibility": card.visibility, "meaning": _MEANING[card.visibility],
+        "prompt": f"{tokenizer.huggingface.bos_token}<image>\\n{tokenizer.voco_token * vocos}\\n", "ids": lead,
+    }
+    caches = Template((SOURCES / "CACHES.md").read_text(encoding="utf-8")).substitute(values)
+    values["caches"] = caches if units_stand_alone(card.visibility) else ""
+    return Template((SOURCES / "README.md").read_text(encoding="utf-8")).substitute(values)
 
 
 def chat_template(template: str) -> str:
     """Returns the Jinja template that writes conversations as one of `data.conversation.TEMPLATES` does."""
-    system = TEMPLATES[template].system
-    settings = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n"
-                       for name, value in (("template", template), ("default_system", system)))
+    values = {"template": template, "default_system": TEMPLATES[template].system}
+    settings = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in values.items())
     return settings + (SOURCES / "chat_template.jinja").read_text(encoding="utf-8")
 
 
@@ -71,7 +81,7 @@ def name_fast_tokenizer(directory: Path) -> None:
 
 
 _MEANING = {
-    "voco": "But text then sees whole images, which the model was not trained for: its answers mean nothing. Use it to "
-            "inspect or to convert the weights only.",
-    "causal": "The model was trained with LLaVA's own mask: with this prompt and these pixels its answers are right.",
+    "voco": "Its text sees whole images, which this model was not trained for, so its answers mean nothing: use "
+            "it only to inspect or to convert the weights.",
+    "causal": "This model was trained with LLaVA's own mask: with the right prompt and pixels, its answers are right.",
 }

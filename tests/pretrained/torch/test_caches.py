@@ -9,7 +9,7 @@ import torch
 from tests.pretrained.torch.test_single_pass import GREEDY, QUESTIONS, assert_same_answers, inputs_about, messages
 from vocojax.data.conversation import Turn
 from vocojax.inference.caches import files
-from vocojax.inference.caches.cache import CacheError, VocoCache
+from vocojax.inference.caches.cache import VocoCache
 
 CONVERSATIONS = [(Turn("user", question),) for question in QUESTIONS]
 UNITS = [[0], [2, 0, 1], [1, 2]]
@@ -31,11 +31,6 @@ def asked(pair, cache, units=UNITS):
     """Returns the inputs of the questions after units of a cache."""
     return pair.processor.apply_chat_template([messages(question, 0) for question in QUESTIONS], tokenize=True,
                                               voco_cache=cache, voco_units=units)
-
-
-def load(pair, path):
-    """Reads a cache in PyTorch."""
-    return type(pair.model.compress(pair.processor(images=np.zeros((8, 8, 3), np.uint8))["pixel_values"])).load(path)
 
 
 def test_a_cache_is_that_of_vocojax(voco, ours, theirs):
@@ -101,7 +96,7 @@ def test_caches_travel_both_ways(voco, ours, theirs, tmp_path, storage):
     theirs.save(tmp_path / "theirs", storage)
     read = files.load(tmp_path / "theirs", voco.assistant.fingerprint)
     files.save(ours, tmp_path / "ours", storage)
-    again = load(voco, tmp_path / "ours")
+    again = voco.model.load_cache(tmp_path / "ours")
     for found, expected in ((read.k_LUNGD, theirs.keys), (read.v_LUNGD, theirs.values), (again.keys, ours.k_LUNGD),
                             (again.values, ours.v_LUNGD)):
         np.testing.assert_allclose(found, expected, atol={"exact": 0, "int8": 0.02}[storage])
@@ -142,8 +137,9 @@ def test_another_model_s_cache_is_refused(voco, causal, theirs, ours, tmp_path):
     finally:
         voco.model.lm_head.weight = kept
     other.save(tmp_path / "other")
-    with pytest.raises(CacheError, match="its parameters differ"):
-        files.load(tmp_path / "other", voco.assistant.fingerprint)
+    for load in (voco.model.load_cache, lambda path: files.load(path, voco.assistant.fingerprint)):
+        with pytest.raises(ValueError, match="other is of another model: the config is the same, but its parameters"):
+            load(tmp_path / "other")
     for use in (lambda: causal.model.compress(voco.processor(images=np.zeros((8, 8, 3), np.uint8))["pixel_values"]),
                 lambda: causal.model.generate(**asked(causal, theirs), voco_cache=theirs, max_new_tokens=1)):
         with pytest.raises(ValueError, match="trained with the causal mask"):
@@ -158,7 +154,7 @@ def test_damage_is_noticed(voco, theirs, tmp_path):
     (tmp_path / "short").write_bytes(content[:-40])
     for name in ("flipped", "short"):
         with pytest.raises(ValueError, match=f"{name}: torn or damaged"):
-            load(voco, tmp_path / name)
+            voco.model.load_cache(tmp_path / name)
     with pytest.raises(ValueError, match="storage must be 'exact' or 'int8', got 'half'"):
         theirs.save(tmp_path / "cache", "half")
 

@@ -34,7 +34,8 @@ class VocoCache:
 
         cache = model.compress(processor(images=["photo.png"])["pixel_values"])
         cache.save("photo.safetensors")
-        inputs = processor(text=question, voco_cache=cache)
+        cache = model.load_cache("photo.safetensors")
+        inputs = processor(text=prompt, voco_cache=cache)
         model.generate(**inputs, voco_cache=cache)
 
     Attributes:
@@ -149,7 +150,7 @@ class VocoCache:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "VocoCache":
-        """Reads a cache. `generate` checks that it is of the model.
+        """Reads a cache; `load_cache` of a model also checks that it is the model's.
 
         Raises:
           CacheError: the file is no cache, or is damaged.

@@ -7,6 +7,7 @@ A single pass reads images and text together. In two stages, `compress` computes
 `generate(..., voco_cache=cache)` reads any number of texts after them; the answers are the same.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -148,6 +149,17 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         keys, values = (torch.cat(arrays, dim=1) for arrays in zip(*parts, strict=True))
         return VocoCache(keys, values, config.first_position, tuple(image_digest(image) for image in units[:, 0]),
                          self.fingerprint())
+
+    def load_cache(self, path: str | os.PathLike[str]) -> VocoCache:
+        """Reads a cache that this model or the same model in vocojax has made.
+
+        Raises:
+          CacheError: the file is no cache, is damaged, or is of another model.
+          OSError: the file can't be read.
+        """
+        cache = VocoCache.load(path)
+        cache.require_model(self.fingerprint(), str(path))
+        return cache
 
     def fingerprint(self) -> Fingerprint:
         """Returns the model's fingerprint, by which its caches are recognised. It is computed when parameters changed.
