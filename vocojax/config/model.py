@@ -1,10 +1,11 @@
 """The configuration of a model: frozen dataclasses that check their values when they are built."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vocojax.config.reader import ConfigError, require, require_positive
+from vocojax.config.reader import ConfigError, require, require_positive, require_positive_number
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "image_size", "patch_size", "width", "depth", "num_heads", "mlp_width")
+        require_positive_number(self, "norm_eps")
         require(self.image_size % self.patch_size == 0, "image_size", f"must be a multiple of {self.patch_size}",
                 self.image_size)
         require(self.width % self.num_heads == 0, "num_heads", f"must divide width {self.width}", self.num_heads)
@@ -79,6 +81,8 @@ class RopeScalingConfig:
     original_max_positions: int = 8192
 
     def __post_init__(self) -> None:
+        require_positive_number(self, "factor", "low_freq_factor", "high_freq_factor")
+        require_positive(self, "original_max_positions")
         require(self.factor >= 1, "factor", "must be >= 1", self.factor)
         require(self.high_freq_factor > self.low_freq_factor, "high_freq_factor",
                 f"must be above low_freq_factor {self.low_freq_factor}", self.high_freq_factor)
@@ -121,6 +125,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "width", "depth", "num_heads", "num_kv_heads", "head_width", "mlp_width",
                          "max_positions")
+        require_positive_number(self, "rope_theta", "norm_eps")
         require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"must divide num_heads {self.num_heads}",
                 self.num_kv_heads)
         require(0 <= self.vocab_padding < self.vocab_size, "vocab_padding",
@@ -173,7 +178,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "rank", "must be >= 1, or 0 for no LoRA", self.rank)
-        require(self.alpha > 0, "alpha", "must be > 0", self.alpha)
+        require(0 < self.alpha < math.inf, "alpha", "must be > 0", self.alpha)
         require(bool(self.targets) or not self.rank, "targets", "must name the kernels that get factors", self.targets)
         for pattern in self.targets:
             try:
@@ -214,6 +219,7 @@ class CompressorConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_tokens", "depth", "width", "num_heads", "mlp_width", "cross_attention_every")
+        require_positive_number(self, "norm_eps")
         require(self.width % self.num_heads == 0, "num_heads", f"must divide width {self.width}", self.num_heads)
         if self.kind == "avg_pool":
             require(self.num_tokens == 1, "num_tokens", "must be 1 for avg_pool, which averages all tokens into one",

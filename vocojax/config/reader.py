@@ -7,6 +7,7 @@ Each dataclass checks its own values. Every error names its key as a user writes
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -50,6 +51,13 @@ def require_seed(seed: Any, key: str = "seed") -> None:
     """Raises `ConfigError` unless the value is a seed: a whole number in [0, 2**32)."""
     require(isinstance(seed, int) and not isinstance(seed, bool), key, "must be a whole number", seed)
     require(0 <= seed < SEEDS, key, "must be in [0, 2**32)", seed)
+
+
+def require_positive_number(config: Any, *keys: str) -> None:
+    """Raises `ConfigError` for the first of these number fields that is not above 0, or not finite."""
+    for key in keys:
+        value = getattr(config, key)
+        require(0 < value < math.inf, key, "must be a finite number above 0", value)
 
 
 def build(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
@@ -108,6 +116,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return build(hint, value, path)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(path, f"must be a finite number, got {value!r}")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(path, f"must be of type {hint.__name__}, got {shown(value)}")
     return value

@@ -19,13 +19,14 @@ from vocojax.config import (
     VocoConfig,
     build,
 )
+from vocojax.convert.entries import ROPE, check_entries
 from vocojax.errors import ConvertError
 from vocojax.files import parse_json
 from vocojax.models.clip import CLIP_MEAN, CLIP_STD
 
 T = TypeVar("T")
 Json = dict[str, Any]
-_JSON_TYPES = {int: "integer", float: "number", dict: "object"}
+_JSON_TYPES = {int: "integer", float: "number", dict: "object", str: "string"}
 
 # transformers' defaults of keys that a config file leaves out.
 _LLAMA_DEFAULTS: Json = {
@@ -36,14 +37,7 @@ _CLIP_DEFAULTS: Json = {
     "image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
     "intermediate_size": 3072, "layer_norm_eps": 1e-5,
 }
-# Keys of which vocojax supports one value only. A file may leave them out.
-_LLAMA_FIXED: Json = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-_CLIP_FIXED: Json = {"hidden_act": "quick_gelu", "num_channels": 3}
-_EVA_FIXED: Json = {"hidden_act": "gelu", "num_channels": 3}
 _EVA_TYPE = "eva_vision_model"  # transformers has no such class; only vocojax's exports use the name
-_LLAVA_FIXED: Json = {
-    "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "vision_feature_select_strategy": "default",
-}
 # transformers' names of our keys, where they differ.
 _THEIR_KEYS = {
     "width": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
@@ -91,7 +85,7 @@ def typed(values: Mapping[str, Any], key: str, kind: type[T], default: T, where:
     Args:
       values: the file's content.
       key: the entry.
-      kind: type of the entry: int, float (which also takes an int) or dict.
+      kind: type of the entry: int, float (which also takes an int), dict or str.
       default: used if there is no entry.
       where: the file, for the error.
 
@@ -121,7 +115,7 @@ def read_decoder(values: Mapping[str, Any], where: str) -> DecoderConfig:
     Raises:
       ConvertError: a value is invalid or not supported.
     """
-    _require_fixed(values, _LLAMA_FIXED, where)
+    check_entries(values, "decoder", where)
     values = {**_LLAMA_DEFAULTS, **{key: value for key, value in values.items() if value is not None}}
     width, heads = (typed(values, key, int, 0, where) for key in ("hidden_size", "num_attention_heads"))
     if "head_dim" not in values and (heads < 1 or width % heads):
@@ -137,21 +131,46 @@ def read_decoder(values: Mapping[str, Any], where: str) -> DecoderConfig:
     }))
 
 
-def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScalingConfig | None]:
-    """Reads base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    rope = typed(values, "rope_parameters", dict, {}, where) or typed(values, "rope_scaling", dict, {}, where)
-    theta = typed(rope, "rope_theta", float, typed(values, "rope_theta", float, 10000.0, where), where)
-    kind = str(rope.get("rope_type", rope.get("type", "default")))
+Rope = tuple[float, RopeScalingConfig | None]
+
+
+def _read_rope(values: Mapping[str, Any], where: str) -> Rope:
+    """Reads base and scaling from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4).
+
+    Raises:
+      ConvertError: a value is invalid or not supported, or the two forms disagree.
+    """
+    theta = typed(values, "rope_theta", float, 10000.0, where)
+    said = [_read_rope_form(rope, theta, f"{where}: {name}") for name in ("rope_parameters", "rope_scaling")
+            if (rope := typed(values, name, dict, {}, where))]
+    if len({*said}) == 2:
+        raise ConvertError(f"{where}: rope_parameters says {said[0]} and rope_scaling {said[1]}; remove the wrong one")
+    if said and values.get("rope_theta") is not None and said[0][0] != theta:
+        raise ConvertError(f"{where}: rope_theta is {theta}, and {said[0][0]} in rope_parameters; remove the wrong one")
+    return said[0] if said else (theta, None)
+
+
+def _read_rope_form(rope: Mapping[str, Any], theta: float, where: str) -> Rope:
+    if unknown := sorted(set(rope) - set(ROPE)):
+        raise ConvertError(f"{where}.{unknown[0]} is not supported; supported are {', '.join(ROPE)}")
+    check_entries(rope, "rope", where)
+    theta = typed(rope, "rope_theta", float, theta, where)
+    kinds = {str(rope[name]) for name in ("rope_type", "type") if rope.get(name) is not None}
+    kind = kinds.pop() if kinds else "default"
+    if kinds:
+        raise ConvertError(f"{where}: rope_type and type differ; remove the wrong one")
+    keys = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    if kind not in keys:
+        raise ConvertError(f"{where}: rotary scaling of type {kind!r} is not supported; supported are default, linear "
+                           "and llama3")
     if kind == "default":
+        if rope.get("factor") not in (None, 1):
+            raise ConvertError(f"{where}: factor {rope['factor']!r} has no effect with type 'default'; name the type")
         return theta, None
-    keys = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    if kind in keys:
-        scaled = {"kind": kind, **{key: rope.get(key) for key in keys[kind]}}
-        if kind == "llama3":
-            scaled["original_max_positions"] = rope.get("original_max_position_embeddings")
-        return theta, checked(where, lambda: build(RopeScalingConfig, scaled))
-    raise ConvertError(f"{where}: rotary scaling of type {kind!r} is not supported; supported are default, linear and "
-                       "llama3")
+    scaled = {"kind": kind, **{key: rope.get(key) for key in keys[kind]}}
+    if kind == "llama3":
+        scaled["original_max_positions"] = rope.get("original_max_position_embeddings")
+    return theta, checked(where, lambda: build(RopeScalingConfig, scaled))
 
 
 def read_vision(values: Mapping[str, Any], where: str, select_layer: int = -2) -> VisionConfig:
@@ -167,7 +186,7 @@ def read_vision(values: Mapping[str, Any], where: str, select_layer: int = -2) -
     """
     values = typed(values, "vision_config", dict, dict(values), where)
     is_eva = values.get("model_type") == _EVA_TYPE
-    _require_fixed(values, _EVA_FIXED if is_eva else _CLIP_FIXED, where)
+    check_entries(values, "eva" if is_eva else "vision", where)
     values = {**_CLIP_DEFAULTS, **values}
     return checked(where, lambda: build(VisionConfig, {
         "kind": "eva" if is_eva else "clip", "image_size": values["image_size"], "patch_size": values["patch_size"],
@@ -191,7 +210,7 @@ def read_llava(values: Mapping[str, Any], where: str) -> ModelConfig:
     Raises:
       ConvertError: a value is invalid or not supported.
     """
-    _require_fixed(values, _LLAVA_FIXED, where)
+    check_entries(values, "huggingface", where)
     select_layer = values.get("vision_feature_layer", -2)
     if not isinstance(select_layer, int):
         raise ConvertError(f"{where}: vision_feature_layer must be one layer, got {select_layer!r}")
@@ -266,6 +285,19 @@ def write_llava(config: ModelConfig, rows: int, ids: Mapping[str, int | None], i
     }
 
 
+def check_image_processor(directory: Path) -> None:
+    """Checks the settings of a directory's image processor, if it has one: pixels must be those of CLIP.
+
+    Raises:
+      ConvertError: a setting is not supported, such as another mean.
+    """
+    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        if (path := directory / name).is_file():
+            values = read_json(path)
+            values = values if part is None else typed(values, part, dict, {}, str(path))
+            check_entries(values, "image_processor", str(path))
+
+
 def write_image_processor(config: VisionConfig) -> Json:
     """Returns a `CLIPImageProcessor`: shortest side to the tower's size, centre crop, CLIP's mean and deviation."""
     return {
@@ -282,9 +314,3 @@ def write_processor(config: VisionConfig, image_token: str) -> Json:
         "processor_class": "LlavaProcessor", "patch_size": config.patch_size, "image_token": image_token,
         "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1,
     }
-
-
-def _require_fixed(values: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:
-    for key, value in fixed.items():
-        if values.get(key, value) != value:
-            raise ConvertError(f"{where}: {key} must be {value!r}, got {values[key]!r}: no other value is supported")

@@ -4,16 +4,20 @@ LLaVA-1.5, the released VoCo-LLaMA, Shikra and LLaMA-VID use this layout. Its co
 not describe it; the missing values are derived from the tensors' shapes.
 """
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from vocojax.config import ModelConfig, ProjectorConfig, VisionConfig
+from vocojax.convert.entries import DECODER
 from vocojax.convert.huggingface import (
     Json,
     checked,
     read_decoder,
+    read_json,
     read_vision,
     read_voco,
     typed,
@@ -25,8 +29,11 @@ from vocojax.data.images import Fit
 from vocojax.errors import ConvertError
 from vocojax.weights import Shape
 
-# Width of a head, and the widest tower that has such heads: CLIP ViT-B and ViT-L (ViT-H differs), and EVA-CLIP-g.
-_CLIP_HEAD, _EVA_HEAD = (64, 1024), (88, 1408)
+LOG = logging.getLogger(__name__)
+_CLIP_HEAD, _EVA_HEAD = 64, 88  # width of a head, of all of OpenAI's CLIPs and of EVA-CLIP-g
+# Names of OpenAI's CLIPs, also as directories.
+_OPENAI = re.compile(r"(.*/)?clip-vit-(base|large)-patch\d+(-336)?/*")
+_WIDEST = {False: 1024, True: 1408}  # widest tower with such heads, by whether it is EVA-CLIP
 _EVA_DEPTH = 39  # BLIP-2 and LLaMA-VID run 39 of the 40 published blocks
 _FITS: Mapping[str, Fit] = {"pad": "pad", "square": "crop"}  # by their image_aspect_ratio
 _PUBLISHED = {336: "openai/clip-vit-large-patch14-336", 224: "openai/clip-vit-large-patch14"}
@@ -44,10 +51,11 @@ def read_llava(values: Mapping[str, Any], vision: VisionConfig, projector: Proje
     Raises:
       ConvertError: a value is invalid or not supported.
     """
-    if values.get("mm_vision_select_feature", "patch") != "patch":
-        raise ConvertError(f"{where}: mm_vision_select_feature must be 'patch', got "
-                           f"{values['mm_vision_select_feature']!r}: the class token can't be a vision token here")
-    decoder = read_decoder(values, where)
+    width = typed(values, "mm_hidden_size", int, vision.width, where)
+    if width != vision.width:
+        raise ConvertError(f"{where}: mm_hidden_size is {width}, and the vision tower is {vision.width} wide; pass the "
+                           "tower that belongs to these weights")
+    decoder = read_decoder({name: value for name, value in values.items() if name in DECODER}, where)
     return checked(where, lambda: ModelConfig(vision, projector, decoder, read_voco(values, where)))
 
 
@@ -70,8 +78,32 @@ def read_projector(values: Mapping[str, Any], names: Iterable[str], where: str) 
     return ProjectorConfig(kind)
 
 
+def tower_directory(values: Mapping[str, Any], where: str) -> Path | None:
+    """Returns the tower's own directory, if `mm_vision_tower` names one that is here and has a config.
+
+    A relative name is looked up beside the config file, and then, as the original code does, in the working directory.
+
+    Args:
+      values: the config file's content.
+      where: the config file.
+
+    Raises:
+      ConvertError: the entry is not a string.
+    """
+    name = _tower_name(values, where)
+    homes = (Path(where).parent / name, Path(name)) if name else ()
+    return next((home for home in homes if (home / "config.json").is_file()), None)
+
+
+def _tower_name(values: Mapping[str, Any], where: str) -> str:
+    return typed(values, "mm_vision_tower", str, "", where) or typed(values, "vision_tower", str, "", where)
+
+
 def vision_of_tensors(values: Mapping[str, Any], shapes: Mapping[str, Shape], where: str) -> VisionConfig:
-    """Reads the vision tower from the entry `vision_config`, which vocojax's exports have, or else from the tensors.
+    """Reads the config of the vision tower among the tensors.
+
+    It is the entry `vision_config`, which vocojax's exports have; or the tower's own config.json, see
+    `tower_directory`; or, for OpenAI's CLIPs and EVA-CLIP-g, it is derived from the tensors' shapes.
 
     Args:
       values: the config file's content.
@@ -79,12 +111,15 @@ def vision_of_tensors(values: Mapping[str, Any], shapes: Mapping[str, Shape], wh
       where: the file, for errors.
 
     Raises:
-      ConvertError: there are no tensors of a tower, or the number of heads can't be derived from them.
+      ConvertError: there are no tensors of a tower, or its number of heads, activation and epsilon are unknown.
     """
     is_eva = f"{TOWER}cls_token" in shapes
     select_layer = -1 if is_eva else typed(values, "mm_vision_select_layer", int, -2, where)
     if own := typed(values, "vision_config", dict, {}, where):
         return read_vision(own, where, select_layer)
+    if not is_eva and (home := tower_directory(values, where)):
+        path = home / "config.json"
+        return read_vision(read_json(path), str(path), select_layer)
     names = (("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", r"blocks\.(\d+)\..*") if is_eva else
              ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight",
               "encoder.layers.0.mlp.fc1.weight", r"encoder\.layers\.(\d+)\..*"))
@@ -96,10 +131,17 @@ def vision_of_tensors(values: Mapping[str, Any], shapes: Mapping[str, Shape], wh
                            "directory or file as --vision")
     depth = 1 + max(int(found[1]) for name in tower if (found := re.fullmatch(layer, name)))
     width, patch_size = tower[patch][0], tower[patch][-1]
-    head, widest = _EVA_HEAD if is_eva else _CLIP_HEAD
-    if width % head or width > widest:
+    name, head = _tower_name(values, where), _EVA_HEAD if is_eva else _CLIP_HEAD
+    if not is_eva and name and not _OPENAI.fullmatch(name):
+        raise ConvertError(f"{where}: mm_vision_tower is {name!r}, which is no directory here and not one of OpenAI's "
+                           "CLIPs: heads, activation and epsilon are not in the tensors; put the tower's directory "
+                           "there, or add its own config to this file as 'vision_config'")
+    if width % head or width > _WIDEST[is_eva]:
         raise ConvertError(f"{where}: the number of heads of a vision tower of width {width} can't be derived from its "
                            "tensors; add the tower's own config to this file as 'vision_config'")
+    if not is_eva and not name:
+        LOG.warning("%s: names no mm_vision_tower; the tower is taken for one of OpenAI's CLIPs, with %d heads", where,
+                    width // head)
     return checked(where, lambda: VisionConfig(
         kind="eva" if is_eva else "clip",
         image_size=math.isqrt(tower[position][-2] - 1) * patch_size, patch_size=patch_size, width=width,

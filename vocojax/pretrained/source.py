@@ -11,6 +11,7 @@ from flax import nnx
 
 from vocojax.config import DecoderConfig, LoraConfig, ModelConfig, VocoConfig
 from vocojax.convert import huggingface, llava, peft, tables
+from vocojax.convert.entries import check_entries
 from vocojax.convert.mapped import MappedWeights
 from vocojax.convert.mapping import Table
 from vocojax.convert.tensor_files import MergedTensors, open_directory, open_file
@@ -125,6 +126,7 @@ def open_source(
     if values.get("model_type", "llama") not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise ConvertError(f"{where}: model_type {values['model_type']!r} is not supported; supported are {known}")
+    huggingface.check_image_processor(directory)
     tensors = open_directory(home)
     if home != directory:
         tensors = peft.AdaptedTensors(tensors, directory)
@@ -238,12 +240,16 @@ def _with_parts(tensors: Weights, vision: str | Path | None, projector: str | Pa
 
 
 def _read_original(values: huggingface.Json, tensors: Weights, vision: str | Path | None, where: str) -> ModelConfig:
+    check_entries(values, "original", where)
     if vision is not None and Path(vision).is_dir():
+        huggingface.check_image_processor(Path(vision))
         path = Path(vision) / "config.json"
         tower = huggingface.read_vision(huggingface.read_json(path), str(path),
                                         huggingface.typed(values, "mm_vision_select_layer", int, -2, where))
     else:
         tower = llava.vision_of_tensors(values, tensors.shapes, where)
+        if home := llava.tower_directory(values, where):
+            huggingface.check_image_processor(home)
     return llava.read_llava(values, tower, llava.read_projector(values, tensors.shapes, where), where)
 
 
