@@ -20,6 +20,7 @@ from vocojax.config import (
     build,
 )
 from vocojax.convert.entries import ROPE, check_entries
+from vocojax.data.images import Fit
 from vocojax.errors import ConvertError
 from vocojax.files import parse_json
 from vocojax.models.clip import CLIP_MEAN, CLIP_STD
@@ -298,12 +299,19 @@ def check_image_processor(directory: Path) -> None:
             check_entries(values, "image_processor", str(path))
 
 
-def write_image_processor(config: VisionConfig) -> Json:
-    """Returns a `CLIPImageProcessor`: shortest side to the tower's size, centre crop, CLIP's mean and deviation."""
+def write_image_processor(config: VisionConfig, fit: Fit) -> Json:
+    """Returns a `CLIPImageProcessor` with CLIP's mean and deviation.
+
+    Args:
+      config: the tower.
+      fit: how images become square. With `square` they are stretched; with `crop` the shortest side becomes the
+        tower's and the middle is cropped, which leaves images alone that are square already (the other fits).
+    """
+    side = {"height": config.image_size, "width": config.image_size}
     return {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
-        "size": {"shortest_edge": config.image_size}, "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": config.image_size, "width": config.image_size}, "do_rescale": True,
+        "size": side if fit == "square" else {"shortest_edge": config.image_size}, "resample": 3,
+        "do_center_crop": fit != "square", "crop_size": side, "do_rescale": True,
         "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD),
     }
 

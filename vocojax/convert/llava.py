@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,13 @@ _OPENAI = re.compile(r"(.*/)?clip-vit-(base|large)-patch\d+(-336)?/*")
 _WIDEST = {False: 1024, True: 1408}  # widest tower with such heads, by whether it is EVA-CLIP
 _EVA_DEPTH = 39  # BLIP-2 and LLaMA-VID run 39 of the 40 published blocks
 _FITS: Mapping[str, Fit] = {"pad": "pad", "square": "crop"}  # by their image_aspect_ratio
-_PUBLISHED = {336: "openai/clip-vit-large-patch14-336", 224: "openai/clip-vit-large-patch14"}
+# image_aspect_ratio of an export. `square` is stretched by the image processor of the tower's own directory, and the
+# original code has nothing for the other fits.
+_RATIOS: Mapping[Fit, str] = {"pad": "pad", "crop": "square", "square": "square"}
+_PUBLISHED = {
+    "openai/clip-vit-large-patch14-336": VisionConfig(),
+    "openai/clip-vit-large-patch14": VisionConfig(image_size=224),
+}
 
 
 def read_llava(values: Mapping[str, Any], vision: VisionConfig, projector: ProjectorConfig, where: str) -> ModelConfig:
@@ -162,22 +169,40 @@ def read_fit(values: Mapping[str, Any], where: str) -> Fit:
     return _FITS[ratio]
 
 
-def write_llava(config: ModelConfig, rows: int, ids: Mapping[str, int | None], fit: Fit) -> Json:
+def published_tower(config: VisionConfig, fit: Fit) -> str | None:
+    """Returns the name of OpenAI's tower with this config and with an image processor for this fit, or None.
+
+    The weights are not compared: no stage of the paper trains the tower.
+    """
+    published = {name for name, one in _PUBLISHED.items() if asdict(one) | {"select_layer": 0} == asdict(config) | {
+        "select_layer": 0}}
+    return published.pop() if published and fit in ("pad", "crop") else None
+
+
+def require_writable(fit: Fit) -> None:
+    """Raises `ConvertError` if the original code can't make images square in this way."""
+    if fit not in _RATIOS:
+        raise ConvertError(f"the layout 'llava' does not support the fit {fit!r}, which the original code does not "
+                           f"have; supported are {', '.join(_RATIOS)}; use the layout 'huggingface'")
+
+
+def write_llava(config: ModelConfig, rows: int, ids: Mapping[str, int | None], fit: Fit, tower: str) -> Json:
     """Returns the content of a config file. Its entry `vision_config` is vocojax's own; other readers ignore it.
 
     Args:
       config: the model.
       rows: rows of the vocabulary in the tensors.
       ids: the tokenizer's `bos_token_id`, `eos_token_id` and `pad_token_id`.
-      fit: how images become square.
+      fit: how images become square, see `require_writable`.
+      tower: name or directory of the vision tower.
     """
-    vision = config.vision
-    ratio = next(theirs for theirs, ours in _FITS.items() if ours == fit)
-    published = _PUBLISHED.get(vision.image_size, "") if vision.kind == "clip" and vision.width == 1024 else ""
+    vision, decoder = config.vision, write_decoder(config.decoder, rows, ids)
+    if (scaling := config.decoder.rope_scaling) is not None and scaling.kind == "linear":
+        decoder["rope_scaling"] = {"type": "linear", "factor": scaling.factor}  # as transformers 4.37 demands it
     return {
-        **write_decoder(config.decoder, rows, ids), "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama", "mm_vision_tower": published, "vision_config": write_vision(vision),
+        **decoder, "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama", "mm_vision_tower": tower, "vision_config": write_vision(vision),
         "mm_hidden_size": vision.width, "mm_projector_type": config.projector.kind,
         "mm_vision_select_layer": vision.select_layer, "mm_vision_select_feature": "patch", "use_mm_proj": True,
-        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": ratio,
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": _RATIOS[fit],
     }

@@ -134,6 +134,11 @@ def huggingface_table(config: ModelConfig, rows: int, new_id: int | None = None)
                  HUGGINGFACE_ALIASES)
 
 
+def tower_table(config: VisionConfig) -> Table:
+    """Returns the table of transformers' `CLIPVisionModel`, a CLIP vision tower alone."""
+    return Table("clip", tuple(clip_rules(config, "vision_model.")))
+
+
 TOWER = "model.vision_tower.vision_tower."  # prefix of the vision tower's own names in the original layout
 
 

@@ -21,9 +21,10 @@ from vocojax.pretrained.source import Source, parameter_shapes
 from vocojax.runs.card import write_card
 from vocojax.runs.weights import write_parameters
 from vocojax.sums import write_sums
-from vocojax.weights import check_tensors
+from vocojax.weights import Shape, check_tensors
 
 Layout = Literal["orbax", "huggingface", "llava"]
+TOWER = "vision_tower"  # directory of a tower in an export to the original layout
 SHARD_BYTES = 5 * 10**9
 IMAGE_TOKEN = "<image>"  # transformers' processor writes it in the place of vision tokens
 # Parameters with a row for each token, and the axis of these rows.
@@ -44,7 +45,9 @@ def export(
       target: the directory. It appears when it is complete.
       layout: one of
         - `huggingface`: transformers' layout; a decoder alone becomes a `LlamaForCausalLM`;
-        - `llava`: the original layout;
+        - `llava`: the original layout. A CLIP tower that is not OpenAI's is in addition written to the directory
+          `vision_tower` in the target, which `mm_vision_tower` names by its absolute path, since the original code
+          loads towers by their names; set the entry anew after the target is moved;
         - `orbax`: a training run before its first step.
       dtype: dtype of the arrays; None keeps each array's own.
       check: called with the complete directory before it becomes the target. If it raises an error, no target is left.
@@ -59,7 +62,7 @@ def export(
         if layout == "orbax":
             _write_run(source, directory, dtypes)
         elif layout in ("huggingface", "llava"):
-            _write_published(source, directory, layout, dtypes)
+            _write_published(source, directory, Path(target), layout, dtypes)
         else:
             raise ConvertError(f"the target layout must be orbax, huggingface or llava, got {layout!r}")
         check(directory)
@@ -70,8 +73,11 @@ def _write_run(source: Source, directory: Path, dtypes: Mapping[str, np.dtype]) 
     write_card(directory, source.card)
 
 
-def _write_published(source: Source, directory: Path, layout: str, dtypes: Mapping[str, np.dtype]) -> None:
+def _write_published(
+    source: Source, directory: Path, target: Path, layout: str, dtypes: Mapping[str, np.dtype]
+) -> None:
     card, config, tokenizer = source.card, source.config, source.card.tokenizer
+    check_tensors(parameter_shapes(config, source.decoder_only), source.weights.shapes, source.weights.where)
     rows = config.decoder.num_tokens
     ids = _special_ids(tokenizer)
     if source.decoder_only and layout == "llava":
@@ -81,8 +87,13 @@ def _write_published(source: Source, directory: Path, layout: str, dtypes: Mappi
         table = tables.llama_table(config.decoder, rows)
         values = huggingface.write_decoder(config.decoder, rows, ids)
     elif layout == "llava":
+        llava.require_writable(card.fit)
         table = tables.llava_table(config, rows)
-        values = llava.write_llava(config, rows, ids, card.fit)
+        tower = llava.published_tower(config.vision, card.fit)
+        if tower is None and config.vision.kind == "clip":
+            _write_tower(source, directory / TOWER, dtypes)
+            tower = str(target.absolute() / TOWER)
+        values = llava.write_llava(config, rows, ids, card.fit, tower or "")
     else:
         tokenizer = copy.deepcopy(tokenizer)  # the caller's must not change
         tokenizer.huggingface.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -92,14 +103,14 @@ def _write_published(source: Source, directory: Path, layout: str, dtypes: Mappi
         values = huggingface.write_llava(config, rows, ids, image_id) | {"auto_map": dict(pytorch.AUTO_MAP)}
         processor = huggingface.write_processor(config.vision, IMAGE_TOKEN) | pytorch.processor_entries(card)
         _write_json(directory / "processor_config.json", processor)
-    _write_tensors(source, directory, table, dtypes)
+    _write_tensors(source, directory, table, dtypes, parameter_shapes(config, source.decoder_only))
     tokenizer.save(directory)
     if layout == "huggingface" and not source.decoder_only:
         pytorch.name_fast_tokenizer(directory)
         pytorch.write_sources(directory, card)
     if not source.decoder_only:
         values["vocojax"] = pytorch.model_entry(card)
-        _write_json(directory / "preprocessor_config.json", huggingface.write_image_processor(config.vision))
+        _write_json(directory / "preprocessor_config.json", huggingface.write_image_processor(config.vision, card.fit))
     _write_json(directory / "generation_config.json", ids)
     most = max(dtypes.values(), key=list(dtypes.values()).count)
     _write_json(directory / "config.json",
@@ -107,11 +118,23 @@ def _write_published(source: Source, directory: Path, layout: str, dtypes: Mappi
     write_sums(directory, [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()])
 
 
-def _write_tensors(source: Source, directory: Path, table: Table, dtypes: Mapping[str, np.dtype]) -> None:
+def _write_tower(source: Source, directory: Path, dtypes: Mapping[str, np.dtype]) -> None:
+    """Writes the vision tower as a directory that transformers' `CLIPVisionModel` and `CLIPImageProcessor` load."""
+    config = source.config.vision
+    shapes = {path: shape for path, shape in parameter_shapes(source.config).items() if path.startswith("vision/")}
+    directory.mkdir()
+    _write_tensors(source, directory, tables.tower_table(config), dtypes, shapes)
+    dtype = dtypes["vision/class_embedding"].name
+    _write_json(directory / "config.json",
+                {**huggingface.write_vision(config), "architectures": ["CLIPVisionModel"], "torch_dtype": dtype})
+    _write_json(directory / "preprocessor_config.json", huggingface.write_image_processor(config, source.card.fit))
+
+
+def _write_tensors(
+    source: Source, directory: Path, table: Table, dtypes: Mapping[str, np.dtype], shapes: Mapping[str, Shape]
+) -> None:
     """Writes the shards and their index, parameter by parameter; each tensor goes to its place in its shard."""
     weights = source.weights
-    shapes = parameter_shapes(source.config, source.decoder_only)
-    check_tensors(shapes, weights.shapes, weights.where)
     slots = table.resolve(shapes)
     shards = _assign_shards(slots, dtypes)
     if len(shards) > 1:
