@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vocojax.config import LoraConfig, preset
+from vocojax.config import LoraConfig, VisionConfig, preset
 from vocojax.costs.kernels.layouts import layouts
 from vocojax.models.lora import add_lora
 from vocojax.models.parameters import abstract, variables_of
@@ -45,6 +45,14 @@ def test_the_voco_stage_of_the_7b():
     assert found.per_pair == 12 * 32 * 128 * 32 and found.per_teacher_pair == 0
     assert found.per_image == VISION + 4 * LINEAR_IN + 6 * LINEAR_OUT == 433_679_593_472
     assert found.total(10, 3, 2, 100) == 10 * 38_856_032_256 + 3 * 786_456_576 + 2 * 433_679_593_472 + 100 * 1_572_864
+
+
+def test_evas_patch_embedding_is_counted():
+    """Its kernel is that of a linear layer with a bias; CLIP's is a parameter of its own."""
+    tower = VisionConfig("eva", 28, 7, 176, 3, 2, 200, -1, 1e-6)  # 16 patches of 147 values, 3 layers
+    vision = 2 * 17 * 3 * (4 * 176**2 + 2 * 176 * 200) + 2 * 16 * 147 * 176 + 4 * 17**2 * 176 * 3
+    found = counted("projector/.*", config=dataclasses.replace(CONFIG, vision=tower))
+    assert found.per_image == vision + 4 * 16 * 176 * 4096 + 4 * 16 * 4096**2 + 2 * 16 * 4096**2
 
 
 def test_the_alignment_stage_trains_the_projector_alone():

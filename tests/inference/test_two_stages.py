@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vocojax.data.conversation import Turn
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.cache import CacheError
-from vocojax.inference.compress import compress, compress_keeping, rows_at_once
+from vocojax.inference.compress import compress, compress_keeping, rows_at_once, run_units
 from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.inference.prompts import lay_out_prompt, whole_rows
 from vocojax.layout import LayoutError, lay_out_unit, unit_shape
@@ -167,3 +167,13 @@ def test_clear_errors(assistant, images, cache, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match="cannot be decoded"):
         assistant.compress([tmp_path / "broken.png"])
+
+
+def test_few_programs_serve_all_numbers_of_images(assistant, images):
+    """One for each power of two: a batch is filled up, and what fills it changes nothing."""
+    run_units.clear_cache()
+    caches = {count: assistant.compress([images[i % 5] for i in range(count)]) for count in range(1, 10)}
+    assert run_units._cache_size() == len((1, 2, 4, 8, 16))
+    for count, cache in caches.items():
+        assert cache.num_units == count
+        np.testing.assert_allclose(cache.k_LUNGD[:, :1], caches[1].k_LUNGD, atol=1e-5)
