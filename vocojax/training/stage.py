@@ -71,6 +71,7 @@ def _train_as_owner(config: StageConfig, workdir: str | Path, bar_position: int)
     write_run_files(workdir, config)
     mesh = make_mesh(config.mesh)
     with (
+        jax.enable_x64(False),  # dtypes are the config's, whatever JAX_ENABLE_X64 says
         programs_kept_in(config.run.compilation_cache, workdir),
         jax.set_mesh(mesh),
         Checkpoints(workdir, config.checkpoint, config) as checkpoints,
