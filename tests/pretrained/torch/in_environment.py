@@ -33,8 +33,8 @@ for name, content in (("whole", [{"type": "image", "path": image}]), ("cached", 
         if "num_beams" not in settings:
             tokens = answers[:, inputs["input_ids"].shape[1] :].tolist()
             assert found.setdefault(f"{name} tokens", tokens) == tokens, settings
-model.save_pretrained(f"{out}.model")
-processor.save_pretrained(f"{out}.model")
-again = AutoModelForImageTextToText.from_pretrained(f"{out}.model", trust_remote_code=True)
+model.save_pretrained(f"{out}_model")
+processor.save_pretrained(f"{out}_model")
+again = AutoModelForImageTextToText.from_pretrained(f"{out}_model", trust_remote_code=True)
 assert again.fingerprint() == model.fingerprint()
 print(json.dumps(found))

@@ -28,7 +28,7 @@ def test_an_environment_with_torch_and_transformers_only(voco, images, tmp_path,
     ours = voco.assistant.compress(tmp_path / "image.png")
     files.save(ours, tmp_path / "ours")
     script = Path(__file__).with_name("in_environment.py")
-    done = subprocess.run([environment / "bin" / "python", script, voco.directory, tmp_path / "image.png",
+    done = subprocess.run([environment / "bin" / "python", "-I", script, voco.directory, tmp_path / "image.png",
                            tmp_path / "ours", tmp_path / "theirs"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
