@@ -76,6 +76,15 @@ def test_legacy_is_kept(tmp_path, legacy, prefix):
     assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["legacy"] is legacy
 
 
+@pytest.mark.parametrize(("changes", "config", "saved"), [
+    ({}, {}, False), ({"add_dummy_prefix": False}, {"legacy": False}, True),
+], ids=["not_said", "yi"])
+def test_slow_tokenizers_are_told_what_the_files_do(tmp_path, changes, config, saved):
+    """That of transformers 4.37 takes no entry for legacy=True, and with legacy=False adds a space that Yi lacks."""
+    Tokenizer.from_directory(sentencepiece_directory(tmp_path / "own", changes, **config)).save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["legacy"] is saved
+
+
 @pytest.mark.parametrize("name", ["LlamaTokenizerFast", "LlamaTokenizer", "PreTrainedTokenizerFast", "Unheard"])
 def test_the_class_that_a_file_names_does_not_matter(tmp_path, name):
     directory = byte_level_directory(tmp_path / "own", tokenizer_class=name)

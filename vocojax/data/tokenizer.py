@@ -230,13 +230,19 @@ class Tokenizer:
         specials = {name: str(token) for name, token in self.huggingface.special_tokens_map.items()
                     if not isinstance(token, list)}
         _write(directory / _SETTINGS[0], {**specials, "additional_special_tokens": [VOCO_TOKEN]})
-        _write(directory / _CONFIG, _read(directory / _CONFIG) | {
+        legacy = {} if self.sentencepiece is None else {"legacy": self._is_legacy()}
+        _write(directory / _CONFIG, _read(directory / _CONFIG) | legacy | {
             "tokenizer_class": "PreTrainedTokenizerFast" if self.sentencepiece is None else "LlamaTokenizer",
             "added_tokens_decoder": {str(id_): {
                 "content": token.content, "lstrip": token.lstrip, "rstrip": token.rstrip,
                 "normalized": token.normalized, "single_word": token.single_word, "special": token.special,
             } for id_, token in sorted(added.items())},
         })
+
+    def _is_legacy(self) -> bool:
+        """Returns whether the text after a special token begins as a text of its own; slow tokenizers are told so."""
+        alone, after = self.encode("a"), self.encode(f"{self.eos_token}a")
+        return after.ids[1:] == alone.ids
 
     @property
     def vocabulary_digest(self) -> str:
