@@ -147,6 +147,15 @@ def test_the_tower_s_own_config_is_honoured(source, tmp_path, monkeypatch, relat
         open_source(source)
 
 
+def test_the_config_beside_a_separate_tower_is_honoured(tmp_path):
+    """The directory of a tower, or a file in it."""
+    parts = checkpoints.save_parts(tmp_path)
+    edit(parts["vision"] / "config.json", num_attention_heads=4, layer_norm_eps=1e-6)
+    for vision in (parts["vision"], parts["vision"] / "model.safetensors"):
+        config = open_source(parts["source"], vision=vision, projector=parts["projector"]).config
+        assert (config.vision.num_heads, config.vision.norm_eps) == (4, 1e-6)
+
+
 def test_a_tower_without_a_name_is_reported(source, caplog):
     edit(source / "config.json", mm_vision_tower=None)
     assert open_source(source).config.vision.num_heads == 2

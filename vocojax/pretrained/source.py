@@ -241,9 +241,9 @@ def _with_parts(tensors: Weights, vision: str | Path | None, projector: str | Pa
 
 def _read_original(values: huggingface.Json, tensors: Weights, vision: str | Path | None, where: str) -> ModelConfig:
     check_entries(values, "original", where)
-    if vision is not None and Path(vision).is_dir():
-        huggingface.check_image_processor(Path(vision))
-        path = Path(vision) / "config.json"
+    if separate := _tower_directory(vision, tensors):
+        huggingface.check_image_processor(separate)
+        path = separate / "config.json"
         tower = huggingface.read_vision(huggingface.read_json(path), str(path),
                                         huggingface.typed(values, "mm_vision_select_layer", int, -2, where))
     else:
@@ -251,6 +251,19 @@ def _read_original(values: huggingface.Json, tensors: Weights, vision: str | Pat
         if home := llava.tower_directory(values, where):
             huggingface.check_image_processor(home)
     return llava.read_llava(values, tower, llava.read_projector(values, tensors.shapes, where), where)
+
+
+def _tower_directory(vision: str | Path | None, tensors: Weights) -> Path | None:
+    """Returns the directory with a separate tower's config, or None: EVA-CLIP's file has none."""
+    if vision is None:
+        return None
+    if Path(vision).is_dir():
+        return Path(vision)
+    config = Path(vision).with_name("config.json")
+    if f"{tables.TOWER}cls_token" in tensors.shapes or not config.is_file():
+        return None
+    is_clip = huggingface.read_json(config).get("model_type") in ("clip", "clip_vision_model")
+    return config.parent if is_clip else None
 
 
 def _open_run(
