@@ -11,8 +11,11 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
+from etils import epath
 
+from tests.inference.test_store import Bucket
 from tests.training.test_checkpoints import RUN, tiny_state
 from vocojax.liveness import this_process
 from vocojax.runs import owner
@@ -130,3 +133,30 @@ def test_a_damaged_claim_is_none(content, tmp_path):
     (tmp_path / "owner.json").write_text(content)
     with owned(tmp_path):
         assert json.loads((tmp_path / "owner.json").read_text())["pid"] == os.getpid()
+
+
+def test_an_object_store_has_owners_as_well(monkeypatch):
+    """There are no locks: two starts at the same time are told apart by who is seen a moment later."""
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+    monkeypatch.setenv("EPATH_USE_TF", "false")
+    monkeypatch.setattr(owner, "STALE", 0.2)
+    file = epath.Path("gs://bucket/owned/owner.json")
+    far = {"host": "far", "machine": "00000000", "pid": 7, "started": 1, "time": time.time()}
+
+    def arrive(seconds: float) -> None:
+        if seconds == owner.ARRIVAL:
+            file.write_text(json.dumps(far))
+
+    with owned("gs://bucket/owned"):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+        with pytest.raises(RunInUse, match=r"^gs://bucket/owned is in use by process \d+ on"), owned("gs://bucket/owned"):
+            pass
+    assert not file.exists()
+    with monkeypatch.context() as patch, pytest.raises(RunInUse, match="was taken over by process 7 on far"):
+        patch.setattr(owner.time, "sleep", arrive)
+        with owned("gs://bucket/owned"):
+            pass
+    assert json.loads(file.read_text()) == far
+    with owned("gs://bucket/owned"):
+        assert json.loads(file.read_text())["pid"] == os.getpid()

@@ -127,6 +127,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_put_aside(item, tmp_path, caplo
     assert {path.name.split("-")[0] for path in (tmp_path / "damaged").iterdir()} == {"2", "3"}
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b'{"loss": {}}'])
+@pytest.mark.parametrize("file", ["metrics/metrics", "progress/metadata", "parameters/_METADATA", "optimizer/_METADATA",
+                                  "_CHECKPOINT_METADATA", "parameters/array_metadatas/process_0"])
+def test_whatever_damaged_metadata_raise_a_run_resumes(file, content, tmp_path):
+    config = CheckpointConfig(keep=2, keep_best=1)
+    write(tmp_path, (1, 2), config)
+    (tmp_path / "checkpoints" / "2" / file).write_bytes(content)
+    with Checkpoints(tmp_path, config, RUN) as checkpoints:
+        step, state, _ = checkpoints.restore(tiny_state(0))
+        assert state.trained["a"].tolist() == [step] * 3 and state.optimizer["mu"].tolist() == [-step] * 3
+        assert step == 1 or file not in ("metrics/metrics", "progress/metadata", "parameters/_METADATA")
+        assert (step == 1) == (tmp_path / "damaged").exists()
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_what_all_checkpoints_share_is_named_once_if_it_is_damaged(lost, tmp_path, caplog):
     """And then is all that is asked for: once they are there again the run resumes from its newest step."""

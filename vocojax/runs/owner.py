@@ -97,8 +97,9 @@ def _claim(path: epath.Path) -> None:
         time.sleep(min(BEAT, STALE) / 10)
     if is_remote(path):
         time.sleep(ARRIVAL)
-        if problem := taken_over(path.parent):
-            raise RunInUse(problem)
+        if (claim := _read(path)) is None or claim.owner != this_process():
+            raise RunInUse(f"{path.parent} was taken over by {claim.owner if claim else 'another'}, which started at "
+                           "the same time: leave it to that one, or use another --workdir")
 
 
 def _is_stale(claim: _Claim, first: _Claim | None, since: float) -> bool:

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as keep
 
-from vocojax.files import is_remote
+from vocojax.files import is_remote, parse_json
 from vocojax.models.parameters import Parameters
 from vocojax.parallel import processes
 from vocojax.runs.checkpoint_files import damaged, described, first_line, not_saved, read_arrays, read_progress, sha256
@@ -64,10 +64,19 @@ class Checkpoints:
         if config.keep_best:
             policies.append(keep.BestN(get_metric_fn=metric, reverse=config.best_is == "lowest", n=config.keep_best,
                                        keep_checkpoints_without_metrics=False))
+        self._put_unreadable_aside()
         self._manager = _open(
             self._workdir, cleanup_tmp_directories=True, preservation_policy=keep.AnyPreservationPolicy(policies),
             best_fn=metric if config.keep_best else None,
         )
+
+    def _put_unreadable_aside(self) -> None:
+        """Moves checkpoints away whose metadata or metrics Orbax could not read: it reads all when it opens them."""
+        if processes.is_first() and (self._workdir / "checkpoints").is_dir():
+            for directory in sorted((self._workdir / "checkpoints").iterdir()):
+                if directory.name.isdecimal() and (problem := _unreadable(directory)):
+                    LOG.error("%s: IS DAMAGED: %s; moved to %s", directory, problem, put_aside(directory))
+        processes.from_first("unreadable", True)
 
     @property
     def latest(self) -> int | None:
@@ -287,6 +296,20 @@ class Checkpoints:
                                    f"checkpoints: {intact}. Make room; {remedy}")
         return CheckpointError(f"{self._workdir}: a checkpoint could not be written: {first_line(error)}; "
                                f"earlier ones: {intact}; {remedy}")
+
+
+def _unreadable(directory: epath.Path) -> str:
+    """Returns what is wrong with a checkpoint's metadata and metrics; '' if nothing is."""
+    try:
+        for file in (directory / "_CHECKPOINT_METADATA", directory / "metrics" / "metrics"):
+            values = parse_json(file.read_bytes()) if file.exists() else {}
+            if not isinstance(values, dict):
+                raise ValueError(f"{file.name} is no JSON object")
+            if file.name == "metrics":
+                {name: float(value) for name, value in values.items()}
+    except (OSError, ValueError, TypeError) as error:
+        return described(error)
+    return ""
 
 
 def _open(workdir: epath.Path, **options: Any) -> ocp.CheckpointManager:
