@@ -15,8 +15,13 @@ from vocojax import _moved
 from vocojax.errors import InputError, MissingPackage, VocojaxError
 
 ROOT = Path(__file__).parent.parent
-# Exceptions that are not errors of a user's: a stop that was asked for, and one that never leaves its module.
-OTHERS = {"vocojax.parallel.preemption.Preempted", "vocojax.convert.pickle_files._RefusedError"}
+# Exceptions that are not errors of a user's: a stop that was asked for, and those that the package itself catches.
+OTHERS = {
+    "vocojax.parallel.preemption.Preempted",
+    "vocojax.convert.pickle_files._RefusedError",
+    "vocojax.data.sources.arrow_file.DamagedFile",
+    "vocojax.files.NotAFile",
+}
 USER = """
 import vocojax
 from vocojax import Assistant, Request

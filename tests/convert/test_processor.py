@@ -8,7 +8,7 @@ from tests.helpers import checkpoints
 from vocojax.data.conversation import Turn
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.prompts import whole_rows
-from vocojax.layout import Role
+from vocojax.layout import Role, UnitShape
 from vocojax.pretrained.conversion import convert
 from vocojax.pretrained.loading import load_model
 from vocojax.pretrained.processor import Processor
@@ -19,7 +19,7 @@ W = checkpoints.WORDS
 def test_processor_and_model_of_one_directory(tmp_path):
     checkpoints.save_huggingface(tmp_path / "source", added=("<image>", "<voco>"))
     processor = Processor.from_pretrained(tmp_path / "source", num_vocos=2)
-    assert processor.image_size == 28 and processor.unit == (16, 2) and processor.template.name == "vicuna_v1"
+    assert processor.image_size == 28 and processor.unit == UnitShape(16, 2) and processor.template.name == "vicuna_v1"
     image = Image.new("RGB", (40, 20), "red")
     item = processor([image], "w1 w2")
     # No newline is in this vocabulary of words: BOS, 16 vision tokens, two VoCo tokens, and the text.
@@ -46,4 +46,4 @@ def test_assistant_of_a_converted_directory(tmp_path):
     cache = assistant.compress([tmp_path / "photo.png"])
     assert cache.tokens_per_unit == 3
     assert isinstance(assistant.read(cache, ["w1 w2"])[0], str)
-    assert Processor.from_pretrained(tmp_path / "run").unit == (16, 3)
+    assert Processor.from_pretrained(tmp_path / "run").unit == UnitShape(16, 3)
