@@ -5,7 +5,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -17,18 +16,18 @@ from vocojax.data.conversation import template as find_template
 from vocojax.data.images import Fit
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.errors import InputError
-from vocojax.inference.caches.cache import VocoCache, cached_shape, place, require_model
+from vocojax.inference.caches.cache import VocoCache, cached_shape, require_model
 from vocojax.inference.caches.files import DamagedCache
 from vocojax.inference.caches.fingerprint import Fingerprint, fingerprint
 from vocojax.inference.caches.store import MissingCache, Store
 from vocojax.inference.compress import BATCH, compress
-from vocojax.inference.decoding.decode import LOOK_EVERY, Generation, Prompts, stream
+from vocojax.inference.decoding.decode import Generation
 from vocojax.inference.decoding.sampling import GREEDY, SamplingConfig, one_each
-from vocojax.inference.decoding.text import AnswerText, FinishedText
-from vocojax.inference.prompts import batch_bucket, bucket, filled, lay_out_prompt, text_prompts, whole_prompts
+from vocojax.inference.decoding.text import FinishedText
+from vocojax.inference.prompts import lay_out_prompt
+from vocojax.inference.runner import Runner, not_about
 from vocojax.inference.visuals import Visual, VisualSource, listed, prepare_visual
 from vocojax.layout import VISIBILITIES, SampleLayout, Visibility, lay_out_unit, unit_shape, units_stand_alone
-from vocojax.models.llama import KeyValues
 from vocojax.models.voco import VocoLlama
 from vocojax.pretrained.loading import model_of
 from vocojax.pretrained.processor import Processor
@@ -50,6 +49,7 @@ class Assistant:
       visibility: `voco`, or `causal` to evaluate a bound or a baseline.
       max_length: the longest prompt, in tokens; after a cache, an image counts the tokens that are cached of it.
       mesh: the devices that the model's parameters lie on; None for one device.
+      runner: runs laid-out prompts.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Assistant:
         self.processor = Processor(tokenizer, model.config.vision.image_size, unit_shape(model.config), template, fit)
         self.visibility: Visibility = visibility
         self.max_length = max_length
+        self.runner = Runner(model, tokenizer, template.stop, visibility, mesh)
 
     @classmethod
     def from_run(
@@ -124,7 +125,7 @@ class Assistant:
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of the model, by which its caches are recognised; computed once."""
-        with self._devices():
+        with self.runner.devices():
             return fingerprint(self.model, self.tokenizer)
 
     @property
@@ -155,7 +156,7 @@ class Assistant:
           InputError: there are none, or the model has no VoCo tokens.
         """
         units = [unit for source in listed(images) for unit in self.visual(source).units]
-        with self._devices():
+        with self.runner.devices():
             return compress(self.model, self.tokenizer, units, self.fingerprint, batch_size)
 
     def recall(
@@ -241,9 +242,9 @@ class Assistant:
         """
         units, asked = self._about(cache, questions, units)
         samplings = one_each(sampling, seeds, len(asked))
-        text, shown = self._answer_text(sampling), [""] * len(asked)
+        text, shown = self.runner.answer_text(sampling), [""] * len(asked)
         samples = [self.lay_out(conversation, len(own), cache) for conversation, own in zip(asked, units, strict=True)]
-        for generation in self.run_behind(cache, samples, units, samplings, every):
+        for generation in self.runner.run_behind(cache, samples, units, samplings, every):
             now = [text.sure(ids) for ids in generation.ids_BT.tolist()]
             yield [new[len(old) :] for new, old in zip(now, shown, strict=True)]
             shown = [max(new, old, key=len) for new, old in zip(now, shown, strict=True)]
@@ -259,9 +260,9 @@ class Assistant:
     ) -> Generation:
         """Answers conversations after cached units (two stages); arguments as those of `read`."""
         if not conversations or not all(units):
-            raise _not_about(cache, units)
+            raise not_about(cache, units)
         samples = [self.lay_out(c, len(own), cache) for c, own in zip(conversations, units, strict=True)]
-        *_, last = self.run_behind(cache, samples, units, one_each(sampling, seeds, len(samples)))
+        *_, last = self.runner.run_behind(cache, samples, units, one_each(sampling, seeds, len(samples)))
         return last
 
     def generate_whole(
@@ -279,7 +280,7 @@ class Assistant:
           sampling, seeds: see `read`.
         """
         samples = [self.lay_out(c, len(own)) for c, own in zip(conversations, images, strict=True)]
-        *_, last = self.run_whole(samples, images, one_each(sampling, seeds, len(samples)))
+        *_, last = self.runner.run_whole(samples, images, one_each(sampling, seeds, len(samples)))
         return last
 
     def texts(self, generation: Generation, sampling: SamplingConfig = GREEDY) -> list[str]:
@@ -288,7 +289,7 @@ class Assistant:
 
     def finish(self, ids: Sequence[int], sampling: SamplingConfig) -> FinishedText:
         """Reads a complete answer: one row of a generation with these settings."""
-        return self._answer_text(sampling).finish(ids[: sampling.max_new_tokens])
+        return self.runner.answer_text(sampling).finish(ids[: sampling.max_new_tokens])
 
     def lay_out(self, conversation: Conversation, num_units: int, cache: VocoCache | None = None) -> SampleLayout:
         """Lays out a prompt about units that are read whole, or that a cache holds.
@@ -310,75 +311,6 @@ class Assistant:
         read = sample.text_start if cache is None else sample.num_units * cache.tokens_per_unit
         return len(sample) - sample.text_start + read
 
-    def run_behind(
-        self,
-        cache: VocoCache,
-        samples: Sequence[SampleLayout],
-        units: Sequence[Sequence[int]],
-        samplings: Sequence[SamplingConfig],
-        every: int | None = None,
-    ) -> Iterator[Generation]:
-        """Answers laid-out prompts after cached units, each with its own settings.
-
-        Args:
-          cache: holds the units.
-          samples: from `lay_out` with this cache.
-          units: for each prompt the units before it, in order; may be none.
-          samplings: one per prompt.
-          every: tokens between looks at the answers; None for as few as the settings allow.
-
-        Yields:
-          The answers so far; the last one is complete.
-        """
-        about = [unit for row in units for unit in row]
-        if about and not 0 <= min(about) <= max(about) < cache.num_units:
-            raise _not_about(cache, units)
-        with self._devices():
-            rows = batch_bucket(len(samples))
-            samples, units = filled(samples, rows), filled(units, rows)
-            # Slots and lengths are rounded up too: few programs serve all sizes.
-            slots = 1 << (max(1, *map(len, units)) - 1).bit_length()
-            length = bucket(max(len(sample) - sample.text_start for sample in samples))
-            prompts = text_prompts(samples, self.visibility, slots * cache.tokens_per_unit, length)
-            units_BT = np.array([[*own, *[-1] * (slots - len(own))] for own in units])
-            prefix = place(cache, units_BT, self.model.config)
-        return self._answers(prompts, prefix, samplings, every)
-
-    def run_whole(
-        self,
-        samples: Sequence[SampleLayout],
-        images: Sequence[Sequence[np.ndarray]],
-        samplings: Sequence[SamplingConfig],
-    ) -> Iterator[Generation]:
-        """Answers laid-out prompts together with their prepared images; see `run_behind`."""
-        with self._devices():
-            rows = batch_bucket(len(samples))
-            samples, images = filled(samples, rows), filled(images, rows)
-            length = bucket(max(map(len, samples)))
-            prompts = whole_prompts(samples, images, self.model.config, self.visibility, length)
-        return self._answers(prompts, None, samplings)
-
-    def _answers(
-        self,
-        prompts: Prompts,
-        prefix: KeyValues | None,
-        samplings: Sequence[SamplingConfig],
-        every: int | None = None,
-    ) -> Iterator[Generation]:
-        count = len(samplings)
-        samplings = filled(samplings, len(prompts.lengths_B))
-        texts = [self._answer_text(sampling) for sampling in samplings]
-        longest = max(sampling.max_new_tokens for sampling in samplings)
-        every = every or (LOOK_EVERY if any(text.has_stops for text in texts) else longest)
-        answers = stream(self.model, prompts, prefix, self.tokenizer.eos_id, samplings, every,
-                         lambda row, ids: texts[row].is_over(ids))
-        while True:
-            with self._devices():  # not around the yield: the caller may have a mesh of its own in force
-                generation = next(answers, None)
-            if generation is None:
-                return
-            yield Generation(generation.ids_BT[:count], generation.logits_BV[:count])
-
     def _about(
         self, cache: VocoCache, questions: str | Sequence[str], units: Sequence[Sequence[int]] | None
     ) -> tuple[list[Sequence[int]], list[Conversation]]:
@@ -391,20 +323,4 @@ class Assistant:
             raise InputError(f"units must be one list per question, got {len(about)} for {len(questions)} questions")
         if questions and all(about):
             return about, [(Turn("user", question),) for question in questions]
-        raise _not_about(cache, about)
-
-    def _answer_text(self, sampling: SamplingConfig) -> AnswerText:
-        return AnswerText(self.tokenizer, sampling.stop, self.template.stop)
-
-    def _devices(self) -> contextlib.AbstractContextManager[object]:
-        """Returns a context in which the mesh is in force, and dtypes are the config's even with JAX_ENABLE_X64."""
-        stack = contextlib.ExitStack()
-        stack.enter_context(jax.enable_x64(False))
-        if self.mesh is not None:
-            stack.enter_context(jax.set_mesh(self.mesh))
-        return stack
-
-
-def _not_about(cache: VocoCache, units: Sequence[Sequence[int]]) -> InputError:
-    return InputError(f"questions must be about units 0 to {cache.num_units - 1}, at least one each, got "
-                        f"{[list(own) for own in units]}")
+        raise not_about(cache, about)

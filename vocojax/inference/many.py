@@ -126,9 +126,9 @@ def _answer_group(
     chosen: list[list[Any]] = [group.units[index] for index in samples]
     samplings = [requests[index].sampling for index in samples]
     if cache is None:
-        *_, last = assistant.run_whole(list(samples.values()), chosen, samplings)
+        *_, last = assistant.runner.run_whole(list(samples.values()), chosen, samplings)
     else:
-        *_, last = assistant.run_behind(cache, list(samples.values()), chosen, samplings)
+        *_, last = assistant.runner.run_behind(cache, list(samples.values()), chosen, samplings)
     logits = np.asarray(last.logits_BV) if with_logits else [None] * len(samples)
     for row, (index, sample) in enumerate(samples.items()):
         text, reason, ids = assistant.finish(last.ids_BT[row].tolist(), samplings[row])
