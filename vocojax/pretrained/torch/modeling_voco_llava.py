@@ -87,11 +87,12 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             raise ValueError("the layout is known from token ids only: pass input_ids in place of inputs_embeds")
         for derived in ("cache_position", "return_dict"):  # the cache says it; the output is always transformers' own
             kwargs.pop(derived, None)
-        is_first = past_key_values is None or int(past_key_values.get_seq_length()) == 0
+        is_first = _is_empty(past_key_values)
         prefix = _prefix_length(voco_cache, voco_units) if is_first else 0
         queries = input_ids.shape[1] - prefix
         if attention_mask is None or len(attention_mask.shape) == 2:
-            attention_mask, positions = self._visibility(input_ids, attention_mask, voco_cache, queries, is_first)
+            attention_mask, positions = self._visibility(
+                input_ids, attention_mask, voco_cache, queries, past_key_values)
             position_ids = positions if position_ids is None else position_ids
         if voco_cache is not None and is_first:
             past_key_values = DynamicCache() if past_key_values is None else past_key_values
@@ -189,23 +190,21 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             attention_mask=attention_mask,  # type: ignore[arg-type]
             **kwargs,
         )
-        is_first = past_key_values is None or int(past_key_values.get_seq_length()) == 0
+        is_first = _is_empty(past_key_values)
         if not is_first:
             inputs.pop("pixel_values", None)  # of the prompt, which is in the cache
         if self.config.stands_alone:
-            theirs, queries = inputs.get("attention_mask"), inputs["input_ids"].shape[1]
+            queries = inputs["input_ids"].shape[1]
             if is_first:
                 queries -= _prefix_length(kwargs.get("voco_cache"), kwargs.get("voco_units"))
-            # A static cache has more slots than there are tokens; transformers has made a mask of that size.
-            keys = theirs.shape[-1] if theirs is not None and theirs.ndim == 4 else input_ids.shape[1]
             layout = self._layout(input_ids, attention_mask, kwargs.get("voco_cache"))
-            inputs["attention_mask"] = self._mask(layout, queries, keys)
+            inputs["attention_mask"] = self._mask(layout, queries, past_key_values)
             inputs["position_ids"] = layout.positions_BS[:, -queries:]
         return inputs
 
     def _visibility(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: VocoCache | None, queries: int,
-        is_first: bool,
+        past: Cache | None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Returns the mask and the positions of the last `queries` tokens of whole rows."""
         if not self.config.stands_alone:
@@ -213,11 +212,11 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 return None, None
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             return attention_mask, positions[:, -input_ids.shape[1] :]
-        if not is_first:
+        if not _is_empty(past):
             raise ValueError("after past_key_values, the mask can't be known from the new ids alone: use generate, or "
                              "pass attention_mask [B, 1, Q, K] and position_ids")
         layout = self._layout(input_ids, attention_mask, cache)
-        return self._mask(layout, queries, input_ids.shape[1]), layout.positions_BS
+        return self._mask(layout, queries, past), layout.positions_BS
 
     def _layout(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: VocoCache | None
@@ -227,7 +226,11 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return voco_layout(is_token, is_voco, self.config.first_position, self.config.unit_gap,
                            None if cache is None else cache.num_vocos)
 
-    def _mask(self, layout: Layout, queries: int, keys: int) -> Any:
+    def _mask(self, layout: Layout, queries: int, past: Cache | None) -> Any:
+        keys = layout.stop_BS.shape[1]
+        if past is not None and past.is_compileable:  # a static cache has slots for tokens that are still to come
+            name = "get_max_length" if hasattr(past, "get_max_length") else "get_max_cache_shape"  # of transformers 4
+            keys = int(getattr(past, name)())
         attention = self.model.language_model.config._attn_implementation
         return attention_mask_of(layout, queries, keys, attention, self.dtype)
 
@@ -297,6 +300,10 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if not self.config.stands_alone:
             raise ValueError("the model was trained with the causal mask: its text reads whole images, so there are no "
                              "caches of VoCo tokens; read images in a single pass")
+
+
+def _is_empty(past: Cache | None) -> bool:
+    return past is None or int(past.get_seq_length()) == 0
 
 
 def _prefix_length(cache: VocoCache | None, units_BT: torch.Tensor | None) -> int:
