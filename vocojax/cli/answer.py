@@ -1,12 +1,14 @@
-"""Answers questions about images from a store of VoCo caches.
+"""Answers questions about images and videos from a store of VoCo caches.
 
     vocojax answer --checkpoint=runs/voco --store=caches --image=a.jpg --question='What is in the picture?'
+    vocojax answer --checkpoint=runs/voco --store=caches --video=a.mp4 --frames=64 --question='What happens?'
     vocojax answer --checkpoint=runs/voco --store=caches --questions=questions.jsonl > answers.jsonl
 
-An image that is not in the store is compressed and added. A line of the second form is
-{"image": PATH or [PATHS], "question": TEXT}; further keys are kept, and "seed" is the question's seed. Answers come in
-the order of the questions. The answer to a single question is printed while it is generated. A model that was not
-trained with the VoCo mask (an upper bound, a baseline, plain LLaVA) reads whole images, and the store is not used.
+An image or a frame that is not in the store is compressed and added. A line of the last form is
+{"image": PATH or [PATHS], "question": TEXT}, or "video" for "image"; with both, the images come first. Further keys are
+kept, and "seed" is the question's seed. Answers come in the order of the questions. The answer to a single question is
+printed while it is generated. A model that was not trained with the VoCo mask (an upper bound, a baseline, plain LLaVA)
+reads whole images, and the store is not used.
 """
 
 import dataclasses
@@ -28,6 +30,9 @@ def define_flags() -> None:
     flags.DEFINE_string("store", None, "Directory of the store, local or gs://.", required=True)
     flags.DEFINE_enum("storage", "exact", ["exact", "int8"], "Kind of entry to read and write.")
     flags.DEFINE_multi_string("image", [], "Image of the question; repeat it for several, in their order.")
+    flags.DEFINE_multi_string("video", [], "Video of the question, after its images; repeat it for several.")
+    flags.DEFINE_integer("frames", 8, "The most frames of a video that are read.", lower_bound=1)
+    flags.DEFINE_enum("frame_sampling", "uniform", ["uniform", "segments", "fps"], "Which frames of a video.")
     flags.DEFINE_string("question", None, "The question.")
     flags.DEFINE_string("questions", None, "File of questions, JSON lines; JSON lines with answers are printed.")
     flags.DEFINE_integer("batch_size", 32, "Questions that are answered at once.", lower_bound=1)
@@ -42,20 +47,23 @@ def define_flags() -> None:
                          lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Dtype of the model; default: as stored.")
     flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR over this process's devices (-1 for the rest); default: one.")
-    refuse_empty("checkpoint", "store", "image", "question", "questions")
+    refuse_empty("checkpoint", "store", "image", "video", "question", "questions")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Answers."""
     refuse_arguments(arguments)
-    given = [bool(value) for value in (FLAGS.image, FLAGS.question, FLAGS.questions)]
+    given = [bool(value) for value in (FLAGS.image or FLAGS.video, FLAGS.question, FLAGS.questions)]
     if given not in ([True, True, False], [False, False, True]):
-        raise app.UsageError("give --image and --question, or --questions=FILE.jsonl without them")
+        raise app.UsageError("give --question with --image or --video, or --questions=FILE.jsonl without them")
     from vocojax.inference.assistant import Assistant
+    from vocojax.inference.caches.cache import VocoCache
     from vocojax.inference.caches.store import Store
     from vocojax.inference.decoding.sampling import SamplingConfig
     from vocojax.inference.many import answer_all, answer_many, read_questions
     from vocojax.inference.requests import Request
+    from vocojax.inference.video import compress_video
+    from vocojax.inference.visuals import Video
     from vocojax.parallel.mesh import parse_mesh
 
     sampling = SamplingConfig(FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.top_k, FLAGS.top_p,
@@ -64,18 +72,23 @@ def main(arguments: Sequence[str]) -> None:
     assistant = Assistant.from_pretrained(FLAGS.checkpoint, mesh=parse_mesh(FLAGS.mesh), dtype=FLAGS.dtype)
     store = Store(FLAGS.store, FLAGS.storage)
     if questions:
-        for question, answer in answer_all(assistant, store, questions, sampling, FLAGS.batch_size, FLAGS.vocos):
+        for question, answer in answer_all(assistant, store, questions, sampling, FLAGS.batch_size, FLAGS.vocos,
+                                           FLAGS.frames, FLAGS.frame_sampling):
             print(json_line({**question.record, **answer}, sys.stdout.encoding), flush=True)
         return
+    videos = [Video(path, FLAGS.frames, FLAGS.frame_sampling) for path in FLAGS.video]
     if not assistant.reads_caches:  # an upper bound or a baseline: the prompt holds the whole image
         sampling = dataclasses.replace(sampling, seed=FLAGS.seed)
-        request = Request(FLAGS.question, tuple(FLAGS.image), sampling)
+        request = Request(FLAGS.question, (*FLAGS.image, *videos), sampling)
         (only,) = answer_many(assistant, [request], num_vocos=FLAGS.vocos, progress=None)
         if only.error:
             raise InputError(only.error)
         print(only.text)
         return
-    cache = assistant.recall(store, FLAGS.image, FLAGS.vocos)
+    caches = [assistant.recall(store, FLAGS.image)] if FLAGS.image else []
+    cache = VocoCache.concat(caches + [compress_video(assistant, video, store) for video in videos])
+    if FLAGS.vocos is not None:
+        cache = cache.truncate(FLAGS.vocos)
     for (piece,) in assistant.stream(cache, [FLAGS.question], None, sampling, [FLAGS.seed]):
         print(piece, end="", flush=True)
     print()

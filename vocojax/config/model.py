@@ -105,7 +105,8 @@ class DecoderConfig:
       rope_scaling: scaling of the rotary frequencies for longer contexts, or None.
       norm_eps: epsilon of the RMS norms.
       tie_embeddings: whether the head is the transposed embedding.
-      max_positions: context length it was trained for, in tokens. Only exports use it.
+      max_positions: context length it was trained for, in tokens. Exports carry it, and it limits how many
+        frames a video session keeps.
     """
 
     vocab_size: int = 32001

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from vocojax.config import require
 from vocojax.data.conversation import Conversation, Template, Turn
 from vocojax.data.conversation import template as find_template
+from vocojax.data.frame_choice import Sampling
 from vocojax.data.images import Fit
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.errors import InputError
@@ -26,12 +27,15 @@ from vocojax.inference.decoding.sampling import GREEDY, SamplingConfig, one_each
 from vocojax.inference.decoding.text import FinishedText
 from vocojax.inference.prompts import lay_out_prompt
 from vocojax.inference.runner import Runner, not_about
-from vocojax.inference.visuals import Visual, VisualSource, listed, prepare_visual
+from vocojax.inference.video import Policy, VideoSession, compress_video
+from vocojax.inference.visuals import Video, Visual, VisualSource, listed, prepare_visual
 from vocojax.layout import VISIBILITIES, SampleLayout, Visibility, lay_out_unit, unit_shape, units_stand_alone
 from vocojax.models.voco import VocoLlama
 from vocojax.pretrained.loading import model_of
 from vocojax.pretrained.processor import Processor
 from vocojax.pretrained.source import open_source
+
+MAX_LENGTH = 2048  # of prompts, in tokens, where nothing else is said
 
 
 class Assistant:
@@ -47,7 +51,8 @@ class Assistant:
       model: answers.
       processor: prepares its images and holds its tokenizer, template and unit shape.
       visibility: `voco`, or `causal` to evaluate a bound or a baseline.
-      max_length: the longest prompt, in tokens; after a cache, an image counts the tokens that are cached of it.
+      max_length: the longest prompt, in tokens; after a cache, an image counts the tokens that are cached of it. None
+        for 2,048, to which cached tokens are added up to the decoder's `max_positions`.
       mesh: the devices that the model's parameters lie on; None for one device.
       runner: runs laid-out prompts.
     """
@@ -59,7 +64,7 @@ class Assistant:
         template: Template,
         visibility: Visibility = "voco",
         fit: Fit = "pad",
-        max_length: int = 2048,
+        max_length: int | None = None,
         mesh: Mesh | None = None,
     ):
         require(visibility in VISIBILITIES, "visibility", f"must be one of {list(VISIBILITIES)}", visibility)
@@ -175,7 +180,37 @@ class Assistant:
         cache = VocoCache.concat(self.caches_of([self.visual(source) for source in listed(images)], store))
         return cache if num_vocos is None else cache.truncate(num_vocos)
 
-    def caches_of(self, visuals: Sequence[Visual], store: Store | None = None) -> list[VocoCache]:
+    def compress_video(
+        self, path: str | Path, frames: int = 8, sampling: Sampling = "uniform", seconds: float = 120.0,
+        store: Store | None = None, batch_size: int = BATCH,
+    ) -> VocoCache:
+        """Compresses a video of any length batch by batch; memory does not grow with its pixels.
+
+        Args:
+          path: the file, or a directory of frames.
+          frames: see `Video`.
+          sampling: see `Video`.
+          seconds: see `Video`.
+          store: where caches of frames are sought and put, each frame a visual of its own; None for no store.
+          batch_size: frames that are decoded and compressed at once.
+
+        Returns:
+          The cache of the frames, in their order.
+
+        Raises:
+          ImageError: the video can't be used.
+        """
+        return compress_video(self, Video(path, frames, sampling, seconds), store, batch_size)
+
+    def video(
+        self, limit: int | None = None, policy: Policy = "error", store: Store | None = None, batch_size: int = BATCH
+    ) -> VideoSession:
+        """Begins a video that arrives frame by frame; see `VideoSession`."""
+        return VideoSession(self, limit, policy, store, batch_size)
+
+    def caches_of(
+        self, visuals: Sequence[Visual], store: Store | None = None, batch_size: int = BATCH
+    ) -> list[VocoCache]:
         """Returns the cache of each visual, from the store where it is there, else compressed and put in."""
         if not isinstance(store, Store | None):
             raise InputError(f"store must be a Store, got {type(store).__name__}: Store('caches') is one")
@@ -187,7 +222,8 @@ class Assistant:
                     caches[digest] = store.get(digest, self.fingerprint, self.processor.unit.vocos)
         missing = {digest: visual for digest, visual in different.items() if digest not in caches}
         if missing:
-            new = self.compress(list(missing.values())).split([len(visual.units) for visual in missing.values()])
+            new = self.compress(list(missing.values()), batch_size).split(
+                [len(visual.units) for visual in missing.values()])
             caches |= dict(zip(missing, new, strict=True))
             if store is not None:
                 for cache in new:
@@ -303,7 +339,11 @@ class Assistant:
             if cache.fingerprint is not None:
                 require_model(cache, self.fingerprint, "the cache")
             unit, hidden = cached_shape(cache, lay_out_unit("unit", self.tokenizer, unit), self.visibility, num_units)
-        record, length = conversation[-1].text if conversation else "", self.max_length + hidden * num_units
+        record, longest = conversation[-1].text if conversation else "", self.max_length or MAX_LENGTH
+        if self.max_length is None and cache is not None:
+            more = longest + num_units * cache.tokens_per_unit
+            longest = max(longest, min(more, self.model.config.decoder.max_positions))
+        length = longest + hidden * num_units
         return lay_out_prompt(record, num_units, conversation, self.template, self.tokenizer, unit, length)
 
     def prompt_tokens(self, sample: SampleLayout, cache: VocoCache | None = None) -> int:

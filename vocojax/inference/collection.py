@@ -1,7 +1,8 @@
-"""A collection of image files compressed into a store: in batches, resumable, with a report of bad files."""
+"""A collection of image or video files compressed into a store: in batches, resumable, with a report of bad files."""
 
 import collections
 import glob
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from vocojax.data.frame_choice import Sampling
 from vocojax.data.images import ImageError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.cache import VocoCache
@@ -19,7 +21,7 @@ from vocojax.inference.caches.store import Store
 from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.inference.many import answer_many
 from vocojax.inference.requests import Request
-from vocojax.inference.visuals import Visual
+from vocojax.inference.visuals import Video, Visual, frame_units
 
 
 @dataclass
@@ -127,6 +129,46 @@ def compress_files(
                 flush()
         if waiting:
             flush()
+    return outcome
+
+
+def compress_videos(
+    assistant: Assistant, store: Store, paths: Sequence[str], frames: int = 8, frame_sampling: Sampling = "uniform",
+    batch_size: int = 64,
+) -> Outcome:
+    """Puts the caches of every video's frames into the store, each frame a visual of its own.
+
+    A video whose frames are all in the store counts as skipped. One that can't be used is reported and skipped.
+
+    Args:
+      assistant: compresses.
+      store: is filled.
+      paths: of the video files.
+      frames: see `Video`.
+      frame_sampling: see `Video`.
+      batch_size: frames that are decoded and compressed at once.
+
+    Raises:
+      CacheError: an entry can't be written.
+    """
+    outcome = Outcome()
+    size, fit, num_vocos = assistant.processor.image_size, assistant.processor.fit, assistant.processor.unit.vocos
+    with tqdm(total=len(paths), desc="compress", unit="video") as bar:
+        for path in paths:
+            units, new = frame_units(Video(path, frames, frame_sampling), size, fit), 0
+            try:
+                while batch := [Visual((unit,)) for unit in itertools.islice(units, batch_size)]:
+                    missing = [visual for visual in batch
+                               if not store.has(visual.digest, assistant.fingerprint, num_vocos)]
+                    assistant.caches_of(missing, store, batch_size)
+                    new += len(missing)
+            except ImageError as error:
+                outcome.bad[path] = str(error)
+                bar.write(f"skipped: {error}")
+            else:
+                outcome.compressed += new > 0
+                outcome.skipped += new == 0
+            bar.update()
     return outcome
 
 

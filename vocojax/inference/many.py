@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vocojax.config import SEEDS, require
+from vocojax.data.frame_choice import Sampling
 from vocojax.data.images import ImageError
 from vocojax.errors import InputError, shown
 from vocojax.files import parse_json
@@ -19,7 +20,8 @@ from vocojax.inference.caches.cache import CacheError, VocoCache, require_model
 from vocojax.inference.caches.store import Store
 from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.inference.requests import Answer, Request
-from vocojax.inference.visuals import Visual, VisualSource
+from vocojax.inference.video import compress_video
+from vocojax.inference.visuals import Video, Visual, VisualSource
 from vocojax.layout import LayoutError
 
 Way = Literal["caches", "single pass"]
@@ -81,10 +83,10 @@ def _answer_batch(
     """Answers requests at once: prepares what each needs, and runs those that can be answered."""
     answers: dict[int, Answer] = {}
     visuals: dict[int, list[Visual | VocoCache]] = {}
-    prepared: dict[str | Path | int, Visual] = {}
+    prepared: dict[str | Path | Video | int, Visual | VocoCache] = {}
     for index, request in enumerate(requests):
         try:
-            visuals[index] = [_prepare(assistant, source, prepared) for source in request.visuals]
+            visuals[index] = [_prepare(assistant, source, prepared, way, store) for source in request.visuals]
         except ImageError as error:
             answers[index] = _refusal(error)
 
@@ -137,14 +139,18 @@ def _answer_group(
 
 
 def _prepare(
-    assistant: Assistant, source: VisualSource | VocoCache, prepared: dict[str | Path | int, Visual]
+    assistant: Assistant, source: VisualSource | VocoCache,
+    prepared: dict[str | Path | Video | int, Visual | VocoCache], way: Way, store: Store | None,
 ) -> Visual | VocoCache:
-    """Prepares a visual once, however many of a batch's requests are about it."""
+    """Prepares a visual once, however many of a batch's requests are about it; a video's frames are compressed."""
     if isinstance(source, VocoCache):
         return source
-    key = source if isinstance(source, str | Path) else id(source)
+    key = source if isinstance(source, str | Path | Video) else id(source)
     if key not in prepared:
-        prepared[key] = assistant.visual(source)
+        if isinstance(source, Video) and way == "caches":
+            prepared[key] = compress_video(assistant, source, store)
+        else:
+            prepared[key] = assistant.visual(source)
     return prepared[key]
 
 
@@ -226,16 +232,20 @@ class Question:
       text: the question.
       seed: of the answer's draws.
       record: all that the line holds.
+      videos: video files, after the images.
     """
 
     images: tuple[str, ...]
     text: str
     seed: int = 0
     record: Mapping[str, Any] = field(default_factory=dict)
+    videos: tuple[str, ...] = ()
 
 
 def read_questions(path: str | Path, seed: int = 0) -> list[Question]:
     """Reads JSON lines `{"image": path or [paths], "question": text, "seed"?: int in [0, 2**32), ...}`.
+
+    A line may have "video" in place of "image", or in addition to it.
 
     Args:
       path: the file.
@@ -266,20 +276,28 @@ def _question(record: Any, seed: int) -> Question:
     """Returns a line's question; `ValueError` says what it lacks."""
     if not isinstance(record, dict):
         raise ValueError(f"must be an object, got {shown(record)}")
-    if absent := {"image", "question"} - record.keys():
-        raise ValueError(f"{min(absent)!r} is missing")
-    images = record["image"] if isinstance(record["image"], list) else [record["image"]]
-    if not images or not all(isinstance(text, str) for text in (*images, record["question"])):
-        raise ValueError("image and question must be strings")
+    if not record.keys() & {"image", "video"}:
+        raise ValueError("'image' or 'video' is missing")
+    if "question" not in record:
+        raise ValueError("'question' is missing")
+    images, videos = _paths(record, "image"), _paths(record, "video")
+    if not images + videos or not all(isinstance(text, str) for text in (*images, *videos, record["question"])):
+        raise ValueError("image, video and question must be strings")
     own_seed = record.get("seed", seed)
     if type(own_seed) is not int or not 0 <= own_seed < SEEDS:
         raise ValueError(f"seed must be a whole number in [0, 2**32), got {shown(own_seed)}")
-    return Question(tuple(images), record["question"], own_seed, record)
+    return Question(images, record["question"], own_seed, record, videos)
+
+
+def _paths(record: Mapping[str, Any], key: str) -> tuple[Any, ...]:
+    """Returns the one or several values of a key, none if it is absent."""
+    value = record.get(key, [])
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def answer_all(
     assistant: Assistant, store: Store, questions: Sequence[Question], sampling: SamplingConfig, batch_size: int = 32,
-    num_vocos: int | None = None,
+    num_vocos: int | None = None, frames: int = 8, frame_sampling: Sampling = "uniform",
 ) -> Iterator[tuple[Question, dict[str, str]]]:
     """Answers a file's questions in order.
 
@@ -291,12 +309,15 @@ def answer_all(
       sampling: of all answers, but for the seeds.
       batch_size: questions that are answered at once.
       num_vocos: how many of each image's VoCo tokens are read; None for all.
+      frames: the most frames of a video; see `Video`.
+      frame_sampling: which frames of a video; see `Video`.
 
     Yields:
       Each question with `{"answer": text}`, or `{"error": problem}` for an image or a text that can't be used.
     """
-    requests = [Request(question.text, question.images, dataclasses.replace(sampling, seed=question.seed))
-                for question in questions]
+    requests = [Request(question.text,
+                        (*question.images, *(Video(path, frames, frame_sampling) for path in question.videos)),
+                        dataclasses.replace(sampling, seed=question.seed)) for question in questions]
     answers = answer_many(assistant, requests, store, batch_size=batch_size, num_vocos=num_vocos)
     for question, answer in zip(questions, answers, strict=True):
         yield question, {"error": answer.error} if answer.error else {"answer": answer.text}

@@ -1,7 +1,8 @@
 """Visuals: an image, the tiles of one, or the frames of a video are k units under one digest."""
 
 import functools
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -72,6 +73,8 @@ class Visual:
 # What a visual is made of: a path, a file's content, an image, ... An array is one prepared unit [size, size, 3] or
 # several [k, size, size, 3], uint8.
 VisualSource = str | Path | bytes | Image.Image | np.ndarray | Video | Frames | Visual
+# What one frame is made of; an array is uint8 RGB [height, width, 3].
+FrameSource = str | Path | bytes | Image.Image | np.ndarray
 
 
 def prepare_visual(source: VisualSource, size: int, fit: Fit) -> Visual:
@@ -102,6 +105,41 @@ def prepare_visual(source: VisualSource, size: int, fit: Fit) -> Visual:
     if not units:
         raise ImageError(str(source), "has no image: give at least one", "no image")
     return Visual(units)
+
+
+def frame_units(frames: Video | Iterable[FrameSource], size: int, fit: Fit) -> Iterator[np.ndarray]:
+    """Yields frames as prepared units, each when it is asked for, so that few are in memory.
+
+    Args:
+      frames: a video, or frames in their order.
+      size: edge of a unit's image, in pixels.
+      fit: how frames become square; see `prepare_frame`.
+
+    Raises:
+      ImageError: one of them can't be used.
+    """
+    if isinstance(frames, str | Path | bytes | Image.Image | np.ndarray) or not isinstance(frames, Video | Iterable):
+        raise ImageError("frames", f"must be a Video or a list of frames, got {type(frames).__name__}: write [frame] "
+                         "for one, Video(path) for a file", "no image")
+    images = _frames(frames) if isinstance(frames, Video) else map(_frame, itertools.count(), frames)
+    return (prepare_frame(image, size, fit) for image in images)
+
+
+def _frame(number: int, source: FrameSource) -> Image.Image:
+    """Returns one frame as an RGB image."""
+    name = f"frame {number}"
+    if isinstance(source, Image.Image):
+        return to_rgb(source, name)
+    if isinstance(source, str | Path):
+        return decode(read(source), str(source))
+    if isinstance(source, bytes):
+        return decode(source, name)
+    is_array = isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3
+    if is_array and source.shape[2] == 3 and source.size:
+        return Image.fromarray(source)
+    found = f"{source.dtype}{list(source.shape)}" if isinstance(source, np.ndarray) else type(source).__name__
+    raise ImageError(name, f"must be a file, its content, a PIL image or a uint8 array [height, width, 3], got {found}",
+                     "no image")
 
 
 def _frames(source: Video | Frames) -> Iterable[Image.Image]:

@@ -66,11 +66,15 @@ class VocoCache:
         return self._with(lambda x: x[:, units], image_digests=self.image_digests[units])
 
     def split(self, sizes: Sequence[int] | None = None) -> list["VocoCache"]:
-        """Returns the units in groups of these sizes, by default each alone. The arrays move to the host."""
+        """Returns the units in groups of these sizes, by default each alone. The arrays move to the host.
+
+        Each group has memory of its own, so that dropping some of them frees it.
+        """
         sizes = [1] * self.num_units if sizes is None else sizes
         ends = list(itertools.accumulate(sizes))
         host = self._with(np.asarray)
-        return [host.take(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
+        return [host.take(slice(end - size, end))._with(np.ascontiguousarray)
+                for end, size in zip(ends, sizes, strict=True)]
 
     def truncate(self, num_vocos: int) -> "VocoCache":
         """Returns the cache of every unit's first `num_vocos` VoCo tokens.
