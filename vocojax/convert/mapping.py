@@ -134,6 +134,10 @@ class Slot(NamedTuple):
     transform: Transform
     shape: Shape
 
+    def of(self, parameter: Array) -> Array:
+        """Returns the parameter, or the tensor's layer of a stacked one."""
+        return parameter if self.layer is None else parameter[self.layer]
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:

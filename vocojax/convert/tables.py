@@ -2,6 +2,8 @@
 
 import re
 
+import numpy as np
+
 from vocojax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from vocojax.convert.mapping import IDENTITY, TRANSPOSE, Rule, Table, leading_ones, patches, vocabulary
 from vocojax.errors import ConvertError
@@ -106,6 +108,28 @@ HUGGINGFACE_ALIASES = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
+# The other way round: names of tensors in published files, and of these parts in the model that transformers makes.
+_HUGGINGFACE_MODULES = (
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+)
+# Parameters with a row for each token, and the axis of these rows.
+VOCABULARY = {"decoder/embedding": 0, "decoder/head/kernel": 1}
+
+
+def huggingface_module_name(name: str) -> str:
+    """Returns the name that a decoder's or projector's tensor has in the model that transformers (from 4.52) makes."""
+    for pattern, replacement in _HUGGINGFACE_MODULES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def without_padding(path: str, parameter: np.ndarray, num_tokens: int) -> np.ndarray:
+    """Returns a parameter without the padding rows of the vocabulary, which are not exported."""
+    if path not in VOCABULARY:
+        return parameter
+    return parameter[:num_tokens] if VOCABULARY[path] == 0 else parameter[:, :num_tokens]
 
 
 def huggingface_table(config: ModelConfig, rows: int, new_id: int | None = None) -> Table:

@@ -11,24 +11,23 @@ import numpy as np
 
 from vocojax.convert import huggingface, llava, tables
 from vocojax.convert.mapping import Slot, Table
+from vocojax.convert.peft import CONFIG as ADAPTER_CONFIG
 from vocojax.convert.safetensors_files import SafetensorsWriter
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.errors import ConvertError
 from vocojax.files import new_directory
 from vocojax.hub import SCHEME
-from vocojax.pretrained import pytorch
+from vocojax.pretrained import adapter, pytorch
 from vocojax.pretrained.source import Source, parameter_shapes
 from vocojax.runs.card import write_card
 from vocojax.runs.weights import write_parameters
 from vocojax.sums import write_sums
 from vocojax.weights import Shape, check_tensors
 
-Layout = Literal["orbax", "huggingface", "llava"]
+Layout = Literal["orbax", "huggingface", "llava", "peft"]
 TOWER = "vision_tower"  # directory of a tower in an export to the original layout
 SHARD_BYTES = 5 * 10**9
 IMAGE_TOKEN = "<image>"  # transformers' processor writes it in the place of vision tokens
-# Parameters with a row for each token, and the axis of these rows.
-VOCABULARY = {"decoder/embedding": 0, "decoder/head/kernel": 1}
 
 
 def export(
@@ -37,6 +36,7 @@ def export(
     layout: Layout,
     dtype: str | None = None,
     check: Callable[[Path], object] = lambda directory: None,
+    base: str | Path | None = None,
 ) -> None:
     """Writes a model to a new directory.
 
@@ -48,9 +48,11 @@ def export(
         - `llava`: the original layout. A CLIP tower that is not OpenAI's is in addition written to the directory
           `vision_tower` in the target, which `mm_vision_tower` names by its absolute path, since the original code
           loads towers by their names; set the entry anew after the target is moved;
-        - `orbax`: a training run before its first step.
+        - `orbax`: a training run before its first step;
+        - `peft`: the LoRA adapter of a run, which PEFT loads onto a base model.
       dtype: dtype of the arrays; None keeps each array's own.
       check: called with the complete directory before it becomes the target. If it raises an error, no target is left.
+      base: for the layout `peft`, the model that the run was started from, in the layout `huggingface`.
 
     Raises:
       ConvertError: the target exists, or the layout does not support this model.
@@ -61,10 +63,10 @@ def export(
     with new_directory(Path(target)) as directory:
         if layout == "orbax":
             _write_run(source, directory, dtypes)
-        elif layout in ("huggingface", "llava"):
-            _write_published(source, directory, Path(target), layout, dtypes)
+        elif layout in ("huggingface", "llava", "peft"):
+            _write_published(source, directory, Path(target), layout, dtypes, base, dtype)
         else:
-            raise ConvertError(f"the target layout must be orbax, huggingface or llava, got {layout!r}")
+            raise ConvertError(f"the target layout must be orbax, huggingface, llava or peft, got {layout!r}")
         check(directory)
 
 
@@ -74,14 +76,20 @@ def _write_run(source: Source, directory: Path, dtypes: Mapping[str, np.dtype]) 
 
 
 def _write_published(
-    source: Source, directory: Path, target: Path, layout: str, dtypes: Mapping[str, np.dtype]
+    source: Source,
+    directory: Path,
+    target: Path,
+    layout: str,
+    dtypes: Mapping[str, np.dtype],
+    base: str | Path | None,
+    dtype: str | None,
 ) -> None:
     card, config, tokenizer = source.card, source.config, source.card.tokenizer
     check_tensors(parameter_shapes(config, source.decoder_only), source.weights.shapes, source.weights.where)
     rows = config.decoder.num_tokens
     ids = _special_ids(tokenizer)
-    if source.decoder_only and layout == "llava":
-        raise ConvertError(f"{source.weights.where}: the layout 'llava' does not support a decoder alone; use "
+    if source.decoder_only and layout != "huggingface":
+        raise ConvertError(f"{source.weights.where}: the layout {layout!r} does not support a decoder alone; use "
                            "'huggingface'")
     if source.decoder_only:
         table = tables.llama_table(config.decoder, rows)
@@ -103,11 +111,14 @@ def _write_published(
         values = huggingface.write_llava(config, rows, ids, image_id) | {"auto_map": dict(pytorch.AUTO_MAP)}
         processor = huggingface.write_processor(config.vision, IMAGE_TOKEN) | pytorch.processor_entries(card)
         _write_json(directory / "processor_config.json", processor)
-    _write_tensors(source, directory, table, dtypes, parameter_shapes(config, source.decoder_only))
+    if layout == "peft":
+        _write_json(directory / ADAPTER_CONFIG, adapter.write_tensors(source, directory, table, base, dtype))
+    else:
+        _write_tensors(source, directory, table, dtypes, parameter_shapes(config, source.decoder_only))
     tokenizer.save(directory)
-    if layout == "huggingface" and not source.decoder_only:
+    if layout != "llava" and not source.decoder_only:
         pytorch.name_fast_tokenizer(directory)
-        pytorch.write_sources(directory, card)
+        pytorch.write_sources(directory, card, adapter.base_name(base) if layout == "peft" and base else None, rows)
     if not source.decoder_only:
         values["vocojax"] = pytorch.model_entry(card)
         _write_json(directory / "preprocessor_config.json", huggingface.write_image_processor(config.vision, card.fit))
@@ -153,13 +164,10 @@ def _write_tensors(
             writers |= dict.fromkeys(names, writer)
         for path, tensors in by_path.items():
             parameter = weights.read(path)
-            if path in VOCABULARY:  # padding rows are not exported
-                num_tokens = source.config.decoder.num_tokens
-                parameter = parameter[:num_tokens] if VOCABULARY[path] == 0 else parameter[:, :num_tokens]
+            parameter = tables.without_padding(path, parameter, source.config.decoder.num_tokens)
             for name, slot in tensors:
-                array = parameter if slot.layer is None else parameter[slot.layer]
-                writers[name].write(name, slot.transform.backward(array).astype(dtypes[path], copy=False))
-            del parameter, array  # frees the memory before the next one is read
+                writers[name].write(name, slot.transform.backward(slot.of(parameter)).astype(dtypes[path], copy=False))
+            del parameter  # frees the memory before the next one is read
 
 
 def _assign_shards(slots: Mapping[str, Slot], dtypes: Mapping[str, np.dtype]) -> dict[str, list[str]]:

@@ -27,15 +27,22 @@ AUTO_MAP: Mapping[str, str] = {
 _PROCESSOR_MAP: Mapping[str, str] = {"AutoProcessor": "processing_voco_llava.VocoLlavaProcessor"}
 
 
-def write_sources(directory: Path, card: ModelCard) -> None:
-    """Writes the sources, the chat template and the README of an export."""
+def write_sources(directory: Path, card: ModelCard, base: str | None, rows: int) -> None:
+    """Writes the sources, the chat template and the README of an export.
+
+    Args:
+      directory: the export.
+      card: the model's card.
+      base: the base model's name, if the export is an adapter.
+      rows: rows of the vocabulary in the tensors.
+    """
     for source in sorted(SOURCES.glob("*.py")):
         shutil.copyfile(source, directory / source.name)
     (directory / "chat_template.jinja").write_text(chat_template(card.template), encoding="utf-8")
-    (directory / "README.md").write_text(_readme(card), encoding="utf-8")
+    (directory / "README.md").write_text(_readme(card, base, rows), encoding="utf-8")
 
 
-def _readme(card: ModelCard) -> str:
+def _readme(card: ModelCard, base: str | None, rows: int) -> str:
     """Returns the README of an export: how the model is used in PyTorch."""
     tokenizer, vocos = card.tokenizer, card.unit.vocos
     bos, *newline = model_entry(card)["unit_ids"]
@@ -44,7 +51,10 @@ def _readme(card: ModelCard) -> str:
         "question": "What is in the picture?", "tokens": card.unit.tokens, "vocos": vocos, "fit": card.fit,
         "template": card.template, "visibility": card.visibility, "meaning": _MEANING[card.visibility],
         "prompt": f"{tokenizer.huggingface.bos_token}<image>\\n{tokenizer.voco_token * vocos}\\n", "ids": lead,
+        "base": base, "rows": rows, "model_class": _MODEL,
     }
+    if base is not None:
+        return Template((SOURCES / "ADAPTER.md").read_text(encoding="utf-8")).substitute(values)
     caches = Template((SOURCES / "CACHES.md").read_text(encoding="utf-8")).substitute(values)
     values["caches"] = caches if units_stand_alone(card.visibility) else ""
     return Template((SOURCES / "README.md").read_text(encoding="utf-8")).substitute(values)

@@ -28,6 +28,46 @@ from vocojax.weights import Index, Shape, Weights
 _CHUNK_BYTES = 128 * 2**20  # maximum of a file; a larger parameter has several, a stacked one a file or more per layer
 
 
+class StoredWeights:
+    """The arrays of a run's newest checkpoint as `Weights`, as they are stored: LoRA factors are arrays of their own.
+
+    Args:
+      directory: the run's directory.
+
+    Attributes:
+      where: the checkpoint, for errors.
+      shapes: shapes of the arrays by path.
+
+    Raises:
+      CheckpointError: there is no complete checkpoint, or it is damaged.
+    """
+
+    def __init__(self, directory: str | Path):
+        self._saved = SavedParameters(directory)
+        self._checkpointer = ocp.PyTreeCheckpointer()
+        self.where = str(self._saved.directory / "parameters")
+        self.shapes: dict[str, Shape] = {name: tuple(leaf.shape) for name, leaf in self._saved.leaves.items()}
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns the array's dtype."""
+        return np.dtype(self._saved.leaves[name].dtype)
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """Reads an array, or the slice of it at `index`, and checks its checksum."""
+        path = self._saved.homes[name]
+        try:
+            value = self._checkpointer.restore(path, args=ocp.args.PyTreeRestore(
+                item={name: np.zeros(0)}, partial_restore=True,
+                restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
+            ))[name]
+        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+            raise damaged(path, f"{name} can't be read: {described(error)}") from error
+        key, saved = f"{path.name}/{name}", self._saved.checksums
+        if saved and (problem := not_saved({key: host_checksum(value)}, saved, [key])):
+            raise damaged(path, problem)
+        return value if index is None else value[index].copy()  # a view would keep all of it in memory
+
+
 class RunWeights:
     """The parameters of a run's newest checkpoint as `Weights`. LoRA factors are merged while reading.
 
@@ -40,26 +80,25 @@ class RunWeights:
     Attributes:
       where: the checkpoint, for errors.
       shapes: shapes of the parameters by path.
+      stored: the arrays as they are stored, kernels and factors apart.
+      lora: as above.
 
     Raises:
       CheckpointError: there is no complete checkpoint, it is damaged, or it has LoRA factors and `lora` has none.
     """
 
     def __init__(self, directory: str | Path, lora: LoraConfig):
-        self._saved, self._lora = SavedParameters(directory), lora
-        self._checkpointer = ocp.PyTreeCheckpointer()
-        self.where = str(self._saved.directory / "parameters")
-        self.shapes: dict[str, Shape] = {
-            name: tuple(leaf.shape) for name, leaf in self._saved.leaves.items() if not is_factor(name)
-        }
-        if len(self.shapes) < len(self._saved.leaves) and not lora.rank:
+        self.stored, self.lora = StoredWeights(directory), lora
+        self.where = self.stored.where
+        self.shapes = {name: shape for name, shape in self.stored.shapes.items() if not is_factor(name)}
+        if len(self.shapes) < len(self.stored.shapes) and not lora.rank:
             raise CheckpointError(f"{directory}/config.json: lora.rank and lora.alpha are missing, but the checkpoint "
                                   "has LoRA factors; copy the file from a backup of the run")
         self._last: tuple[str, np.ndarray] | None = None
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the parameter's dtype."""
-        return np.dtype(self._saved.leaves[name].dtype)
+        return self.stored.dtype(name)
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """Reads a parameter, or the slice of it at `index`."""
@@ -70,28 +109,14 @@ class RunWeights:
 
     def _read_merged(self, name: str) -> np.ndarray:
         a, b = factor_names(name)
-        if a not in self._saved.leaves:
-            return self._read_saved(name)
-        kernel, a_LIR, b_LRO = self._read_saved(name).copy(), self._read_saved(a), self._read_saved(b)
+        if a not in self.stored.shapes:
+            return self.stored.read(name)
+        kernel, a_LIR, b_LRO = self.stored.read(name).copy(), self.stored.read(a), self.stored.read(b)
         with jax.default_device(jax.devices("cpu")[0]):
             for layer in np.ndindex(kernel.shape[:-2]):  # one at a time: a whole stack in fp32 is large
-                kernel[layer] = merge(kernel[layer], a_LIR[layer], b_LRO[layer], self._lora.scale,
+                kernel[layer] = merge(kernel[layer], a_LIR[layer], b_LRO[layer], self.lora.scale,
                                       jnp.dtype(kernel.dtype))
         return kernel
-
-    def _read_saved(self, name: str) -> np.ndarray:
-        path = self._saved.homes[name]
-        try:
-            value = self._checkpointer.restore(path, args=ocp.args.PyTreeRestore(
-                item={name: np.zeros(0)}, partial_restore=True,
-                restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
-            ))[name]
-        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-            raise damaged(path, f"{name} can't be read: {described(error)}") from error
-        key, saved = f"{path.name}/{name}", self._saved.checksums
-        if saved and (problem := not_saved({key: host_checksum(value)}, saved, [key])):
-            raise damaged(path, problem)
-        return value
 
 
 class _Later:
