@@ -176,6 +176,15 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
             partial.unlink()
 
 
+def files_below(directory: str | os.PathLike) -> Iterator[str]:
+    """Yields the paths, in a directory that may be remote, of all files in it and in the directories below it."""
+    for path in sorted(epath.Path(directory).iterdir()):
+        if path.is_dir():
+            yield from (f"{path.name}/{name}" for name in files_below(path))
+        else:
+            yield path.name
+
+
 @contextlib.contextmanager
 def local_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a local directory with the files of one that may be remote; a copy goes at the end of the `with` block."""
@@ -183,9 +192,10 @@ def local_directory(path: str | os.PathLike) -> Iterator[Path]:
         yield Path(path)
         return
     with tempfile.TemporaryDirectory() as copy:
-        for file in epath.Path(path).iterdir():
-            if file.is_file():
-                Path(copy, file.name).write_bytes(file.read_bytes())
+        for name in files_below(path):
+            target = Path(copy, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((epath.Path(path) / name).read_bytes())
         yield Path(copy)
 
 

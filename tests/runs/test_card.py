@@ -199,6 +199,16 @@ def test_a_conversion_has_checksums(upper_bound, tmp_path):
         load_model(tmp_path / "again")
 
 
+def test_a_tokenizer_with_several_chat_templates_is_converted(upper_bound, tmp_path):
+    _, root = upper_bound
+    source = open_source(root / "orbax")
+    source.card.tokenizer.huggingface.chat_template = {"default": "x", "tool_use": "y"}
+    export(source, tmp_path / "run", "orbax")
+    listed = {line.split("  ")[1] for line in (tmp_path / "run" / "SHA256SUMS").read_text().splitlines()}
+    assert "tokenizer/additional_chat_templates/tool_use.jinja" in listed
+    assert read_card(tmp_path / "run").tokenizer.huggingface.chat_template == {"default": "x", "tool_use": "y"}
+
+
 def test_an_export_has_sums_that_the_usual_command_checks(upper_bound, tmp_path):
     _, root = upper_bound
     shutil.copytree(root / "huggingface", tmp_path / "export")

@@ -15,7 +15,7 @@ from vocojax.convert.peft import CONFIG as ADAPTER_CONFIG
 from vocojax.convert.safetensors_files import SafetensorsWriter
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.errors import ConvertError
-from vocojax.files import new_directory
+from vocojax.files import files_below, new_directory
 from vocojax.hub import SCHEME
 from vocojax.pretrained import adapter, pytorch
 from vocojax.pretrained.source import Source, parameter_shapes
@@ -126,7 +126,7 @@ def _write_published(
     most = max(dtypes.values(), key=list(dtypes.values()).count)
     _write_json(directory / "config.json",
                 {**values, "torch_dtype": most.name, **card.published()})
-    write_sums(directory, [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()])
+    write_sums(directory, files_below(directory))
 
 
 def _write_tower(source: Source, directory: Path, dtypes: Mapping[str, np.dtype]) -> None:

@@ -13,7 +13,7 @@ from vocojax.config import ConfigError, LoraConfig, ModelConfig, build, config_t
 from vocojax.data.conversation import TEMPLATES
 from vocojax.data.images import Fit
 from vocojax.data.tokenizer import Tokenizer
-from vocojax.files import local_directory, write_atomically
+from vocojax.files import files_below, local_directory, write_atomically
 from vocojax.hub import local_copy
 from vocojax.layout import UnitShape, Visibility, unit_shape
 from vocojax.runs.checkpoint_files import first_line
@@ -139,4 +139,5 @@ def write_card(directory: Path, card: ModelCard) -> None:
 
 def write_card_sums(directory: epath.Path) -> None:
     """Writes the sums of `config.json` and of the files in `tokenizer/`, which `read_card` compares."""
-    write_sums(directory, ["config.json", *(f"tokenizer/{file.name}" for file in (directory / "tokenizer").iterdir())])
+    tokenizer = files_below(directory / "tokenizer")
+    write_sums(directory, ["config.json", *(f"tokenizer/{name}" for name in tokenizer)])
