@@ -77,4 +77,5 @@ def test_the_hub_is_only_read(cache, stage, tmp_path):
 def test_an_adapters_base_may_be_named_by_its_repository(cache):
     """As PEFT names it; then it is taken from the cache, and never downloaded."""
     assert cached_copy("org/a.llava") == str(cache / COMMITS["main"])
+    assert cached_copy("org/a.llava", "v2") == str(cache / COMMITS["v2"])
     assert cached_copy("org/absent") is None and cached_copy("no repository") is None

@@ -33,12 +33,24 @@ def local_copy(path: P) -> P | str:
     return _downloaded(name) if name.startswith(SCHEME) else path
 
 
-def cached_copy(repo: str) -> str | None:
+def repository(path: str) -> tuple[str, str | None]:
+    """Returns `org/name` and the revision of a repository's name on the hub, `hf://org/name[@revision]`.
+
+    Raises:
+      InputError: it is no name of a repository.
+    """
+    parts = _NAME.fullmatch(path)
+    if parts is None or parts["inside"]:
+        raise InputError(f"{path!r} is no repository on the hub; write hf://org/name or hf://org/name@revision")
+    return parts["repo"], parts["revision"] and parts["revision"].replace("%2F", "/")
+
+
+def cached_copy(repo: str, revision: str | None = None) -> str | None:
     """Returns the local path of a repository `org/name` if the hub's cache has it; nothing is downloaded."""
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(repo, local_files_only=True)
+        return snapshot_download(repo, revision=revision, local_files_only=True)
     except (OSError, ValueError):  # not there, or no name of a repository
         return None
 

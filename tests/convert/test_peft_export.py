@@ -1,5 +1,6 @@
 """LoRA runs as adapters: PEFT loads them onto a base with fewer rows and computes what the run's model computes."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,12 +17,13 @@ from transformers import LlavaForConditionalGeneration
 
 from vocojax.config import LoraConfig, config_to_dict
 from vocojax.data.conversation import Turn
-from vocojax.errors import ConvertError
+from vocojax.errors import ConvertError, InputError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.prompts import whole_rows
 from vocojax.models.lora import add_lora, is_factor
 from vocojax.models.parameters import parameters_of, with_parameters
 from vocojax.models.voco import VocoLlama
+from vocojax.pretrained.adapter import base_name
 from vocojax.pretrained.conversion import convert
 from vocojax.pretrained.loading import save_model
 from vocojax.pretrained.source import open_source
@@ -39,10 +41,9 @@ def lora_model(config):
     return model
 
 
-@pytest.fixture(scope="module")
-def places(tiny_config, tiny_model, words, tmp_path_factory):
-    """A plain LLaVA without a row for <voco>, and a run that trained factors, projector, rows and a norm on it."""
-    root = tmp_path_factory.mktemp("adapters")
+def make_places(root, tiny_config, tiny_model, words):
+    """A plain LLaVA without a row for <voco>, a run that trained factors, projector, rows and a norm on it, and its
+    adapter; returns the run's model."""
     save_model(tiny_model, ModelCard(tiny_config, words, "short"), root / "exported")
     base = LlavaForConditionalGeneration.from_pretrained(root / "exported")
     base.resize_token_embeddings(words.voco_id)
@@ -65,17 +66,34 @@ def places(tiny_config, tiny_model, words, tmp_path_factory):
         "lora": config_to_dict(LORA), "init_from": str(root / "base")}))
     write_parameters(run, ParametersInMemory(parameters), {name: np.dtype(np.float32) for name in parameters})
     convert(run, root / "adapter", "peft", verify=True, report=lambda _: None)
-    return root, with_parameters(model, parameters)
+    return with_parameters(model, parameters)
+
+
+@pytest.fixture(scope="module")
+def places(tiny_config, tiny_model, words, tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    return root, make_places(root, tiny_config, tiny_model, words)
 
 
 def test_the_readme_loads_what_the_run_computes(places):
-    root, model = places
+    assert_peft_computes(*places)
+
+
+def test_tied_embeddings(tiny_config, words, tmp_path):
+    config = dataclasses.replace(tiny_config, decoder=dataclasses.replace(tiny_config.decoder, tie_embeddings=True))
+    assert_peft_computes(tmp_path, make_places(tmp_path, config, VocoLlama(config, nnx.Rngs(3), jnp.float32), words))
+
+
+def assert_peft_computes(root, model):
+    """The README's lines give the logits of the run's model, with the factors apart and merged; so do we."""
     text = (root / "adapter" / "README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].split("content = ")[0]
-    space: dict = {}
-    exec(code.replace("this directory", str(root / "adapter")), space)
-    theirs, processor = space["model"].eval(), space["processor"]
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (20, 45, 3), dtype=np.uint8))
+    image.save(root / "photo.png")
+    space: dict = {}
+    exec(code.replace("this directory", str(root / "adapter")).replace("photo.png", str(root / "photo.png")), space)
+    assert space["answers"].shape[1] > space["inputs"]["input_ids"].shape[1]  # it generated
+    theirs, processor = space["model"].eval(), space["processor"]
     content = [{"type": "image"}, {"type": "text", "text": "what color is the shape?"}]
     inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, images=[image])
     assistant = Assistant.from_pretrained(root / "adapter")
@@ -147,3 +165,13 @@ def test_a_wrong_base_is_refused(places, tmp_path):
     with pytest.raises(ConvertError, match=r"does not name the one it was started from \(init_from\); pass it as"):
         write(tmp_path / "run")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_is_named_as_from_pretrained_takes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    assert base_name("base") == (str(tmp_path / "base"), None)
+    assert base_name("hf://org/llava@v1%2F2") == ("org/llava", "v1/2")
+    assert base_name("org/llava") == ("org/llava", None)
+    with pytest.raises(InputError, match="'hf://org/llava/inside' is no repository on the hub; write hf://org/name"):
+        base_name("hf://org/llava/inside")

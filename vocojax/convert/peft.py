@@ -38,13 +38,16 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG).is_file() and any((directory / name).is_file() for name in _FILES)
 
 
-def base_name(directory: Path) -> str:
-    """Returns the name of an adapter's base model, a directory or a repository on the hub; '' if it has none.
+def base_name(directory: Path) -> tuple[str, str | None]:
+    """Returns the name of an adapter's base model, a directory or a repository on the hub, and its revision there.
+
+    The name is '' if the adapter has none.
 
     Raises:
       ConvertError: the adapter's config can't be read.
     """
-    return typed(read_json(directory / CONFIG), "base_model_name_or_path", str, "", str(directory / CONFIG))
+    values, where = read_json(directory / CONFIG), str(directory / CONFIG)
+    return (typed(values, "base_model_name_or_path", str, "", where), typed(values, "revision", str, "", where) or None)
 
 
 def plain_name(name: str) -> str:

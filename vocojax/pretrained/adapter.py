@@ -18,7 +18,7 @@ from vocojax.convert.mapping import Slot, Table
 from vocojax.convert.safetensors_files import SafetensorsWriter
 from vocojax.convert.tables import VOCABULARY, huggingface_module_name, without_padding
 from vocojax.errors import ConvertError
-from vocojax.hub import SCHEME, cached_copy, local_copy
+from vocojax.hub import SCHEME, cached_copy, local_copy, repository
 from vocojax.models.lora import factor_names
 from vocojax.pretrained.source import Source, open_source, parameter_shapes
 from vocojax.runs.weights import RunWeights
@@ -28,11 +28,11 @@ _PREFIX = "base_model.model."  # PEFT's own, before the names of the base model
 _LAYERS = "decoder/blocks/"
 
 
-def base_name(base: str | Path) -> str:
-    """Returns the name of a base model as `from_pretrained` takes it: an absolute path, or `org/name` on the hub."""
+def base_name(base: str | Path) -> tuple[str, str | None]:
+    """Returns a base model's name as `from_pretrained` takes it, an absolute path or `org/name`, and its revision."""
     if str(base).startswith(SCHEME):
-        return str(base).removeprefix(SCHEME)
-    return str(Path(base).absolute()) if Path(base).is_dir() else str(base)
+        return repository(str(base))
+    return str(Path(base).absolute()) if Path(base).is_dir() else str(base), None
 
 
 def write_tensors(
@@ -79,9 +79,12 @@ def write_tensors(
             elif module in whole:
                 kept = np.dtype(dtype) if dtype else run.dtype(path)
                 tensors[_PREFIX + name] = _Tensor(path, slot, slot.shape, kept)
+    if source.config.decoder.tie_embeddings:  # PEFT would tie the head to the base's rows
+        whole.add("lm_head")
+        tensors[f"{_PREFIX}lm_head.weight"] = tensors[f"{_PREFIX}model.language_model.embed_tokens.weight"]
     _write_tensors(directory / "adapter_model.safetensors", run, tensors, source.config.decoder.num_tokens)
     names = [name for path in adapted for name, _ in by_path[path]]
-    return _config(run.lora, names, sorted(whole), base_name(base or ""), source.config.decoder.tie_embeddings)
+    return _config(run.lora, names, sorted(whole), *base_name(base or ""))
 
 
 class _Tensor(NamedTuple):
@@ -157,7 +160,7 @@ def _write_tensors(file: Path, run: RunWeights, tensors: dict[str, _Tensor], num
                 writer.write(name, slot.transform.backward(slot.of(array)).astype(dtype, copy=False))
 
 
-def _config(lora: LoraConfig, adapted: list[str], whole: list[str], base: str, tied: bool) -> dict[str, Any]:
+def _config(lora: LoraConfig, adapted: list[str], whole: list[str], base: str, revision: str | None) -> dict[str, Any]:
     """Returns the content of `adapter_config.json`.
 
     Args:
@@ -165,14 +168,14 @@ def _config(lora: LoraConfig, adapted: list[str], whole: list[str], base: str, t
       adapted: names of the kernels' tensors in the base model.
       whole: names of the modules that are saved whole.
       base: the base model's name.
-      tied: whether the head is the embedding.
+      revision: its revision on the hub.
     """
     kinds = sorted({re.sub(r"^.*\.layers\.\d+\.|\.weight$", "", name) for name in adapted})
-    values: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision,
+        "inference_mode": True,
         "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
         # A regex: the vision tower has layers of the same names.
         "target_modules": rf".*language_model\.(.*\.)?layers\.\d+\.({'|'.join(map(re.escape, kinds))})",
         "modules_to_save": whole,
     }
-    return values | {"ensure_weight_tying": True} if tied else values

@@ -26,14 +26,16 @@ AUTO_MAP: Mapping[str, str] = {
 }
 _PROCESSOR_MAP: Mapping[str, str] = {"AutoProcessor": "processing_voco_llava.VocoLlavaProcessor"}
 
+Base = tuple[str, str | None]
 
-def write_sources(directory: Path, card: ModelCard, base: str | None, rows: int) -> None:
+
+def write_sources(directory: Path, card: ModelCard, base: Base | None, rows: int) -> None:
     """Writes the sources, the chat template and the README of an export.
 
     Args:
       directory: the export.
       card: the model's card.
-      base: the base model's name, if the export is an adapter.
+      base: name and revision of the base model, if the export is an adapter.
       rows: rows of the vocabulary in the tensors.
     """
     for source in sorted(SOURCES.glob("*.py")):
@@ -42,7 +44,7 @@ def write_sources(directory: Path, card: ModelCard, base: str | None, rows: int)
     (directory / "README.md").write_text(_readme(card, base, rows), encoding="utf-8")
 
 
-def _readme(card: ModelCard, base: str | None, rows: int) -> str:
+def _readme(card: ModelCard, base: Base | None, rows: int) -> str:
     """Returns the README of an export: how the model is used in PyTorch."""
     tokenizer, vocos = card.tokenizer, card.unit.vocos
     bos, *newline = model_entry(card)["unit_ids"]
@@ -51,9 +53,11 @@ def _readme(card: ModelCard, base: str | None, rows: int) -> str:
         "question": "What is in the picture?", "tokens": card.unit.tokens, "vocos": vocos, "fit": card.fit,
         "template": card.template, "visibility": card.visibility, "meaning": _MEANING[card.visibility],
         "prompt": f"{tokenizer.huggingface.bos_token}<image>\\n{tokenizer.voco_token * vocos}\\n", "ids": lead,
-        "base": base, "rows": rows, "model_class": _MODEL,
+        "rows": rows, "model_class": _MODEL,
     }
     if base is not None:
+        name, revision = base
+        values["base"] = json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else "")
         return Template((SOURCES / "ADAPTER.md").read_text(encoding="utf-8")).substitute(values)
     caches = Template((SOURCES / "CACHES.md").read_text(encoding="utf-8")).substitute(values)
     values["caches"] = caches if units_stand_alone(card.visibility) else ""

@@ -169,8 +169,8 @@ def _base_of(adapter: Path, base: str | Path | None) -> Path:
     Raises:
       ConvertError: it is not here, or is no published model.
     """
-    name = str(base or peft.base_name(adapter))
-    home = local_copy(name) if name.startswith(SCHEME) else cached_copy(name) or name
+    name, revision = (str(base), None) if base else peft.base_name(adapter)
+    home = local_copy(name) if name.startswith(SCHEME) else cached_copy(name, revision) or name
     if not name or not Path(home).is_dir():
         raise ConvertError(f"{adapter}: is a LoRA adapter, and its base model {name!r} is not here; download it "
                            "and pass its directory as --base")
