@@ -22,6 +22,7 @@ from vocojax.runs.parameters import load_model
 from vocojax.training.config import CheckpointConfig, ValidationConfig, stage_config
 from vocojax.training.objectives import gather_targets
 from vocojax.training.stage import train
+from vocojax.training.validation import validation_data
 
 
 @pytest.fixture
@@ -143,3 +144,8 @@ def test_sigterm_ends_it_in_all_processes(processes, quickstart_stage, tmp_path)
     runs.run(short, tmp_path / "run", processes)
     validated = [(line["step"], "validation_loss" in line) for line in lines(tmp_path / "run")]
     assert validated == [(1, False), (2, False), (3, False), (4, True)]
+
+
+def test_frames_of_held_out_videos_are_not_drawn_at_random(stage, held_out):
+    data = dataclasses.replace(stage.data, frame_jitter=True, keep_in_memory=False)
+    assert not validation_data(data, held_out).frame_jitter

@@ -255,9 +255,10 @@ class _GroupIterator(grain.DatasetIterator):
         super().__init__()
         self._group, data = group, group.data
         self._pool = ThreadPoolExecutor(data.num_threads, "decode")
+        self._layout_pool = ThreadPoolExecutor(data.num_threads, "lay_out")
         self._packers = {
             number: Packer(number, group.packers, group.seed, group.source, group.shape, data.pack_window,
-                           data.keep_in_memory)
+                           data.keep_in_memory, self._layout_pool)
             for number in group.states
         }
         self._rows = len(self._packers) * group.rows_per_packer
@@ -281,7 +282,8 @@ class _GroupIterator(grain.DatasetIterator):
         raise NotImplementedError("a group starts from the states that it is made with")
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._layout_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
         super().close()
 
     def _plan_rows(self) -> Iterator[PlannedRow]:

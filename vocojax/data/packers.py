@@ -6,7 +6,10 @@ number of threads, worker processes and hosts may share the packers. A packer's 
 the next one to read: when a run resumes, records are laid out again, but images of earlier rows are not decoded again.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +22,7 @@ from vocojax.data.text_rows import TextRowShape
 from vocojax.errors import VocojaxError
 from vocojax.layout import LayoutError
 
+AHEAD = 16  # records with videos that a packer lays out at once, to have them when it needs them
 PATIENCE = 1000  # unusable records in a row after which a packer makes do with the window that it has
 
 
@@ -73,15 +77,18 @@ class Packer:
       shape: shape of a row.
       window: number of laid-out records from which those are chosen that fill a row best.
       count_once: report records of the first epoch only, because they are kept in memory from then on.
+      pool: lays records with videos out, whose files must be read for that; None lays all out in the caller's thread.
     """
 
     def __init__(self, number: int, count: int, seed: int, source: PreparedSource,
-                 shape: RowShape | TextRowShape, window: int, count_once: bool):
+                 shape: RowShape | TextRowShape, window: int, count_once: bool, pool: Executor | None = None):
         self._number, self._count, self._source, self._shape, self._size = number, count, source, shape, window
         self._order = grain.MapDataset.range(len(source)).shuffle(seed).repeat()
         self._counted = len(source) if count_once else None
         self._position = number
         self._window: list[tuple[int, Prepared]] = []
+        self._pool = pool
+        self._ahead: deque[Callable[[], Prepared]] = deque()  # of the positions from `_position` on
 
     def counts(self, position: int) -> bool:
         """Returns whether the record at a position is reported."""
@@ -94,10 +101,11 @@ class Packer:
           StreamStateError: a record of the window could be used when the state was saved, and can't be any more.
         """
         self._position, self._window = state["position"], []
-        for position in state["window"]:
+        self._ahead.clear()
+        for position, laid_out in zip(state["window"], self._laying_out_all(state["window"]), strict=True):
             record = self._order[position]
             try:
-                self._window.append((position, self._source.lay_out(record, position)))
+                self._window.append((position, laid_out()))
             except (LayoutError, ImageError) as error:
                 raise StreamStateError(f"record #{record} could be used when the data state was saved and now can't: "
                                        f"{error}: restore its file, or the batches would be different ones") from error
@@ -118,11 +126,10 @@ class Packer:
         failed = 0
         while len(self._window) < self._size and failed < PATIENCE:
             position = self._position
-            self._position += self._count
             counts = self.counts(position)
             report.records += counts
             try:
-                prepared = self._source.lay_out(self._order[position], position)
+                prepared = self._lay_out_next()
             except (LayoutError, ImageError) as error:
                 failed += 1
                 if counts:
@@ -131,3 +138,24 @@ class Packer:
             failed = 0
             report.dropped_tokens += prepared.layout.dropped * counts
             self._window.append((position, prepared))
+
+    def _lay_out_next(self) -> Prepared:
+        """Lays out the record at the next position, and moves on by one; with videos, the following ones are begun."""
+        position = self._position
+        self._position += self._count
+        laid_out = self._ahead.popleft() if self._ahead else self._laying_out(position)
+        if self._pool is not None and self._source.reads_videos:
+            for further in range(len(self._ahead), AHEAD):
+                self._ahead.append(self._laying_out(self._position + further * self._count))
+        return laid_out()
+
+    def _laying_out(self, position: int) -> Callable[[], Prepared]:
+        """Returns a function that returns the laid-out record; if records have videos, the pool begins with it now."""
+        if self._pool is not None and self._source.reads_videos:
+            return self._pool.submit(self._source.lay_out, self._order[position], position).result
+        return functools.partial(self._source.lay_out, self._order[position], position)
+
+    def _laying_out_all(self, positions: Sequence[int]) -> Iterator[Callable[[], Prepared]]:
+        """Yields such a function for each position. The first record tells whether the others have videos."""
+        yield from map(self._laying_out, positions[:1])
+        yield from [self._laying_out(position) for position in positions[1:]]

@@ -49,6 +49,9 @@ class PreparedSource:
       tokenizer: the model's tokenizer.
       shape: of a row.
       seed: of the draws of `data.frame_jitter`.
+
+    Attributes:
+      reads_videos: whether a record with videos was laid out. That reads their files, which takes time.
     """
 
     def __init__(self, source: Source, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer,
@@ -60,6 +63,7 @@ class PreparedSource:
         self._template: Template = template(data.template)
         self._laid_out: dict[int, Prepared] = {}
         self._loaded: dict[int, Item] = {}
+        self.reads_videos = False
 
     def __len__(self) -> int:
         return len(self._source)
@@ -79,6 +83,7 @@ class PreparedSource:
             return self._laid_out[record]
         sample = self._source[record]
         data = self._data
+        self.reads_videos |= bool(sample.videos)
         jitter = np.random.default_rng([self._seed, position]) if data.frame_jitter else None
         videos = tuple(plan_frames(video, data.frame_sampling, data.frames, data.video_seconds, jitter)
                        for video in sample.videos)
