@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from absl import flags
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data import video_files
@@ -80,11 +82,34 @@ def test_beyond_the_limit_the_policy_says_which_frames_stay(assistant, caplog, p
     session = assistant.video(limit=5, policy=policy, batch_size=batch_size)
     with caplog.at_level(logging.WARNING):
         session.add_frames(frames(10))
-    assert session.frames == kept and (session.frames_seen, session.frames_dropped) == (10, 5)
+    assert (session.frames_seen, session.frames_dropped, session.frames) == (10, 5, kept)
     expected = assistant.compress(np.stack([frames(10)[number] for number in kept]))
     assert session.cache.image_digests == expected.image_digests
     assert session.answer(QUESTION, SHORT) == assistant.read(expected, QUESTION, sampling=SHORT)[0]
-    assert any(f"({policy}): more than 5 do not fit; 5 of " in record.message for record in caplog.records)
+    (line,) = [record.message for record in caplog.records if "dropped" in record.message]
+    assert line == f"5 frames dropped ({policy}): more than 5 do not fit; 5 of 10 are kept"
+
+
+@settings(max_examples=20, deadline=None)
+@given(limit=st.integers(2, 9), policy=st.sampled_from(["drop_oldest", "thin"]), batch_size=st.integers(1, 5),
+       portions=st.lists(st.integers(0, 7), max_size=4))
+def test_what_stays_does_not_depend_on_how_frames_arrive(assistant, limit, policy, batch_size, portions):
+    count = sum(portions)
+    together = assistant.video(limit, policy)
+    together.add_frames(frames(count))
+    session = assistant.video(limit, policy, batch_size=batch_size)
+    for portion in portions:
+        session.add_frames(frames(portion, first=session.frames_seen))
+        assert len(session.frames) <= limit
+    assert session.frames == together.frames and list(session.frames) == sorted(set(session.frames))
+    assert session.frames[-1:] == tuple(range(count))[-1:]  # the newest is never dropped
+    assert count == session.frames_seen == len(session.frames) + session.frames_dropped
+
+
+def test_a_dropped_frame_s_memory_is_free(assistant):
+    """Each frame's keys have memory of their own, not a part of their batch's."""
+    for cache in assistant.compress(np.stack(frames(4))).split():
+        assert cache.k_LUNGD.base is None and cache.v_LUNGD.flags.c_contiguous
 
 
 def test_without_a_policy_one_frame_too_many_is_refused(assistant):
@@ -154,6 +179,8 @@ def test_mistakes_are_named(assistant, tiny_model, words):
         assistant.video(policy="forget")
     with pytest.raises(ConfigError, match="limit must be a whole number >= 1 or None"):
         assistant.video(limit=0)
+    with pytest.raises(ConfigError, match="limit must be >= 2 with the policy 'thin'"):
+        assistant.video(limit=1, policy="thin")
     session = assistant.video()
     with pytest.raises(InputError, match="has no frame yet: call add_frames"):
         session.answer(QUESTION)

@@ -55,7 +55,8 @@ def main(arguments: Sequence[str]) -> None:
     refuse_arguments(arguments)
     given = [bool(value) for value in (FLAGS.image or FLAGS.video, FLAGS.question, FLAGS.questions)]
     if given not in ([True, True, False], [False, False, True]):
-        raise app.UsageError("give --question with --image or --video, or --questions=FILE.jsonl without them")
+        raise app.UsageError("give --image and --question, or --video and --question, or --questions=FILE.jsonl "
+                             "without them")
     from vocojax.inference.assistant import Assistant
     from vocojax.inference.caches.cache import VocoCache
     from vocojax.inference.caches.store import Store

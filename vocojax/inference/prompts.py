@@ -51,7 +51,8 @@ def lay_out_prompt(
     sample = lay_out_sample(record, num_units, [spans], tokenizer, unit, max_length)
     if sample.dropped:
         raise LayoutError(record, f"its prompt has {len(sample) + sample.dropped} tokens, more than the {max_length} "
-                          "there is room for: shorten it or raise max_length", "prompt too long")
+                          "there is room for: shorten it, ask about fewer images or frames, or raise max_length",
+                          "prompt too long")
     return sample
 
 

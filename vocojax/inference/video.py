@@ -42,10 +42,15 @@ class _Assistant(Protocol):
 
 
 class _Frame(NamedTuple):
-    """The cache of a frame that is kept, and the frame's number among all that were added."""
+    """A frame that is kept.
+
+    Attributes:
+      number: among all frames that were added.
+      cache: of the frame; its prepared image until it is compressed.
+    """
 
     number: int
-    cache: VocoCache
+    cache: VocoCache | Visual
 
 
 class VideoSession:
@@ -86,21 +91,21 @@ class VideoSession:
                 limit)
         if not assistant.reads_caches:
             raise InputError("a session needs a model that answers from VoCo caches; this one reads whole images")
+        if policy == "thin":
+            require(limit is None or limit >= 2, "limit", "must be >= 2 with the policy 'thin'", limit)
         positions, self._stride = assistant.model.config.decoder.max_positions, _stride(assistant.processor)
         if limit is not None and limit * self._stride >= positions:
             raise InputError(f"limit must be at most {(positions - 1) // self._stride}: a frame takes {self._stride} "
                              f"of the decoder's {positions} positions; got {limit}")
-        self.limit = max((positions - TEXT_ROOM) // self._stride, 1) if limit is None else limit
+        self.limit = max((positions - TEXT_ROOM) // self._stride, 2) if limit is None else limit
         self.policy: Policy = policy
         self.frames_seen = self.frames_dropped = 0
         self._assistant, self._store, self._batch_size = assistant, store, batch_size
         self._kept: list[_Frame] = []
-        self._waiting: list[Visual] = []  # prepared, not yet compressed
 
     @property
     def frames(self) -> tuple[int, ...]:
         """The numbers of the frames that are kept, in order; the first frame that was added is 0."""
-        self._compress()
         return tuple(frame.number for frame in self._kept)
 
     @property
@@ -113,7 +118,7 @@ class VideoSession:
         self._compress()
         if not self._kept:
             raise InputError("the session has no frame yet: call add_frames before asking")
-        return VocoCache.concat([frame.cache for frame in self._kept])
+        return VocoCache.concat([frame.cache for frame in self._kept if isinstance(frame.cache, VocoCache)])
 
     def add_frames(self, frames: Video | Iterable[FrameSource]) -> None:
         """Adds frames to the end of the video.
@@ -126,14 +131,14 @@ class VideoSession:
           ImageError: a frame can't be used; those before it were added.
           InputError: with the policy `error`, there are more than `limit` frames; those before were added.
         """
-        for unit in frame_units(frames, self._assistant.processor.image_size, self._assistant.processor.fit):
-            if self.policy == "error" and self.frames_seen == self.limit:
-                raise InputError(f"the session is full with {self.limit} frames: choose the policy 'drop_oldest' or "
-                                 "'thin', or add fewer frames")
-            self._waiting.append(Visual((unit,)))
-            self.frames_seen += 1
-            if len(self._waiting) == self._batch_size:
-                self._compress()
+        processor, before = self._assistant.processor, self.frames_dropped
+        try:
+            for unit in frame_units(frames, processor.image_size, processor.fit):
+                self._add(Visual((unit,)))
+        finally:
+            if dropped := self.frames_dropped - before:
+                log.warning("%d frames dropped (%s): more than %d do not fit; %d of %d are kept", dropped, self.policy,
+                            self.limit, len(self._kept), self.frames_seen)
 
     def answer(self, question: str, sampling: SamplingConfig = GREEDY, seed: int | None = None) -> str:
         """Answers a question about the frames that are kept.
@@ -164,23 +169,26 @@ class VideoSession:
         (answer,) = self._assistant.read(cache, question, None, sampling, None if seed is None else [seed])
         return answer
 
+    def _add(self, visual: Visual) -> None:
+        """Adds a frame, drops what is beyond the limit, and compresses a batch that is complete."""
+        if self.policy == "error" and len(self._kept) == self.limit:
+            raise InputError(f"the session is full with {self.limit} frames: choose the policy 'drop_oldest' or "
+                             "'thin', or add fewer frames")
+        self._kept.append(_Frame(self.frames_seen, visual))
+        self.frames_seen += 1
+        if len(self._kept) > self.limit:
+            self._kept = _fewer(self._kept, self.policy)
+            self.frames_dropped = self.frames_seen - len(self._kept)
+        if self.frames_seen % self._batch_size == 0:
+            self._compress()
+
     def _compress(self) -> None:
-        """Compresses the waiting frames, and drops what is beyond the limit."""
-        if not self._waiting:
-            return
-        caches = self._assistant.caches_of(self._waiting, self._store, self._batch_size)
-        first, dropped = self.frames_seen - len(self._waiting), 0
-        self._waiting = []
-        for number, cache in enumerate(caches, start=first):
-            self._kept.append(_Frame(number, cache))
-            if len(self._kept) > self.limit:
-                kept = _fewer(self._kept, self.policy)
-                dropped += len(self._kept) - len(kept)
-                self._kept = kept
-        if dropped:
-            self.frames_dropped += dropped
-            log.warning("%d frames dropped (%s): more than %d do not fit; %d of %d are kept", dropped, self.policy,
-                        self.limit, len(self._kept), self.frames_seen)
+        """Replaces the prepared frames by their caches."""
+        waiting = [frame.cache for frame in self._kept if isinstance(frame.cache, Visual)]
+        if waiting:
+            caches = iter(self._assistant.caches_of(waiting, self._store, self._batch_size))
+            self._kept = [frame._replace(cache=next(caches)) if isinstance(frame.cache, Visual) else frame
+                          for frame in self._kept]
 
 
 def compress_video(
