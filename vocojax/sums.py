@@ -1,6 +1,7 @@
 """SHA-256 sums of the files of a directory, in the form of the command `sha256sum` (`sha256sum -c SHA256SUMS`).
 
 Exports and run directories have such a file, so that a changed bit in a config, a tokenizer or a shard is refused.
+Directories of others may have one too, with files that are not read here, or not there. Only what is read is compared.
 """
 
 import hashlib
@@ -16,7 +17,8 @@ from vocojax.files import write_atomically
 
 FILE = "SHA256SUMS"
 WEIGHTS = ".safetensors"  # of files that are large, and compared when a tensor of them is read
-_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_READ = (".json", ".jinja", ".model", ".txt", ".py")  # of the other files that are compared; not README.md or .bin
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")  # `*`: read in binary mode, which is the same on Linux
 
 
 class ChangedFile(ConvertError):
@@ -28,10 +30,10 @@ def write_sums(directory: str | os.PathLike, names: Iterable[str]) -> None:
 
     Args:
       directory: local or remote.
-      names: paths of the files in it.
+      names: paths of the files in it. A README.md is left out: it is for people, who edit it.
     """
     root = epath.Path(directory)
-    lines = [f"{sha256_of(root / name)}  {name}\n" for name in sorted(names)]
+    lines = [f"{sha256_of(root / name)}  {name}\n" for name in sorted(names) if name != "README.md"]
     write_atomically(root / FILE, "".join(lines))
 
 
@@ -43,8 +45,8 @@ def read_sums(directory: str | os.PathLike) -> dict[str, str]:
     """
     path = epath.Path(directory) / FILE
     try:
-        lines = path.read_bytes().decode().splitlines()
-        return {name: digest for digest, name in (_LINE.fullmatch(line).groups() for line in lines)}  # type: ignore[union-attr]
+        lines = [line for line in path.read_bytes().decode("utf-8-sig").splitlines() if line]
+        return {name: digest.lower() for digest, name in (_LINE.fullmatch(line).groups() for line in lines)}  # type: ignore[union-attr]
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, AttributeError):
@@ -52,13 +54,13 @@ def read_sums(directory: str | os.PathLike) -> dict[str, str]:
 
 
 def require_small_files(directory: str | os.PathLike) -> dict[str, str]:
-    """Compares all files that a directory has sums of with them, except its weights, and returns all sums.
+    """Compares configs, tokenizers and sources of a directory with their sums, if it has any, and returns all sums.
 
     Raises:
       ChangedFile: see `require_unchanged`.
     """
     sums = read_sums(directory)
-    require_unchanged(directory, {name: sums[name] for name in sums if not name.endswith(WEIGHTS)})
+    require_unchanged(directory, {name: sums[name] for name in sums if name.endswith(_READ)})
     return sums
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +18,14 @@ from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from tests.helpers import checkpoints
 from vocojax.config import VisionConfig
-from vocojax.convert.llava import published_tower
 from vocojax.data.images import prepare
 from vocojax.errors import ConvertError
 from vocojax.models.voco import Rows
 from vocojax.pretrained.conversion import convert
 from vocojax.pretrained.export import export
 from vocojax.pretrained.loading import load_model
-from vocojax.pretrained.source import open_source
+from vocojax.pretrained.source import Source, open_source, parameter_shapes
+from vocojax.weights import ParametersInMemory
 
 SENTENCES = ["A chat between a curious user and an assistant. USER: what color is the bus? ASSISTANT: red"] * 50
 TEXT = "\n<voco><voco>\nA chat between a curious user and an assistant. USER: what  color is the bus? ASSISTANT:"
@@ -88,12 +89,26 @@ def test_a_tower_of_its_own_is_a_directory(exported):
     assert tower.config.num_attention_heads == 2
 
 
-def test_published_towers_are_named():
-    assert published_tower(VisionConfig(), "pad") == "openai/clip-vit-large-patch14-336"
-    assert published_tower(VisionConfig(select_layer=-1), "crop") == "openai/clip-vit-large-patch14-336"
-    assert published_tower(VisionConfig(image_size=224), "pad") == "openai/clip-vit-large-patch14"
-    assert published_tower(VisionConfig(), "square") is None  # the published image processor crops
-    assert published_tower(VisionConfig(num_heads=8), "pad") is None
+def test_a_moved_export_opens_with_its_tower_s_new_place(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "moved")
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    config["mm_vision_tower"] = str(tmp_path / "moved" / "vision_tower")
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(config))
+    assert open_source(tmp_path / "moved").config == open_source(exported).config
+
+
+def test_a_tower_with_the_config_of_openai_s_is_written_too(released, tmp_path, monkeypatch):
+    """It may be trained, and the original code would load OpenAI's in its place."""
+    source = open_source(released)
+    clip = dataclasses.replace(source.config, vision=VisionConfig())
+    shapes = parameter_shapes(clip)
+    weights = ParametersInMemory({path: np.zeros(shapes[path], np.float16) for path in shapes})
+    written = []
+    monkeypatch.setattr("vocojax.pretrained.export._write_tensors", lambda *arguments: written.append(arguments[1]))
+    export(Source(dataclasses.replace(source.card, model=clip), weights), tmp_path / "out", "llava")
+    assert written[0].name == "vision_tower"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_vision_tower"] == str(
+        tmp_path / "out" / "vision_tower")
 
 
 @pytest.mark.parametrize(("fit", "ratio"), [("pad", "pad"), ("crop", "square"), ("square", "square")])

@@ -8,7 +8,6 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,6 @@ _FITS: Mapping[str, Fit] = {"pad": "pad", "square": "crop"}  # by their image_as
 # image_aspect_ratio of an export. `square` is stretched by the image processor of the tower's own directory, and the
 # original code has nothing for the other fits.
 _RATIOS: Mapping[Fit, str] = {"pad": "pad", "crop": "square", "square": "square"}
-_PUBLISHED = {
-    "openai/clip-vit-large-patch14-336": VisionConfig(),
-    "openai/clip-vit-large-patch14": VisionConfig(image_size=224),
-}
 
 
 def read_llava(values: Mapping[str, Any], vision: VisionConfig, projector: ProjectorConfig, where: str) -> ModelConfig:
@@ -167,16 +162,6 @@ def read_fit(values: Mapping[str, Any], where: str) -> Fit:
     if not isinstance(ratio, str) or ratio not in _FITS:
         raise ConvertError(f"{where}: image_aspect_ratio must be one of {', '.join(_FITS)}, got {ratio!r}")
     return _FITS[ratio]
-
-
-def published_tower(config: VisionConfig, fit: Fit) -> str | None:
-    """Returns the name of OpenAI's tower with this config and with an image processor for this fit, or None.
-
-    The weights are not compared: no stage of the paper trains the tower.
-    """
-    published = {name for name, one in _PUBLISHED.items() if asdict(one) | {"select_layer": 0} == asdict(config) | {
-        "select_layer": 0}}
-    return published.pop() if published and fit in ("pad", "crop") else None
 
 
 def require_writable(fit: Fit) -> None:

@@ -45,9 +45,10 @@ def export(
       target: the directory. It appears when it is complete.
       layout: one of
         - `huggingface`: transformers' layout; a decoder alone becomes a `LlamaForCausalLM`;
-        - `llava`: the original layout. A CLIP tower that is not OpenAI's is in addition written to the directory
-          `vision_tower` in the target, which `mm_vision_tower` names by its absolute path, since the original code
-          loads towers by their names; set the entry anew after the target is moved;
+        - `llava`: the original layout. A CLIP tower is in addition written to the directory `vision_tower` in the
+          target (0.6 GB for CLIP-L), which `mm_vision_tower` in `config.json` names by its absolute path, since the
+          original code loads towers by their names. Set the entry again after the target is moved: `config.json` of
+          this layout is not in SHA256SUMS;
         - `orbax`: a training run before its first step;
         - `peft`: the LoRA adapter of a run, which PEFT loads onto a base model.
       dtype: dtype of the arrays; None keeps each array's own.
@@ -97,11 +98,11 @@ def _write_published(
     elif layout == "llava":
         llava.require_writable(card.fit)
         table = tables.llava_table(config, rows)
-        tower = llava.published_tower(config.vision, card.fit)
-        if tower is None and config.vision.kind == "clip":
+        tower = ""
+        if config.vision.kind == "clip":  # also one of OpenAI's config: a stage may have trained it
             _write_tower(source, directory / TOWER, dtypes)
             tower = str(target.absolute() / TOWER)
-        values = llava.write_llava(config, rows, ids, card.fit, tower or "")
+        values = llava.write_llava(config, rows, ids, card.fit, tower)
     else:
         tokenizer = copy.deepcopy(tokenizer)  # the caller's must not change
         tokenizer.huggingface.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -126,7 +127,8 @@ def _write_published(
     most = max(dtypes.values(), key=list(dtypes.values()).count)
     _write_json(directory / "config.json",
                 {**values, "torch_dtype": most.name, **card.published()})
-    write_sums(directory, files_below(directory))
+    edited = ("config.json",) if layout == "llava" else ()  # its `mm_vision_tower`, when the directory is moved
+    write_sums(directory, (name for name in files_below(directory) if name not in edited))
 
 
 def _write_tower(source: Source, directory: Path, dtypes: Mapping[str, np.dtype]) -> None:
