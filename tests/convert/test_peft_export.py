@@ -24,7 +24,7 @@ from vocojax.models.lora import add_lora, is_factor
 from vocojax.models.parameters import parameters_of, with_parameters
 from vocojax.models.voco import VocoLlama
 from vocojax.pretrained.adapter import base_name
-from vocojax.pretrained.conversion import convert
+from vocojax.pretrained.conversion import convert, verify_target
 from vocojax.pretrained.loading import save_model
 from vocojax.pretrained.source import open_source
 from vocojax.runs.card import ModelCard
@@ -144,6 +144,32 @@ def test_an_import_gives_the_same_parameters(places):
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
         else:
             np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+def rewritten(places, directory, change, dtype):
+    """The run again with changed parameters, all but the factors in another dtype."""
+    root, model = places
+    shutil.copytree(root / "run", directory, ignore=shutil.ignore_patterns("checkpoints"))
+    parameters = {name: change(name, value) for name, value in parameters_of(model).items()}
+    dtypes = {name: np.dtype(np.float32 if is_factor(name) else dtype) for name in parameters}
+    write_parameters(directory, ParametersInMemory(parameters), dtypes)
+    return directory
+
+
+def test_a_base_may_be_wider_than_the_run(places, tmp_path):
+    """Frozen parameters of a run are the base's rounded to bfloat16."""
+    run, lines = rewritten(places, tmp_path / "run", lambda _, value: value, jnp.bfloat16), []
+    convert(run, tmp_path / "adapter", "peft", verify=True, report=lines.append)
+    assert any(re.fullmatch(r"vision/patch_embedding float32 .*: max \|Δ\| 0\.000\d+", line) for line in lines)
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert not any("vision" in name or "layernorm" in name for name in written)
+
+
+def test_verification_sees_another_factor(places, tmp_path):
+    double = lambda name, value: value * (2 if name == "decoder/blocks/query/lora/a" else 1)
+    run = rewritten(places, tmp_path / "run", double, np.float32)
+    with pytest.raises(ConvertError, match="the target's dtype: decoder/blocks/query/kernel;"):
+        verify_target(open_source(run), places[0] / "adapter", lambda _: None)
 
 
 def test_a_wrong_base_is_refused(places, tmp_path):
