@@ -1,7 +1,13 @@
 """Sums refuse changed files, and nothing else."""
 
-import pytest
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from vocojax import sums
+from vocojax.convert.tensor_files import open_directory
 from vocojax.sums import ChangedFile, read_sums, require_small_files, write_sums
 
 DIGEST = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"  # of b"x"
@@ -31,3 +37,14 @@ def test_files_of_others_that_are_never_read_are_not_compared(tmp_path):
     (tmp_path / "pytorch_model.bin").write_text("not hashed at every opening")
     (tmp_path / "SHA256SUMS").write_text(f"{DIGEST} *pytorch_model.bin\n{DIGEST} *original/consolidated.00.pth\n")
     require_small_files(tmp_path)
+
+
+def test_threads_that_read_a_shard_compare_it_once(tmp_path, monkeypatch):
+    save_file({f"t{i}": np.zeros(10**5, np.float32) for i in range(8)}, tmp_path / "model.safetensors")
+    write_sums(tmp_path, ["model.safetensors"])
+    compared, real = [], sums.sha256_of
+    monkeypatch.setattr(sums, "sha256_of", lambda path: compared.append(path.name) or real(path))
+    weights = open_directory(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        assert [array.sum() for array in pool.map(weights.read, [f"t{i}" for i in range(8)])] == [0.0] * 8
+    assert compared == ["model.safetensors"]

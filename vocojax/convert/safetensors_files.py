@@ -2,6 +2,7 @@
 
 import json
 import struct
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +42,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | Path, sha256: str | None = None):
         self.where, self._unchecked = str(path), sha256
+        self._check = threading.Lock()  # many threads read; the first compares, the others wait for it
         try:
             with safe_open(self.where, "np") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -62,9 +64,10 @@ class SafetensorsFile:
         Raises:
           ChangedFile: the file is not what its sum says.
         """
-        if self._unchecked:
-            require_unchanged(Path(self.where).parent, {Path(self.where).name: self._unchecked})
-            self._unchecked = None
+        with self._check:
+            if self._unchecked:
+                require_unchanged(Path(self.where).parent, {Path(self.where).name: self._unchecked})
+                self._unchecked = None
         with safe_open(self.where, "np") as file:
             return file.get_tensor(name) if index is None or not index else file.get_slice(name)[index]
 
