@@ -4,7 +4,7 @@
 _LONGEST = 200  # characters of a value that a message repeats
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the first line of an exception's message, cut to 300 characters."""
     lines = str(error).splitlines()
     return lines[0][:300] if lines else ""

@@ -8,6 +8,7 @@ benchmark's official script; --convention=lmms-eval scores as lmms-eval does whe
 command runs on each, with an --output that all of them share. --list names the benchmarks.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,8 +100,7 @@ def _score_file(benchmark: "Benchmark") -> "Result":
 
 def _ask(benchmarks: "Sequence[Benchmark]") -> "list[Result]":
     """Answers and scores benchmarks with --checkpoint; returns the scores on process 0."""
-    from vocojax.evaluation.running import Asking, answer_benchmark, asked_items, write_submission
-    from vocojax.files import write_atomically
+    from vocojax.evaluation.running import PATIENCE, Asking, answer_benchmark
     from vocojax.inference.assistant import Assistant
     from vocojax.inference.caches.store import Store
     from vocojax.parallel import cluster, processes
@@ -111,25 +111,32 @@ def _ask(benchmarks: "Sequence[Benchmark]") -> "list[Result]":
                                           dtype=FLAGS.dtype)
     asking = Asking(Path(FLAGS.checkpoint).name, FLAGS.batch_size, FLAGS.vocos, FLAGS.limit,
                     Store(FLAGS.store) if FLAGS.store else None)
-    results = []
+    results: list[Result] = []
     for benchmark in benchmarks:
         directory = Path(FLAGS.output) / benchmark.name
         texts = answer_benchmark(assistant, benchmark, directory, asking)
-        if not processes.is_first():
-            continue
-        items = asked_items(benchmark, FLAGS.limit)
-        if FLAGS.limit is None:
-            for path in write_submission(benchmark, items, texts, directory):
-                print(f"{benchmark.name}: wrote {path}")
-        if all(item.gold is None for item in items):
-            print(f"{benchmark.name}: labels are not public; send the file to the benchmark's server")
-            continue
-        result = benchmark.score(texts, FLAGS.convention, items)
-        result = _judged(benchmark, result, items, texts)
-        write_atomically(directory / "result.json", json.dumps(result.as_json(), indent=2, ensure_ascii=False) + "\n")
-        print(result)
-        results.append(result)
+        processes.wait_for_first(f"scores of {benchmark.name}",
+                                 functools.partial(_score, benchmark, texts, directory, results), PATIENCE)
     return results
+
+
+def _score(benchmark: "Benchmark", texts: Sequence[str], directory: Path, results: "list[Result]") -> None:
+    """Writes the submission and the score of a model's answers and adds the score to `results`."""
+    from vocojax.evaluation.running import asked_items, write_submission
+    from vocojax.files import write_atomically
+
+    items = asked_items(benchmark, FLAGS.limit)
+    if FLAGS.limit is None:
+        for path in write_submission(benchmark, items, texts, directory):
+            print(f"{benchmark.name}: wrote {path}")
+    if all(item.gold is None for item in items):
+        print(f"{benchmark.name}: labels are not public; send the file to the benchmark's server")
+        return
+    result = benchmark.score(texts, FLAGS.convention, items)
+    result = _judged(benchmark, result, items, texts)
+    write_atomically(directory / "result.json", json.dumps(result.as_json(), indent=2, ensure_ascii=False) + "\n")
+    print(result)
+    results.append(result)
 
 
 def _judged(

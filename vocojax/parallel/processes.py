@@ -8,19 +8,23 @@ main thread, in the same order.
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax._src.distributed import global_state  # the only way to JAX's key-value store
 
-from vocojax.errors import VocojaxError
+from vocojax.errors import VocojaxError, first_line
 
 EXCHANGE_SECONDS = 600.0
 
 
 class MissingProcesses(VocojaxError, RuntimeError):
     """Processes of the run didn't arrive in time."""
+
+
+class FailedFirst(VocojaxError, RuntimeError):
+    """Work of process 0 failed, for which this process has waited."""
 
 
 def is_first() -> bool:
@@ -42,6 +46,30 @@ def from_first(topic: str, value: Any, limit: float = EXCHANGE_SECONDS) -> Any:
         _set_by_first.append(key)
         return value
     return json.loads(_get(key, limit, (0,), topic))
+
+
+def wait_for_first(topic: str, work: Callable[[], None], limit: float = EXCHANGE_SECONDS) -> None:
+    """Runs work on process 0, for which the other processes wait.
+
+    They must not leave earlier: JAX ends a process a minute after another one has left.
+
+    Args:
+      topic: names the work in messages.
+      work: called on process 0 only.
+      limit: seconds that the others wait.
+
+    Raises:
+      FailedFirst: on the other processes, if the work fails; process 0 raises the work's own error.
+      MissingProcesses: process 0 did not finish in time.
+    """
+    if is_first():
+        try:
+            work()
+        except BaseException as error:
+            from_first(topic, f"{type(error).__name__}: {first_line(error)}", limit)
+            raise
+    if problem := from_first(topic, "", limit):
+        raise FailedFirst(f"{topic}: process 0 failed with {problem}; look at the log there")
 
 
 def to_first(topic: str, value: Any, limit: float = EXCHANGE_SECONDS) -> list[Any] | None:
