@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from PIL import Image
 from tests.data import video_files
 from vocojax.cli import answer, compress
 from vocojax.config import ConfigError
+from vocojax.data import videos
 from vocojax.data.conversation import Turn
 from vocojax.data.images import ImageError, VideoError
 from vocojax.errors import InputError
@@ -200,6 +202,19 @@ def test_a_video_is_compressed_in_batches(assistant, real_files, monkeypatch):
     expected = whole(Video(real_files[1], 10))
     assert cache.image_digests == expected.image_digests
     np.testing.assert_allclose(cache.v_LUNGD, expected.v_LUNGD, atol=1e-5)
+
+
+def test_the_time_limit_of_a_video_does_not_count_compression(assistant, real_files, monkeypatch):
+    """The first batch compiles, which takes minutes for a large model."""
+    now, whole = [0.0], assistant.compress
+    monkeypatch.setattr(videos, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow(units, size):
+        now[0] += 100
+        return whole(units, size)
+
+    monkeypatch.setattr(assistant, "compress", slow)
+    assert assistant.compress_video(real_files[1], frames=6, seconds=120, batch_size=2).num_units == 6
 
 
 @pytest.fixture

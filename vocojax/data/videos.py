@@ -130,7 +130,10 @@ def read_plan(plan: FramePlan, seconds: float = 120.0, seek: bool = True) -> Ite
             yield decode(frame, "frame of a record") if isinstance(frame, bytes) else decode(read(frame), str(frame))
         return
     with _Opened(plan.video, seconds) as video:
-        yield from video.frames(plan, seek)
+        for image in video.frames(plan, seek):
+            handed_over = time.monotonic()
+            yield image
+            video.postpone(time.monotonic() - handed_over)
 
 
 def read_frames(
@@ -142,8 +145,9 @@ def read_frames(
       video: see `plan_frames`.
       sampling: see `choose_frames`.
       count: see `choose_frames`.
-      seconds: time limit for choosing and again for reading, checked between packets (which are of limited size): the
-        last resort against a disk that hangs. `MAX_DECODED` stops what is too much work on any machine.
+      seconds: time limit for choosing and again for reading, without what the caller does between two frames; checked
+        between packets (which are of limited size): the last resort against a disk that hangs. `MAX_DECODED` stops what
+        is too much work on any machine.
       seek: jump to the keyframe before a frame where that saves decoding; otherwise every frame is decoded.
 
     Raises:
@@ -227,6 +231,10 @@ class _Opened:
     def _restart(self) -> None:
         self._container.close()
         self._open()
+
+    def postpone(self, seconds: float) -> None:
+        """Moves the deadline by the time that somebody else took."""
+        self._deadline += seconds
 
     def timeline(self) -> Timeline:
         """Returns when the frames are shown; reads the whole file, and decodes it if its packets leave any doubt."""
