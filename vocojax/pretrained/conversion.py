@@ -103,14 +103,12 @@ def verify_target(source: Source, target: str | Path, report: Callable[[str], No
         odd = sorted(set(written.weights.shapes) ^ set(source.weights.shapes))
         raise ConvertError(f"{target}: verification failed: these parameters are only in it or only in the source: "
                            f"{', '.join(odd)}; {_REMEDY}")
-    whole = hashlib.sha256()
+    whole, on_base = hashlib.sha256(), is_adapter(Path(target))
     wrong = []
     for path in sorted(written.weights.shapes):
         num_tokens = source.config.decoder.num_tokens
-        largest, is_exact, is_base = _compare(path, source.weights, written.weights, whole, num_tokens)
-        if is_adapter(Path(target)):
-            is_exact |= is_base or _is_same_sum(path, source.weights, written.weights, largest)
-        if not is_exact:
+        largest, is_exact = _compare(path, source.weights, written.weights, whole, num_tokens, on_base)
+        if not is_exact and not (on_base and _is_same_sum(path, source.weights, written.weights, largest)):
             wrong.append(path)
         report(f"{path} {written.weights.dtype(path).name} {list(written.weights.shapes[path])}: max |Δ| {largest:.3g}")
     if wrong:
@@ -127,16 +125,18 @@ def _is_same_sum(path: str, source: Weights, written: Weights, largest: float) -
     return largest <= 2 * resolution * float(np.abs(source.read(path).astype(np.float32)).max())
 
 
-def _compare(path: str, source: Weights, written: Weights, whole: Any, num_tokens: int) -> tuple[float, bool, bool]:
+def _compare(
+    path: str, source: Weights, written: Weights, whole: Any, num_tokens: int, on_base: bool
+) -> tuple[float, bool]:
     """Compares a parameter with the source's, and adds it to the digest `whole`.
 
     Returns:
-      The largest |Δ|, whether the parameter is exactly the source's rounded to the target's dtype, and whether the
-      source's is exactly the parameter rounded, as it is where an adapter's base is wider than the run.
+      The largest |Δ|, and whether the parameter is exactly the source's rounded to the target's dtype; or (`on_base`)
+      the source's exactly the parameter rounded, as it is where an adapter's base is wider than the run.
     """
     dtype, shape = written.dtype(path), written.shapes[path]
     whole.update(f"{path} {dtype.name} {list(shape)} ".encode())
-    largest, is_exact, is_base = 0.0, True, True
+    largest, is_exact = 0.0, True
     rest = tuple(slice(None) for _ in shape[1:])
     first = [slice(layer, layer + 1) for layer in range(shape[0])] if "blocks/" in path else [slice(None)]
     for part in first:
@@ -147,10 +147,10 @@ def _compare(path: str, source: Weights, written: Weights, whole: Any, num_token
             before, after = before[tokens], after[tokens]
         difference = before.astype(np.float32) - after.astype(np.float32)
         largest = max(largest, float(np.fmax.reduce(np.abs(difference), axis=None, initial=0)))
-        is_exact &= np.array_equal(before.astype(dtype, copy=False), after, equal_nan=True)
-        is_base &= np.array_equal(before, after.astype(before.dtype, copy=False), equal_nan=True)
+        is_rounded = np.array_equal(before.astype(dtype, copy=False), after, equal_nan=True)
+        is_exact &= is_rounded or (on_base and np.array_equal(before, after.astype(before.dtype), equal_nan=True))
         is_exact &= not (np.isfinite(before) & ~np.isfinite(after)).any()  # the target's dtype overflowed
-    return largest, is_exact, is_base
+    return largest, is_exact
 
 
 def _without_vocabulary(config: ModelConfig) -> ModelConfig:
