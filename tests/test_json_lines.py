@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vocojax.cli.json_lines import json_line
 from vocojax.errors import shown
-from vocojax.files import parse_json
+from vocojax.files import json_line, parse_json
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "[" * 101 + "]" * 101, '{"a":' * 101 + "1" + "}" * 101])

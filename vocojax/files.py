@@ -70,6 +70,22 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
+def json_line(value: Any, encoding: str | None = None) -> str:
+    """Returns a value as one line of JSON that can be written in an encoding.
+
+    Args:
+      value: anything that JSON can hold.
+      encoding: of what it is written to; None for UTF-8. Characters that it lacks, and lone surrogates, which no
+        encoding has, make the whole line ASCII with JSON's escapes.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
+
+
 class NotAFile(OSError):
     """A named pipe, a socket or a device in a file's place: reading it may wait for ever."""
 

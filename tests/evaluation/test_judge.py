@@ -115,6 +115,16 @@ def test_an_interrupted_judging_resumes(server, tmp_path):
     assert "question 2" in again and "question 0" not in again and "question 1" not in again
 
 
+def test_replies_may_be_of_any_characters(server, tmp_path):
+    server.replies = lambda question, times: "\ud83d {'pred': 'yes', 'score': 4}"  # half a pair
+    assert judge_pairs(judge(server), PAIRS[:1], tmp_path / "judge.jsonl").malformed == 1
+    stored = [json.loads(line)["reply"] for line in (tmp_path / "judge.jsonl").read_text().splitlines()]
+    assert stored == ["\ud83d {'pred': 'yes', 'score': 4}"] * 3
+    (tmp_path / "judge.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(InputError, match=r"judge.jsonl, line 1: is no stored reply"):
+        stored_score(tmp_path / "judge.jsonl", PAIRS, "tiny-judge")
+
+
 def test_refusals_are_not_tried_again(server, tmp_path):
     server.replies = lambda question, times: 401
     with pytest.raises(JudgeError, match=r"refuses with status 401.*OPENAI_API_KEY"):

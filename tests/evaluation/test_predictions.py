@@ -74,6 +74,9 @@ def test_files_that_can_not_be_read(gqa, tmp_path):
     path.write_bytes(b'{"question_id": "201", "text": "\xff"}\n')
     with pytest.raises(InputError, match="must be UTF-8"):
         read_predictions(path, gqa)
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"torn.jsonl, line 1: is no JSON: nested too deeply"):
+        read_predictions(path, gqa)
 
 
 def test_missing_answers_are_treated_as_the_official_tool_does(data_root, tmp_path):

@@ -132,3 +132,20 @@ def test_limit(assistant, asked, whole, tmp_path):
     texts = answer_benchmark(assistant, asked[1], tmp_path, Asking("tiny", limit=2))
     assert len(texts) == 2
     assert (tmp_path / ANSWERS).read_text().splitlines() == (whole / "mme" / ANSWERS).read_text().splitlines()[:2]
+
+
+def test_prompts_and_answers_may_be_of_any_characters(tmp_path):
+    record = {"id": "1", "prompt": "\ud83d", "text": "caf\u00e9"}  # half a pair of surrogates, as JSON files have them
+    with running._Log(tmp_path / running.PARTS / "0.jsonl") as log:
+        log.append([record, record | {"id": "2", "prompt": "\u00e9"}])
+    first, second = (tmp_path / running.PARTS / "0.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(first) == record and "caf\u00e9" in second
+    (tmp_path / running.PARTS / "0.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(InputError, match=r"0.jsonl, line 1: is no answer; remove the file"):
+        running._read_parts(tmp_path, [])
+
+
+def test_a_damaged_run_file_is_named(tmp_path):
+    (tmp_path / running.RUN).write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"run.json: is damaged \(nested too deeply\); name another --output"):
+        running._claim(tmp_path, {})

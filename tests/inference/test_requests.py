@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data.test_videos import write_video
-from vocojax.cli.json_lines import json_line
 from vocojax.data.conversation import Turn, template
 from vocojax.data.images import ImageError, prepare_units
 from vocojax.errors import InputError
+from vocojax.files import json_line
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.cache import VocoCache
 from vocojax.inference.caches.files import DamagedCache

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from vocojax.cli.flag_checks import refuse_arguments, refuse_empty
-from vocojax.cli.json_lines import json_line
 from vocojax.errors import InputError
+from vocojax.files import json_line
 
 FLAGS = flags.FLAGS
 

@@ -1,6 +1,5 @@
 """Files of answers: the official formats and plain jsonl, matched to a benchmark's questions or refused."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from vocojax.evaluation.benchmarks.base import Benchmark
 from vocojax.evaluation.benchmarks.files import numbered_json_lines, read_json
 from vocojax.evaluation.benchmarks.spreadsheets import read_spreadsheet
 from vocojax.evaluation.benchmarks.tables import read_table
+from vocojax.files import parse_json
 
 FIRST = 3  # offenders that an error names
 
@@ -106,7 +106,7 @@ def read_records(path: Path) -> list[Mapping[str, Any]]:
 def _is_one_document(path: Path) -> bool:
     """Returns whether a file is one JSON list or object, not one object per line."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError:
         return False
     return isinstance(content, list) or (isinstance(content, dict) and not _is_record(content))

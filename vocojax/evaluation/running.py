@@ -15,7 +15,7 @@ from tqdm import tqdm
 from vocojax.data.images import ImageError
 from vocojax.errors import InputError
 from vocojax.evaluation.benchmarks.base import Benchmark, Item
-from vocojax.files import is_remote, write_atomically
+from vocojax.files import is_remote, json_line, parse_json, write_atomically
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.cache import VocoCache
 from vocojax.inference.caches.store import Store
@@ -112,10 +112,10 @@ def answer_benchmark(assistant: Assistant, benchmark: Benchmark, directory: Path
 
 def answer_file(benchmark: Benchmark, items: Sequence[Item], texts: Sequence[str], model: str) -> str:
     """Returns answers in LLaVA's format, one JSON object per line."""
-    return "".join(json.dumps({
+    return "".join(json_line({
         "question_id": benchmark.official_id(item), "prompt": item.prompt, "text": text,
         "answer_id": hashlib.sha256(f"{model} {item.id}".encode()).hexdigest()[:22], "model_id": model, "metadata": {},
-    }, ensure_ascii=False) + "\n" for item, text in zip(items, texts, strict=True))
+    }) + "\n" for item, text in zip(items, texts, strict=True))
 
 
 def write_submission(benchmark: Benchmark, items: Sequence[Item], texts: Sequence[str], directory: Path) -> list[Path]:
@@ -180,9 +180,12 @@ def _claim(directory: Path, run: Mapping[str, Any]) -> None:
         if processes.is_first():
             write_atomically(path, json.dumps(run, indent=2) + "\n")
         return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    odd = [f"{name} is {there.get(name)!r} there, {value!r} here" for name, value in run.items()
-           if there.get(name) != value]
+    try:
+        there = parse_json(path.read_bytes())
+        odd = [f"{name} is {there.get(name)!r} there, {value!r} here" for name, value in run.items()
+               if there.get(name) != value]
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: is damaged ({error}); name another --output") from None
     if odd:
         raise InputError(f"{path}: holds the answers of another run ({'; '.join(odd)}); name another --output")
 
@@ -195,7 +198,7 @@ def _read_parts(directory: Path, items: Sequence[Item]) -> dict[str, str]:
         lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines[:-1], start=1):  # after the last newline there is nothing, or a torn line
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 key, prompt, text = record["id"], record["prompt"], record["text"]
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path}, line {number}: is no answer; remove the file to ask its questions again"
@@ -222,7 +225,7 @@ class _Log:
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Appends records, each a line of JSON."""
-        self._file.write(b"".join(json.dumps(each, ensure_ascii=False).encode() + b"\n" for each in records))
+        self._file.write(b"".join(json_line(each).encode() + b"\n" for each in records))
         self._file.flush()
         os.fsync(self._file.fileno())
 

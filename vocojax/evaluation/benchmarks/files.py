@@ -1,11 +1,11 @@
 """Reading of official annotation files: where they lie, and errors that name the file, the record and the field."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vocojax.errors import InputError
+from vocojax.files import parse_json
 
 
 def find(root: str | Path, folder: str, *names: str) -> Path:
@@ -39,7 +39,7 @@ def read_json(path: Path) -> Any:
       InputError: it is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise InputError(f"{path}: is no JSON in UTF-8: {error}") from error
 
@@ -63,7 +63,7 @@ def numbered_json_lines(path: Path, content: bytes) -> Iterator[tuple[int, dict[
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise InputError(f"{path}, line {number}: is no JSON: {error}") from error
         if not isinstance(record, dict):

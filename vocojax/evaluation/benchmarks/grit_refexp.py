@@ -13,6 +13,7 @@ from vocojax.evaluation.benchmarks.base import Benchmark, Item, Missing
 from vocojax.evaluation.benchmarks.files import find, listed, need_all, read_json
 from vocojax.evaluation.benchmarks.rec import QUESTION
 from vocojax.evaluation.metrics.boxes import Box, first_shikra_box, from_padded_square, grit_iou
+from vocojax.files import parse_json
 
 THRESHOLD = 0.5
 
@@ -86,5 +87,8 @@ def _pixel_box(text: str) -> Box | None:
     """Returns the first box of an answer that holds boxes in pixels."""
     if not text.startswith('{"bboxes"'):
         return None
-    boxes = json.loads(text)["bboxes"]
+    try:
+        boxes = parse_json(text)["bboxes"]
+    except (ValueError, KeyError):  # torn, or not an object of boxes
+        return None
     return tuple(map(float, boxes[0])) if boxes else (0.0, 0.0, 0.0, 0.0)  # type: ignore[return-value]

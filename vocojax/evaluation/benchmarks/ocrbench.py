@@ -69,4 +69,4 @@ class OcrBench(Benchmark):
     def submission(self, texts: Mapping[str, str]) -> dict[str, str]:
         """Returns the official script's file: the annotation with each answer under `predict`."""
         return {"ocrbench.json": json.dumps([{**item.record, "predict": texts[item.id]} for item in self.items
-                                             if item.id in texts], ensure_ascii=False, indent=4)}
+                                             if item.id in texts], indent=4)}

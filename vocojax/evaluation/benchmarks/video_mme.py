@@ -1,7 +1,6 @@
 """Video-MME, without subtitles: multiple choice about short, medium and long videos."""
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from vocojax.evaluation.benchmarks.files import find, listed, need_all, read_jso
 from vocojax.evaluation.benchmarks.video_qa import video
 from vocojax.evaluation.metrics import accuracy_by_kind
 from vocojax.evaluation.metrics.choices import video_mme_letter
+from vocojax.files import json_line
 from vocojax.inference.decoding.sampling import SamplingConfig
 
 PROMPT = ("Select the best answer to the following multiple-choice question based on the video. Respond with only the "
@@ -64,4 +64,4 @@ class VideoMme(Benchmark):
             entry = videos.setdefault(each["videoID"], {**shared, "questions": []})
             asked = {name: each.get(name) for name in ("question_id", "task_type", "question", "options", "answer")}
             entry["questions"].append({**asked, "response": texts.get(item.id, "")})
-        return {"videomme.json": json.dumps(list(videos.values()), ensure_ascii=False)}
+        return {"videomme.json": json_line(list(videos.values()))}

@@ -1,7 +1,6 @@
 """Judging of a benchmark's answers: replies are stored as they come, and scores are read from the stored ones."""
 
 import dataclasses
-import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from vocojax.errors import InputError
 from vocojax.evaluation.benchmarks.base import Item, Result
 from vocojax.evaluation.judge.base import Judge, JudgedScore, Pair, judged_score, prompt_digest, read_reply
+from vocojax.files import json_line, parse_json
 
 MOST_REPLIES = 3  # malformed replies to a pair before it counts as malformed
 
@@ -44,8 +44,8 @@ def judge_pairs(judge: Judge, pairs: Sequence[Pair], path: Path, threads: int = 
             own = list(replies.get(pair.id, []))
             while _is_open(own):
                 own.append(judge.reply(pair))
-                line = json.dumps({"id": pair.id, "prompt": pair.prompt, "reply": own[-1], "judge": judge.name,
-                                   "prompts": prompt_digest()}, ensure_ascii=False)
+                line = json_line({"id": pair.id, "prompt": pair.prompt, "reply": own[-1], "judge": judge.name,
+                                  "prompts": prompt_digest()})
                 with lock:
                     file.write(line + "\n")
                     file.flush()
@@ -102,7 +102,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             file.truncate(whole)
     for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             assert all(isinstance(record[name], str) for name in ("id", "prompt", "reply", "judge", "prompts"))
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise InputError(f"{path}, line {number}: is no stored reply") from error
