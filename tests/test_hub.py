@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from tests.helpers import checkpoints
 from vocojax.config import ConfigError
@@ -79,3 +80,25 @@ def test_an_adapters_base_may_be_named_by_its_repository(cache):
     assert cached_copy("org/a.llava") == str(cache / COMMITS["main"])
     assert cached_copy("org/a.llava", "v2") == str(cache / COMMITS["v2"])
     assert cached_copy("org/absent") is None and cached_copy("no repository") is None
+
+
+@pytest.mark.parametrize(("name", "others"), [
+    ("hf://org/llama", []),
+    ("hf://org/llama/original", ["original/consolidated.00.pth", "original/params.json"]),  # what is named is wanted
+])
+def test_the_same_weights_again_are_not_downloaded(tmp_path, monkeypatch, name, others):
+    files = ["config.json", "model.safetensors", "pytorch_model.bin", "original/consolidated.00.pth",
+             "original/params.json", "consolidated.safetensors", "eva_vit_g.pth"]
+    (tmp_path / "original").mkdir()
+    taken = []
+
+    def snapshot(repo, revision, ignore_patterns):
+        taken.extend(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: files)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    _downloaded.cache_clear()
+    local_copy(name)
+    _downloaded.cache_clear()
+    assert taken == ["config.json", "model.safetensors", *others, "eva_vit_g.pth"]

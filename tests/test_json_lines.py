@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vocojax.data.images import ImageError, VideoError
 from vocojax.errors import shown
 from vocojax.files import json_line, parse_json
 
@@ -37,3 +38,9 @@ def test_readable_text_stays_readable():
 def test_a_message_repeats_the_ends_of_a_long_value():
     assert shown("short") == "'short'" and len(shown("long " * 9999)) < 200
     assert re.fullmatch(r"'the start.*\.\.\..*the end'", shown("the start" + "." * 12_000 + "the end"))
+
+
+def test_messages_about_images_and_videos_shorten_long_names():
+    for kind in (ImageError, VideoError):
+        message = str(kind("x" * 5000, "can't be read", "unreadable"))
+        assert len(message) < 200 and message.endswith(": can't be read")

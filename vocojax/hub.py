@@ -4,6 +4,7 @@ Files lie in the hub's own cache (`HF_HOME`); a second use downloads nothing, an
 asked for. Private repositories need `HF_TOKEN` or `hf auth login`.
 """
 
+import fnmatch
 import functools
 import os
 import re
@@ -14,8 +15,9 @@ from vocojax.errors import InputError
 
 SCHEME = "hf://"
 _NAME = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/\s]+))?(?:/(?P<inside>(?!.*\.\.)[^\s]+?))?/?")
-# Weights of other frameworks, which are never read.
-_OTHER = ["*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.ot", "*.mlmodel"]
+# Weights of other frameworks, and the same weights again in the form of LLaMA's and Mistral's own code: never read.
+_OTHER = ["*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.ot", "*.mlmodel", "original/*",
+          "consolidated*"]
 P = TypeVar("P", bound=str | os.PathLike[str])
 
 
@@ -74,7 +76,8 @@ def _downloaded(name: str) -> str:
         raise InputError(f"{name!r} is no name on the hub; write hf://org/name or hf://org/name@revision")
     repo, revision = parts["repo"], (parts["revision"] or "main").replace("%2F", "/")
     try:
-        skipped = list(_OTHER)
+        inside = f"{parts['inside']}/"
+        skipped = [pattern for pattern in _OTHER if not fnmatch.fnmatch(inside, pattern)]  # what is named is wanted
         try:
             files = HfApi().list_repo_files(repo, revision=revision)
             if any(file.endswith(".safetensors") for file in files):

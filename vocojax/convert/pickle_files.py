@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vocojax.errors import ConvertError
+from vocojax.errors import ConvertError, shown
 from vocojax.weights import Index, Shape
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # a zip entry's: 26 bytes, then the lengths of its name and its extra field
@@ -129,7 +129,7 @@ class PickleFile:
         """Refuses entries that take more memory than the file has bytes; torch.save writes none."""
         for name, entry in self._entries.items():
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > self._size:
-                raise ConvertError(f"{self.where}: the entry {name[:200]!r} is compressed, or larger than the file, "
+                raise ConvertError(f"{self.where}: the entry {shown(name)} is compressed, or larger than the file, "
                                    "which torch.save never writes; get the weights as safetensors")
 
     def _require_tensors(self, content: Any) -> dict[str, _Tensor]:
@@ -138,8 +138,8 @@ class PickleFile:
                                "plain state dict")
         for name, value in content.items():
             if not isinstance(value, _Tensor) or not isinstance(name, str) or not name.isprintable():
-                shown = name[:200] if isinstance(name, str) else f"a key of type {type(name).__name__}"
-                raise ConvertError(f"{self.where}: {shown!r} is not a tensor; save the plain state dict")
+                key = shown(name) if isinstance(name, str) else f"a key of type {type(name).__name__}"
+                raise ConvertError(f"{self.where}: {key} is not a tensor; save the plain state dict")
         return dict(content)
 
     def _require_inside(self, name: str, tensor: _Tensor) -> None:

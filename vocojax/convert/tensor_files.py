@@ -7,7 +7,7 @@ import numpy as np
 
 from vocojax.convert.pickle_files import PickleFile
 from vocojax.convert.safetensors_files import SafetensorsFile
-from vocojax.errors import ConvertError
+from vocojax.errors import ConvertError, shown
 from vocojax.files import parse_json
 from vocojax.sums import WEIGHTS, read_sums
 from vocojax.weights import Index, Weights
@@ -93,7 +93,7 @@ def _open_shards(directory: Path, index: Path, pattern: str) -> Weights:
         if not all(isinstance(home, str) for home in homes.values()):
             raise TypeError("names of shards must be strings")
         if outside := sorted(home for home in homes.values() if home in ("", "..") or Path(home).name != home):
-            raise ValueError(f"{outside[0][:200]!r} is not the name of a file beside it")
+            raise ValueError(f"{shown(outside[0])} is not the name of a file beside it")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConvertError(f"{index}: not an index with a weight_map: {error}; download it again") from None
     shards = sorted(set(homes.values()))

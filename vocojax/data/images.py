@@ -53,7 +53,7 @@ class VideoError(ImageError):
 
     def __init__(self, name: str, problem: str, reason: str):
         super().__init__(name, problem, reason)
-        self.args = (f"video {name!r}: {problem}",)
+        self.args = (f"video {shown(name)}: {problem}",)
 
 
 def load_image(image: str | Path | bytes, size: int, fit: Fit = "pad") -> np.ndarray:

@@ -31,8 +31,9 @@ from vocojax.sums import require_small_files
 
 VOCO_TOKEN = "<voco>"
 _CONFIG, _JSON, _MODEL = "tokenizer_config.json", "tokenizer.json", "tokenizer.model"
-# References to the sources that exports carry, see `pretrained.pytorch`.
-_OWN_CODE = re.compile(r"(configuration|modeling|processing)_voco_llava\.\w+")
+# Modules of the sources that exports carry, see `pretrained.pytorch`: of the config, the model and the processor.
+OWN_MODULES = ("configuration_voco_llava", "modeling_voco_llava", "processing_voco_llava")
+_OWN_CODE = re.compile(rf"({'|'.join(OWN_MODULES)})\.\w+")  # a reference to them
 # What a tokenizer needs in addition to its vocabulary.
 _SETTINGS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _TEMPLATES = "additional_chat_templates"

@@ -13,18 +13,20 @@ from string import Template
 from typing import Any
 
 from vocojax.data.conversation import TEMPLATES
+from vocojax.data.tokenizer import OWN_MODULES
 from vocojax.layout import Role, lay_out_unit, units_stand_alone
 from vocojax.runs.card import ModelCard
 
 SOURCES = Path(__file__).parent / "torch"
-_MODEL = "modeling_voco_llava.VocoLlavaForConditionalGeneration"
+_CONFIGURATION, _MODELING, _PROCESSING = OWN_MODULES
+_MODEL = f"{_MODELING}.VocoLlavaForConditionalGeneration"
 # The entry `auto_map` of `config.json`: transformers' Auto classes and what they load from the directory.
 AUTO_MAP: Mapping[str, str] = {
-    "AutoConfig": "configuration_voco_llava.VocoLlavaConfig",
+    "AutoConfig": f"{_CONFIGURATION}.VocoLlavaConfig",
     "AutoModel": _MODEL,
     "AutoModelForImageTextToText": _MODEL,
 }
-_PROCESSOR_MAP: Mapping[str, str] = {"AutoProcessor": "processing_voco_llava.VocoLlavaProcessor"}
+_PROCESSOR_MAP: Mapping[str, str] = {"AutoProcessor": f"{_PROCESSING}.VocoLlavaProcessor"}
 
 Base = tuple[str, str | None]
 
