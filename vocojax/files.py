@@ -33,7 +33,8 @@ from vocojax.liveness import ProcessName, this_process
 _DEEPEST = 100  # levels of lists and objects in JSON
 LOG = logging.getLogger(__name__)
 # The digits name the writer: its machine, its process, and a number that nobody can guess.
-_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})(?P<pid>[0-9a-f]{8})[0-9a-f]{16}\.partial")
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})(?P<pid>[0-9a-f]{8})(?P<started>[0-9a-f]{10})"
+                      r"[0-9a-f]{6}\.partial")
 _ABANDONED = 86400.0  # seconds without a write after which the writer on another machine must have been killed
 _swept: set[Path] = set()  # directories from which this process has removed what killed writers left
 
@@ -133,7 +134,9 @@ def remove_abandoned(directory: str | os.PathLike) -> None:
 def _writer(name: str) -> ProcessName | None:
     """Returns the writer of a file or directory of this name; None if it is not being written."""
     parts = _PARTIAL.fullmatch(name)
-    return ProcessName("", parts["machine"], int(parts["pid"], 16)) if parts else None
+    if parts is None:
+        return None
+    return ProcessName("", parts["machine"], int(parts["pid"], 16), int(parts["started"], 16))
 
 
 def _last_write(path: Path) -> float:
@@ -270,7 +273,8 @@ def _partial(target: Path) -> Path:
         _swept.add(target.parent)
         remove_abandoned(target.parent)
     writer = this_process()
-    return target.parent / f".{target.name}.{writer.machine}{writer.pid:08x}{secrets.token_hex(8)}.partial"
+    digits = f"{writer.machine}{writer.pid:08x}{writer.started:010x}{secrets.token_hex(3)}"
+    return target.parent / f".{target.name}.{digits}.partial"
 
 
 def _sync(path: Path) -> None:

@@ -128,6 +128,52 @@ def test_a_claim_is_renewed_but_never_anothers(tmp_path, monkeypatch):
     assert seen()["host"] == "far" and list((tmp_path / "checkpoints").iterdir()) == []
 
 
+class HttpError(Exception):
+    """As object stores raise: no OSError."""
+
+
+def test_a_renewal_that_fails_is_followed_by_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, "BEAT", 0.02)
+    written, write = [], owner._write
+
+    def sometimes(path):
+        written.append(path)
+        if len(written) == 2:
+            raise HttpError("503")
+        write(path)
+
+    monkeypatch.setattr(owner, "_write", sometimes)
+    with owned(tmp_path):
+        deadline = time.monotonic() + 30
+        while len(written) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_an_owner_that_can_not_be_read_stops_no_run(tmp_path, monkeypatch):
+    def failing(path):
+        raise HttpError("503")
+
+    with owned(tmp_path), Checkpoints(tmp_path, CheckpointConfig(), RUN) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, "_read", failing)
+            checkpoints.save(1, tiny_state(1), {})
+        assert checkpoints.restore(tiny_state(0))[0] == 1
+
+
+def test_starts_look_twice_where_directories_can_not_be_locked(tmp_path, monkeypatch):
+    """NFS refuses to lock a directory; two starts at the same time then both write their claim."""
+
+    def refused(descriptor, operation):
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    monkeypatch.setattr(owner, "ARRIVAL", 0.0)
+    monkeypatch.setattr("time.sleep", lambda seconds: claim(tmp_path))
+    with pytest.raises(RunInUse, match="was taken over by process 7 on far"), owned(tmp_path):
+        pass
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', "\x00" * 9, "[" * 100_000, '{"pid": 1e999}'])
 def test_a_damaged_claim_is_none(content, tmp_path):
     (tmp_path / "owner.json").write_text(content)

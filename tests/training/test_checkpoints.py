@@ -141,6 +141,30 @@ def test_whatever_damaged_metadata_raise_a_run_resumes(file, content, tmp_path):
         assert (step == 1) == (tmp_path / "damaged").exists()
 
 
+@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "metrics/metrics"])
+def test_the_only_checkpoint_is_never_put_aside(file, tmp_path):
+    """A run without it would begin again at step 0."""
+    write(tmp_path, (1,), CheckpointConfig(keep_best=1))
+    (tmp_path / "checkpoints" / "1" / file).write_bytes(b"{")
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be restored \(step 1: .*\)\. All are left"):
+        Checkpoints(tmp_path, CheckpointConfig(keep_best=1), RUN)
+    assert on_disk(tmp_path) == [1] and not (tmp_path / "damaged").exists()
+
+
+def test_a_read_that_fails_once_puts_nothing_aside(tmp_path, monkeypatch):
+    write(tmp_path, (1, 2), CheckpointConfig(keep=2))
+
+    def failing(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LiteralPath, "read_bytes", failing)
+        with pytest.raises(CheckpointError, match=r"can't be read: .*Nothing was changed; run the same command again"):
+            Checkpoints(tmp_path, CheckpointConfig(keep=2), RUN)
+    with Checkpoints(tmp_path, CheckpointConfig(keep=2), RUN) as checkpoints:
+        assert checkpoints.restore(tiny_state(0))[0] == 2
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_what_all_checkpoints_share_is_named_once_if_it_is_damaged(lost, tmp_path, caplog):
     """And then is all that is asked for: once they are there again the run resumes from its newest step."""

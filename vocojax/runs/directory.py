@@ -31,7 +31,7 @@ LOG = logging.getLogger(__name__)
 PACKAGES = ("vocojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 # Keys of a stage's config that may change when a run resumes.
 MUTABLE_KEYS = ("log_every", "checkpoint", "validation", "run", "data.num_threads", "data.num_workers",
-                "data.keep_in_memory", "attention", "remat", "mesh")
+                "data.keep_in_memory", "attention", "remat", "unit_chunk", "mesh")
 # Keys that may differ between the processes of a run. Other differences would make processes wait for each other.
 HOST_KEYS = ("data.num_threads", "data.num_workers", "data.keep_in_memory")
 
@@ -82,7 +82,7 @@ def put_aside(path: epath.Path) -> epath.Path:
       path: WORKDIR/NAME or WORKDIR/checkpoints/STEP.
     """
     home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    target = home / "damaged" / f"{path.name}-{int(time.time())}"
+    target = home / "damaged" / f"{path.name}-{time.time_ns()}"
     target.parent.mkdir(exist_ok=True)
     return path.rename(target)
 

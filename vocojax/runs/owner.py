@@ -32,7 +32,7 @@ FILE = "owner.json"
 BEAT = 10.0  # seconds between renewals
 STALE = 60.0  # seconds without a renewal after which the owner counts as dead
 LONG_AGO = 600.0  # seconds: more than the clocks of two machines differ
-ARRIVAL = 2.0  # seconds that two starts on an object store, which has no locks, give each other to be seen
+ARRIVAL = 2.0  # seconds that two starts give each other to be seen where there are no locks: object stores, NFS
 
 
 class RunInUse(CheckpointError):
@@ -82,7 +82,7 @@ def _claim(path: epath.Path) -> None:
     first: _Claim | None = None
     since = time.monotonic()
     while True:
-        with _alone(path.parent):
+        with _alone(path.parent) as locked:
             claim = _read(path)
             if claim is None or claim.owner.is_dead or _is_stale(claim, first, since):
                 _write(path)
@@ -95,7 +95,7 @@ def _claim(path: epath.Path) -> None:
                         STALE)
             first = claim
         time.sleep(min(BEAT, STALE) / 10)
-    if is_remote(path):
+    if not locked:
         time.sleep(ARRIVAL)
         if (claim := _read(path)) is None or claim.owner != this_process():
             raise RunInUse(f"{path.parent} was taken over by {claim.owner if claim else 'another'}, which started at "
@@ -120,7 +120,7 @@ def _renewed(path: epath.Path) -> Iterator[None]:
                 with _alone(path.parent):
                     if not ended.is_set() and not taken_over(path.parent):
                         _write(path)
-            except OSError as error:
+            except Exception as error:  # object stores have exceptions of their own; the next renewal may succeed
                 LOG.warning("%s can't be renewed: %s", path, error)
 
     thread = threading.Thread(target=renew, name="owner of the run", daemon=True)
@@ -130,7 +130,7 @@ def _renewed(path: epath.Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(OSError), _alone(path.parent):
+        with contextlib.suppress(Exception), _alone(path.parent):
             if not taken_over(path.parent):
                 path.unlink(missing_ok=True)
 
@@ -151,15 +151,18 @@ def _write(path: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(directory: epath.Path) -> Iterator[None]:
-    """Keeps other processes out of this context, where the file system has locks."""
+def _alone(directory: epath.Path) -> Iterator[bool]:
+    """Keeps other processes out of this context, where the file system has locks; yields whether it has."""
     if is_remote(directory):
-        yield
+        yield False
         return
     descriptor = os.open(Path(directory), os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with contextlib.suppress(OSError):  # a shared file system may have none
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+            locked = True
+        except OSError:  # NFS locks no directories
+            locked = False
+        yield locked
     finally:
         os.close(descriptor)  # which gives the lock back

@@ -71,12 +71,32 @@ class Checkpoints:
         )
 
     def _put_unreadable_aside(self) -> None:
-        """Moves checkpoints away whose metadata or metrics Orbax could not read: it reads all when it opens them."""
-        if processes.is_first() and (self._workdir / "checkpoints").is_dir():
-            for directory in sorted((self._workdir / "checkpoints").iterdir()):
-                if directory.name.isdecimal() and (problem := _unreadable(directory)):
-                    LOG.error("%s: IS DAMAGED: %s; moved to %s", directory, problem, put_aside(directory))
-        processes.from_first("unreadable", True)
+        """Moves checkpoints away whose metadata or metrics Orbax could not read: it reads all when it opens them.
+
+        Raises:
+          CheckpointError: on all processes, if none would remain, or if the directory can't be read. Nothing is moved.
+        """
+        problem = ""
+        if processes.is_first():
+            try:
+                problem = self._move_unreadable(self._workdir / "checkpoints")
+            except OSError as error:
+                problem = (f"{self._workdir}: the checkpoints can't be read: {first_line(error)}. Nothing was changed; "
+                           "run the same command again")
+        if problem := processes.from_first("unreadable", problem):
+            raise CheckpointError(problem)
+
+    def _move_unreadable(self, checkpoints: epath.Path) -> str:
+        """Moves damaged checkpoints away; returns the problem if all are damaged, else ''."""
+        found = sorted(checkpoints.iterdir()) if checkpoints.is_dir() else []
+        steps = [path for path in found if path.name.isdecimal()]
+        problems = {path: problem for path in steps if (problem := _unreadable(path))}
+        if problems and len(problems) == len(steps):
+            listed = "; ".join(f"step {path.name}: {problem}" for path, problem in problems.items())
+            return f"{self._workdir}: no checkpoint can be restored ({listed}). All are left as they are"
+        for path, problem in problems.items():
+            LOG.error("%s: IS DAMAGED: %s; moved to %s", path, problem, put_aside(path))
+        return ""
 
     @property
     def latest(self) -> int | None:
@@ -102,7 +122,7 @@ class Checkpoints:
         """
         if step == self.latest:
             return
-        if problem := processes.from_first("owner", taken_over(self._workdir) if processes.is_first() else ""):
+        if problem := processes.from_first("owner", self._taken_over()):
             raise CheckpointError(problem)
         try:
             with jax.transfer_guard("allow"):
@@ -111,6 +131,14 @@ class Checkpoints:
                 self._read_back(step, bool(state.frozen))
         except (OSError, ValueError, RuntimeError) as error:
             raise self.failure(error) from error
+
+    def _taken_over(self) -> str:
+        """Returns a problem if another run owns the directory. One that can't be asked must not stop a sound run."""
+        try:
+            return taken_over(self._workdir) if processes.is_first() else ""
+        except Exception as error:  # object stores have exceptions of their own
+            LOG.warning("%s: its owner can't be read: %s", self._workdir, first_line(error))
+            return ""
 
     def _save(
         self, step: int, state: TrainState, progress: Mapping[str, Any], metrics: Mapping[str, float] | None
@@ -299,7 +327,11 @@ class Checkpoints:
 
 
 def _unreadable(directory: epath.Path) -> str:
-    """Returns what is wrong with a checkpoint's metadata and metrics; '' if nothing is."""
+    """Returns what is wrong with a checkpoint's metadata and metrics; '' if nothing is.
+
+    Raises:
+      OSError: they can't be read, which says nothing about them.
+    """
     try:
         for file in (directory / "_CHECKPOINT_METADATA", directory / "metrics" / "metrics"):
             values = parse_json(file.read_bytes()) if file.exists() else {}
@@ -307,7 +339,7 @@ def _unreadable(directory: epath.Path) -> str:
                 raise ValueError(f"{file.name} is no JSON object")
             if file.name == "metrics":
                 {name: float(value) for name, value in values.items()}
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         return described(error)
     return ""
 

@@ -25,7 +25,14 @@ def read_table(path: Path, content: str, delimiter: str, columns: Sequence[str])
     Raises:
       InputError: a column is missing, or a row has other cells than the header.
     """
-    csv.field_size_limit(LARGEST_CELL)
+    usual = csv.field_size_limit(LARGEST_CELL)  # of the whole process: other readers want theirs back
+    try:
+        return _rows(path, content, delimiter, columns)
+    finally:
+        csv.field_size_limit(usual)
+
+
+def _rows(path: Path, content: str, delimiter: str, columns: Sequence[str]) -> list[dict[str, str]]:
     reader = csv.DictReader(io.StringIO(content.removeprefix("\ufeff"), newline=""), delimiter=delimiter)
     absent = [column for column in columns if column not in (reader.fieldnames or ())]
     if absent:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -137,16 +137,16 @@ class VocoCache:
                        for name, part in zip((key, f"{key}_scale"), _quantise(tensor), strict=True)}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         content = to_safetensors(tensors, metadata | {"sha256": _digest(metadata, tensors)})
-        with tempfile.NamedTemporaryFile(dir=Path(path).parent, delete=False) as file:
-            try:
+        partial = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex}.partial")
+        try:
+            with partial.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "VocoCache":
