@@ -159,9 +159,12 @@ def test_a_read_that_fails_once_puts_nothing_aside(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(LiteralPath, "read_bytes", failing)
-        with pytest.raises(CheckpointError, match=r"can't be read: .*Nothing was changed; run the same command again"):
+        with pytest.raises(CheckpointError, match=r"can't be read: .*Run the same command again"):
             Checkpoints(tmp_path, CheckpointConfig(keep=2), RUN)
     with Checkpoints(tmp_path, CheckpointConfig(keep=2), RUN) as checkpoints:
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"2 can't be read: .*EIO"):
+            patch.setattr("vocojax.training.checkpoints.read_progress", lambda path: failing("EIO"))
+            checkpoints.restore(tiny_state(0))
         assert checkpoints.restore(tiny_state(0))[0] == 2
 
 

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 from etils import epath
 
-from vocojax.errors import VocojaxError
 from vocojax.files import is_remote, write_atomically
 from vocojax.liveness import ProcessName, this_process
 from vocojax.parallel import processes
@@ -59,8 +58,8 @@ def owned(workdir: str | os.PathLike) -> Iterator[None]:
     if processes.is_first():
         try:
             _claim(path)
-        except (VocojaxError, OSError) as error:
-            problem, in_use = str(error), isinstance(error, RunInUse)
+        except Exception as error:  # object stores have exceptions of their own, and other processes wait
+            problem, in_use = str(error) or type(error).__name__, isinstance(error, RunInUse)
     problem, in_use = processes.from_first("owner", (problem, in_use))
     if problem:
         raise (RunInUse if in_use else CheckpointError)(problem)

@@ -80,9 +80,9 @@ class Checkpoints:
         if processes.is_first():
             try:
                 problem = self._move_unreadable(self._workdir / "checkpoints")
-            except OSError as error:
-                problem = (f"{self._workdir}: the checkpoints can't be read: {first_line(error)}. Nothing was changed; "
-                           "run the same command again")
+            except Exception as error:  # object stores have exceptions of their own
+                problem = (f"{self._workdir}: the checkpoints can't be read: {first_line(error)}. Run the same command "
+                           "again")
         if problem := processes.from_first("unreadable", problem):
             raise CheckpointError(problem)
 
@@ -224,14 +224,20 @@ class Checkpoints:
 
     def _restored(self, step: int, wanted: TrainState) -> tuple[str, tuple[TrainState, dict[str, Any]] | None]:
         """Returns ("", the restored) or (the problem, None), the same on all processes."""
-        directory, problem = self._workdir / "checkpoints" / str(step), ""
+        directory, problem, unread = self._workdir / "checkpoints" / str(step), "", ""
         try:
             # Read by the handlers themselves: a process that fails must not leave the others in a barrier of Orbax's.
             progress = read_progress(directory)
             trained = read_arrays(directory / "parameters", wanted.trained)
             optimizer = read_arrays(directory / "optimizer", wanted.optimizer)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            problem = described(error)
+        except OSError as error:  # which says nothing about the checkpoint
+            unread = first_line(error)
         except Exception as error:  # whatever a damaged file makes of Orbax and TensorStore
             problem = described(error)
+        if unread := next(filter(None, processes.from_all("read", unread)), ""):
+            raise CheckpointError(f"{directory} can't be read: {unread}. Run the same command again")
         if problem := next(filter(None, processes.from_all("restore", problem)), ""):
             return problem, None
         if changed := changed_keys(progress["config"], self._run_config):
