@@ -268,3 +268,12 @@ def test_only_regular_files_of_limited_size_are_read(tmp_path, monkeypatch):
         with pytest.raises(ImageError) as error:
             load_image(f"{tmp_path}/{name}", 8)
         assert error.value.reason == reason
+
+
+@pytest.mark.parametrize(("width", "height"), [(31, 32), (32, 31), (63, 64), (64, 63), (33, 64)])
+def test_an_image_that_is_one_pixel_from_square_is_padded_too(width, height):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), (122, 116, 104))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    np.testing.assert_array_equal(prepare(image, 32), square.resize((32, 32), Image.Resampling.BICUBIC))

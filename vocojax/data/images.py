@@ -287,7 +287,7 @@ def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, ...]) -> n
     across = np.empty((side, size), np.uint32)
     across[:top] = across[top + image.height :] = np.array([*colour, 255], np.uint8).view(np.uint32)
     own = across[top : top + image.height]
-    if not left:
+    if image.width == side:
         reduce_columns(image, own)
         return reduce_rows(across, size)
     rows = max(1, BAND // side)
