@@ -97,6 +97,15 @@ def test_a_moved_export_opens_with_its_tower_s_new_place(exported, tmp_path):
     assert open_source(tmp_path / "moved").config == open_source(exported).config
 
 
+def test_a_changed_entry_of_the_config_is_refused(exported, tmp_path):
+    """No sum protects this file, which must be edited after a move."""
+    shutil.copytree(exported, tmp_path / "changed")
+    path = tmp_path / "changed" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 90000.0}))
+    with pytest.raises(ConvertError, match=r"was changed after it was written: decoder\.rope_theta differ"):
+        open_source(tmp_path / "changed")
+
+
 def test_a_tower_with_the_config_of_openai_s_is_written_too(released, tmp_path, monkeypatch):
     """It may be trained, and the original code would load OpenAI's in its place."""
     source = open_source(released)

@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import nnx
 
-from vocojax.config import DecoderConfig, LoraConfig, ModelConfig, VocoConfig
+from vocojax.config import DecoderConfig, LoraConfig, ModelConfig, VocoConfig, config_to_dict, differing_keys
 from vocojax.convert import huggingface, llava, peft, tables
 from vocojax.convert.entries import check_entries
 from vocojax.convert.mapped import MappedWeights
@@ -153,6 +153,7 @@ def open_source(
         voco=replace(config.voco, num_vocos=num_vocos or (_RELEASED_VOCOS if is_released else config.voco.num_vocos),
                      token_id=voco_id),
     )
+    _require_own_config(config, values, where)
     table = make_table(config, rows, None if knows_voco and voco_id < rows else voco_id)
     shapes = parameter_shapes(config, decoder_only=make_table is _llama_table)
     # A model without `<voco>` in its vocabulary was never trained to compress: it is a plain LLaVA.
@@ -200,6 +201,18 @@ def _grown(config: DecoderConfig, voco_id: int) -> DecoderConfig:
     tokens = max(config.vocab_size, voco_id + 1)
     size = -(-tokens // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return replace(config, vocab_size=size, vocab_padding=size - tokens)
+
+
+def _require_own_config(config: ModelConfig, values: Mapping[str, Any], where: str) -> None:
+    """Compares the entries that were read with the copy of the whole config that an export has; others have none.
+
+    Raises:
+      ConvertError: they differ.
+    """
+    own = values.get("vocojax")
+    if own is not None and (keys := differing_keys(config_to_dict(config), own.get("model", {}))):
+        raise ConvertError(f"{where}: was changed after it was written: {', '.join(keys)} differ from its entry "
+                           "'vocojax'; export the model again, or delete that entry if the change is meant")
 
 
 def _own_vocabulary(config: DecoderConfig, values: Mapping[str, Any], where: str) -> DecoderConfig | None:
