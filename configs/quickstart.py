@@ -9,7 +9,7 @@ A single one, after the quickstart's first stages:
         --workdir=runs/voco_4
 
 The stage is the config's argument: `alignment`; then, which start from it, `upper_bound` (its weights, read with the
-VoCo mask, are the lower bound as well), `voco_N`, `avg_pool` and `qformer`.
+VoCo mask, are the lower bound as well), `voco_N`, and the baselines `avg_pool`, `qformer`, `downsample` and `random`.
 """
 
 import dataclasses
@@ -60,13 +60,14 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
     elif stage.removeprefix("voco_").isdecimal():
         config.model.voco.num_vocos = int(stage.removeprefix("voco_"))
         config.data.row_length += config.model.voco.num_vocos - 1
-    elif stage == "avg_pool":
-        config.model.compressor.kind = "avg_pool"
+    elif stage in ("avg_pool", "downsample", "random"):
+        config.model.compressor.kind = stage
         config.visibility = "causal"
     elif stage == "qformer":
         config.model.compressor.update(kind="qformer", depth=4, width=64, num_heads=4, mlp_width=256)
         config.update(visibility="causal", init_new=["compressor/.*"],
                       learning_rates=[("compressor/.*", 1.0), *config.learning_rates])
     else:
-        raise ConfigError("stage", f"{stage!r} is unknown: alignment, upper_bound, voco_N, avg_pool or qformer")
+        raise ConfigError("stage", f"{stage!r} is unknown: alignment, upper_bound, voco_N, avg_pool, qformer, "
+                          "downsample or random")
     return config

@@ -30,7 +30,14 @@ def test_baselines_put_their_tokens_in_place_of_the_vision_tokens():
         ({"projector": {"kind": "mlp"}}, "model.projector.kind must be one of 'linear', 'mlp2x_gelu', got 'mlp'"),
         ({"decoder": {"num_kv_heads": 3}}, "model.decoder.num_kv_heads must divide num_heads 32, got 3"),
         ({"vision": {"image_size": 335}}, "model.vision.image_size must be a multiple of 14, got 335"),
-        ({"compressor": {"kind": "avg_pool", "num_tokens": 2}}, "model.compressor.num_tokens must be 1 for avg_pool"),
+        ({"compressor": {"kind": "avg_pool", "num_tokens": 2}},
+         "model.compressor.num_tokens must be a square number for avg_pool, got 2"),
+        ({"compressor": {"kind": "downsample", "num_tokens": 8}},
+         "model.compressor.num_tokens must be a square number for downsample, got 8"),
+        ({"compressor": {"kind": "avg_pool", "num_tokens": 25}},
+         "model.compressor.num_tokens must be the square of a divisor of 24, the tower's patches on a side"),
+        ({"compressor": {"kind": "random", "num_tokens": 577}},
+         "model.compressor.num_tokens must be <= 576, the tower's patches, for random, got 577"),
     ],
 )
 def test_errors_name_the_key_and_the_remedy(values, message):

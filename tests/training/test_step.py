@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
-from vocojax.config import ConfigError
+from vocojax.config import CompressorConfig, ConfigError
 from vocojax.data.loader import BatchStream
 from vocojax.evaluation.report import loss_curve
 from vocojax.models.parameters import abstract, parameters_of, variables_of
@@ -27,7 +27,7 @@ from vocojax.training.optimizer import (
     with_multipliers,
 )
 from vocojax.training.stage import train
-from vocojax.training.step import TrainState, make_step
+from vocojax.training.step import TrainState, make_evaluation, make_objective, make_step
 
 
 def state_and_batch(stage, visibilities=("voco",)):
@@ -87,6 +87,19 @@ def test_gradient_is_that_of_the_mean_loss(stage):
     slope = (losses[0] - losses[1]) / 2e-2
     np.testing.assert_allclose(slope, np.linalg.norm(before.trained[name] - after.trained[name]), rtol=2e-2)
     assert float(metrics["loss"]) > 0
+
+
+def test_random_tokens_are_drawn_for_each_step_and_stay_in_evaluation(stage):
+    model = dataclasses.replace(stage.model, compressor=CompressorConfig("random", 1))
+    stage = dataclasses.replace(stage, model=model, visibility="causal")
+    _, state, batch = state_and_batch(stage, ("causal",))
+    model = abstract(lambda: VocoLlama(stage.model, nnx.Rngs(0), stage.dtype))
+    objective = jax.jit(make_objective(model, None, stage))
+    evaluate = jax.jit(make_evaluation(model, None, stage))
+    later = state._replace(step=jax.numpy.int32(7))
+    losses = [float(objective(state.trained, at, batch)[0]) for at in (state, later, later)]
+    assert losses[0] != losses[1] == losses[2]
+    assert float(evaluate(state, batch).loss) == float(evaluate(later, batch).loss)
 
 
 def test_the_first_rule_that_matches_decides(stage):

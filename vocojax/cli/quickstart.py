@@ -21,7 +21,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_list("seeds", ["0"], "Seeds; everything is trained once for each.")
-    flags.DEFINE_bool("full", False, "Add Avg. Pool, Q-Former, VoCo-2 and VoCo-8.")
+    flags.DEFINE_bool("full", False, "Add VoCo-2, VoCo-8 and all baselines.")
     flags.DEFINE_string("workdir", "runs/quickstart", "Directory of runs and results.")
     flags.DEFINE_bool("json", False, "Print retention.json as well.")
 

@@ -45,9 +45,14 @@ class VisionConfig:
         require(lowest <= self.select_layer <= -1, "select_layer", f"must be in [{lowest}, -1]", self.select_layer)
 
     @property
+    def grid(self) -> int:
+        """Number of patches on a side of an image."""
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
         """Number of vision tokens of one image."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.grid**2
 
 
 @dataclass(frozen=True)
@@ -197,10 +202,15 @@ class LoraConfig:
 class CompressorConfig:
     """A compressor, which shortens an image's vision tokens before the decoder. Only baselines have one (paper §4.2).
 
+    Its compressed tokens replace the vision tokens; there are no VoCo tokens then.
+
     Attributes:
-      kind: `none` (the decoder compresses into VoCo tokens), or one of the baselines `avg_pool` and `qformer`, whose
-        compressed tokens replace the vision tokens; there are no VoCo tokens then.
-      num_tokens: compressed tokens of an image; 1 for `avg_pool`.
+      kind: `none` (the decoder compresses into VoCo tokens), or a baseline. `avg_pool`: means of the vision tokens in
+        square windows. `qformer`: BLIP-2's Q-Former. `downsample`: the vision tokens of a smaller image, which the same
+        tower encodes with interpolated position embeddings. `random`: some of the vision tokens, drawn for each image
+        and each training step. In evaluation the draw depends on the image alone.
+      num_tokens: compressed tokens of an image; a square number for `avg_pool`, whose side divides the tower's patches
+        on a side, and for `downsample`.
       depth: number of the Q-Former's blocks; its defaults are BLIP-2's.
       width: width of the Q-Former's hidden states.
       num_heads: attention heads of a Q-Former's block.
@@ -209,7 +219,7 @@ class CompressorConfig:
       norm_eps: epsilon of the Q-Former's layer norms.
     """
 
-    kind: Literal["none", "avg_pool", "qformer"] = "none"
+    kind: Literal["none", "avg_pool", "qformer", "downsample", "random"] = "none"
     num_tokens: int = 1
     depth: int = 12
     width: int = 768
@@ -222,12 +232,17 @@ class CompressorConfig:
         require_positive(self, "num_tokens", "depth", "width", "num_heads", "mlp_width", "cross_attention_every")
         require_positive_number(self, "norm_eps")
         require(self.width % self.num_heads == 0, "num_heads", f"must divide width {self.width}", self.num_heads)
-        if self.kind == "avg_pool":
-            require(self.num_tokens == 1, "num_tokens", "must be 1 for avg_pool, which averages all tokens into one",
+        if self.kind in ("avg_pool", "downsample"):
+            require(self.grid**2 == self.num_tokens, "num_tokens", f"must be a square number for {self.kind}",
                     self.num_tokens)
         if self.kind == "qformer":
             require(self.depth % self.cross_attention_every == 0, "depth",
                     f"must be a multiple of cross_attention_every {self.cross_attention_every}", self.depth)
+
+    @property
+    def grid(self) -> int:
+        """Number of compressed tokens on a side of an image, where they are a square number."""
+        return math.isqrt(self.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -252,6 +267,19 @@ class ModelConfig:
         require(self.voco.token_id < self.decoder.num_tokens, "voco.token_id",
                 f"must be below {self.decoder.num_tokens}, the decoder's vocab_size without padding",
                 self.voco.token_id)
+        kind, tokens, vision = self.compressor.kind, self.compressor.num_tokens, self.vision
+        if kind in ("downsample", "random"):
+            require(tokens <= vision.num_patches, "compressor.num_tokens",
+                    f"must be <= {vision.num_patches}, the tower's patches, for {kind}", tokens)
+        if kind == "avg_pool":
+            require(vision.grid % self.compressor.grid == 0, "compressor.num_tokens",
+                    f"must be the square of a divisor of {vision.grid}, the tower's patches on a side, for {kind}",
+                    tokens)
+
+    @property
+    def tower_grid(self) -> int:
+        """Number of patches on a side of the images that the tower encodes: fewer than its own for `downsample`."""
+        return self.compressor.grid if self.compressor.kind == "downsample" else self.vision.grid
 
     @property
     def unit_tokens(self) -> int:

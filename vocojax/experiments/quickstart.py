@@ -63,6 +63,8 @@ FURTHER_ARMS = (
     Arm("VoCo-8", "voco_8", "voco"),
     Arm("Avg. Pool + Linear", "avg_pool", "causal"),
     Arm("Q-Former (1 query)", "qformer", "causal"),
+    Arm("Downsampled image (1 token)", "downsample", "causal"),
+    Arm("Random (1 token)", "random", "causal"),
 )
 
 

@@ -1,7 +1,13 @@
-"""Baselines that compress vision tokens outside the decoder (paper §4.2): average pooling and BLIP-2's Q-Former."""
+"""Baselines that compress vision tokens outside the decoder (paper §4.2).
+
+One more, `downsample`, needs no module: the vision tower encodes a smaller image (`ModelConfig.tower_grid`).
+"""
+
+import math
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from vocojax.config import CompressorConfig
@@ -10,13 +16,50 @@ from vocojax.models.stack import scan, stack
 
 
 class AveragePool(nnx.Module):
-    """The mean of an image's vision tokens: [U, P, E] -> [U, 1, E]."""
+    """The means of an image's vision tokens in square windows, row after row: [U, P, E] -> [U, num_tokens, E]."""
 
-    def __init__(self, vision_width: int):
-        self.out_width = vision_width
+    def __init__(self, config: CompressorConfig, vision_width: int):
+        self.out_width, self.grid = vision_width, config.grid
 
     def __call__(self, features_UPE: jax.Array) -> jax.Array:
-        return features_UPE.mean(axis=1, keepdims=True)
+        side = math.isqrt(features_UPE.shape[1])
+        windows_UNPE = rearrange(features_UPE, "u (n h m w) e -> u (n m) (h w) e", n=self.grid, m=self.grid,
+                                 h=side // self.grid)
+        return windows_UNPE.mean(axis=2)
+
+
+class RandomTokens(nnx.Module):
+    """Some of an image's vision tokens, in their order: [U, P, E] -> [U, num_tokens, E].
+
+    The draw depends on an image's pixels and the training step, and on nothing else of a batch.
+    """
+
+    def __init__(self, config: CompressorConfig, vision_width: int):
+        self.out_width, self.num_tokens = vision_width, config.num_tokens
+
+    def __call__(self, features_UPE: jax.Array, images_UHWC: jax.Array, step: jax.Array | int) -> jax.Array:
+        """Draws the tokens.
+
+        Args:
+          features_UPE: vision tokens.
+          images_UHWC: uint8 RGB images that they belong to.
+          step: the training step, 0 in evaluation.
+        """
+
+        def draw(seed: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(jax.random.key(seed), step)
+            chosen_N = jax.random.choice(key, features_UPE.shape[1], (self.num_tokens,), replace=False)
+            return jnp.sort(chosen_N)
+
+        chosen_UN = jax.vmap(draw)(_pixel_sums(images_UHWC))
+        return jnp.take_along_axis(features_UPE, chosen_UN[..., None], axis=1)
+
+
+def _pixel_sums(images_UHWC: jax.Array) -> jax.Array:
+    """Returns uint32 [U], a weighted sum of each image's pixels. Two images rarely have the same."""
+    pixels_UX = images_UHWC.reshape(len(images_UHWC), -1).astype(jnp.uint32)
+    weights_X = jnp.arange(pixels_UX.shape[1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B1) | jnp.uint32(1)
+    return (pixels_UX * weights_X).sum(axis=1, dtype=jnp.uint32)
 
 
 class QFormerBlock(nnx.Module):
@@ -82,10 +125,15 @@ class QFormer(nnx.Module):
         return scan(run, self.query_norm(queries_UQE), self.groups)[0]
 
 
-def make_compressor(config: CompressorConfig, vision_width: int, rngs: nnx.Rngs) -> AveragePool | QFormer | None:
-    """Builds the compressor that a config names; None if the decoder itself compresses."""
+Compressor = AveragePool | RandomTokens | QFormer
+
+
+def make_compressor(config: CompressorConfig, vision_width: int, rngs: nnx.Rngs) -> Compressor | None:
+    """Builds the compressor that a config names; None if the decoder itself compresses, or the tower reads less."""
     if config.kind == "avg_pool":
-        return AveragePool(vision_width)
+        return AveragePool(config, vision_width)
+    if config.kind == "random":
+        return RandomTokens(config, vision_width)
     if config.kind == "qformer":
         return QFormer(config, vision_width, rngs)
     return None

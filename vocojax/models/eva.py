@@ -6,12 +6,11 @@ with 39 blocks of width 1408.
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 
 from vocojax.config import VisionConfig
-from vocojax.errors import InputError
 from vocojax.models.layers import LayerNorm, Linear, parameter
+from vocojax.models.patches import cut, positions_of
 from vocojax.models.stack import scan, stack
 
 
@@ -62,23 +61,24 @@ class EvaVision(nnx.Module):
         self.position_embedding = parameter(small, (config.num_patches + 1, width), (None, "embed"), rngs)
         self.blocks = stack(lambda layer_rngs: EvaBlock(config, layer_rngs), config.depth, rngs)
 
-    def hidden(self, pixels_UHWC: jax.Array) -> jax.Array:
-        """Returns the last block's output [U, 1 + P, E] of normalised pixels [U, H, W, 3], class token first.
+    def hidden(self, pixels_UHWC: jax.Array, grid: int | None = None) -> jax.Array:
+        """Returns the last block's output [U, 1 + P, E], class token first.
+
+        Args:
+          pixels_UHWC: normalised pixels of the tower's image size.
+          grid: patches on a side to which the image is reduced before; None for all of them.
 
         Raises:
-          ValueError: images of another size than the tower's.
+          InputError: images of another size than the tower's.
         """
-        size = self.config.image_size
-        if pixels_UHWC.shape[1:] != (size, size, 3):
-            raise InputError(f"the vision tower takes images of {size}x{size}x3, got {pixels_UHWC.shape[1:]}: "
-                             "preprocess them with vocojax.data.images for this model's image_size")
-        patches_UPC = rearrange(pixels_UHWC, "u (h p) (w q) c -> u (h w) (p q c)", p=self.config.patch_size,
-                                q=self.config.patch_size)
+        grid = grid or self.config.grid
+        patches_UPC = cut(pixels_UHWC, self.config, grid)
+        positions_SE = positions_of(self.position_embedding[...], self.config, grid)
         x_UPE = self.patch_embedding(patches_UPC)
         class_U1E = jnp.broadcast_to(self.class_embedding[...].astype(x_UPE.dtype), (x_UPE.shape[0], 1, x_UPE.shape[2]))
-        x_USE = jnp.concatenate([class_U1E, x_UPE], axis=1) + self.position_embedding[...].astype(x_UPE.dtype)
+        x_USE = jnp.concatenate([class_U1E, x_UPE], axis=1) + positions_SE.astype(x_UPE.dtype)
         return scan(lambda x, block, _: (block(x), None), x_USE, self.blocks)[0]
 
-    def __call__(self, pixels_UHWC: jax.Array) -> jax.Array:
-        """Returns the features [U, P, E] of normalised pixels [U, H, W, 3], without class token."""
-        return self.hidden(pixels_UHWC)[:, 1:]
+    def __call__(self, pixels_UHWC: jax.Array, grid: int | None = None) -> jax.Array:
+        """Returns the features [U, P, E] of normalised pixels, without class token; arguments as of `hidden`."""
+        return self.hidden(pixels_UHWC, grid)[:, 1:]

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from vocojax.config import ModelConfig
 from vocojax.kernels.interval_attention import IntervalMask
 from vocojax.models.clip import ClipVision, normalise
-from vocojax.models.compressors import make_compressor
+from vocojax.models.compressors import RandomTokens, make_compressor
 from vocojax.models.eva import EvaVision
 from vocojax.models.llama import Decoder, KeyValues
 from vocojax.models.projector import Projector
@@ -62,20 +62,27 @@ class VocoLlama(nnx.Module):
         append_voco_row(self.decoder, config.voco.token_id)
 
     @jax.named_scope("vision")
-    def encode_images(self, images_UHWC: jax.Array) -> jax.Array:
-        """Returns the tokens of uint8 RGB images as decoder embeddings [U, config.unit_tokens, E]."""
-        features_UPE = self.vision(normalise(images_UHWC, self.dtype))
-        if self.compressor is not None:
+    def encode_images(self, images_UHWC: jax.Array, step: jax.Array | int = 0) -> jax.Array:
+        """Returns the tokens of images as decoder embeddings [U, config.unit_tokens, E].
+
+        Args:
+          images_UHWC: uint8 RGB.
+          step: see `__call__`.
+        """
+        features_UPE = self.vision(normalise(images_UHWC, self.dtype), self.config.tower_grid)
+        if isinstance(self.compressor, RandomTokens):
+            features_UPE = self.compressor(features_UPE, images_UHWC, step)
+        elif self.compressor is not None:
             features_UPE = self.compressor(features_UPE)
         return self.projector(features_UPE)
 
-    def embed(self, rows: Rows) -> jax.Array:
-        """Returns the embeddings [B, S, E] of the rows' tokens, vision tokens in their places."""
+    def embed(self, rows: Rows, step: jax.Array | int = 0) -> jax.Array:
+        """Returns the embeddings [B, S, E] of the rows' tokens, vision tokens in their places; `step` as `__call__`."""
         x_BSE = self.decoder.embed(rows.ids_BS, self.dtype)
         num_rows, num_images = rows.images_BUHWC.shape[:2]
         if num_images == 0:
             return x_BSE
-        tokens_UPE = self.encode_images(rearrange(rows.images_BUHWC, "b u h w c -> (b u) h w c"))
+        tokens_UPE = self.encode_images(rearrange(rows.images_BUHWC, "b u h w c -> (b u) h w c"), step)
         tokens_BTE = tokens_UPE.reshape(num_rows, -1, tokens_UPE.shape[-1])
         placed_BSE = jnp.take_along_axis(tokens_BTE, jnp.maximum(rows.vision_BS, 0)[..., None], axis=1)
         return jnp.where(rows.vision_BS[..., None] >= 0, placed_BSE, x_BSE)
@@ -86,12 +93,18 @@ class VocoLlama(nnx.Module):
         *,
         prefix: KeyValues | None = None,
         keep: int = 0,
+        step: jax.Array | int = 0,
         attention: str | None = None,
         remat: str = "none",
     ) -> tuple[jax.Array, KeyValues]:
-        """Runs the model. Arguments and results are those of `Decoder.__call__`."""
+        """Runs the model. Further arguments and the results are those of `Decoder.__call__`.
+
+        Args:
+          step: the training step, by which a compressor's random choices differ; 0 for those of evaluation.
+        """
         return self.decoder(
-            self.embed(rows), rows.positions_BS, rows.mask, prefix=prefix, keep=keep, attention=attention, remat=remat
+            self.embed(rows, step), rows.positions_BS, rows.mask, prefix=prefix, keep=keep, attention=attention,
+            remat=remat,
         )
 
 

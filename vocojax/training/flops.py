@@ -27,7 +27,7 @@ class StepFlops:
     """
 
     def __init__(self, config: ModelConfig, state: TrainState):
-        self._config = config
+        self._config, self._patches = config, config.tower_grid**2
         self.per_token = self.per_image = self.per_target = 0.0
         begins = lambda *starts: any(name.startswith(starts) for name in state.trained)
         vision = begins("vision/", "compressor/")
@@ -46,7 +46,7 @@ class StepFlops:
         per_pair = 4.0 * decoder.num_heads * decoder.head_width * decoder.depth
         self.per_pair, self.per_teacher_pair = 3 * per_pair, per_pair * bool(state.teacher)
         layers = tower.depth + 1 + tower.select_layer
-        attention = 4.0 * (tower.num_patches + 1) ** 2 * tower.width * layers
+        attention = 4.0 * (self._patches + 1) ** 2 * tower.width * layers
         self.per_image += attention * ((3 if begins("vision/") else 1) + bool(state.teacher))
 
     def _add(self, name: str, leaf: Any, factor: int) -> None:
@@ -60,9 +60,9 @@ class StepFlops:
         elif name.startswith("projector/") and is_weight:
             self.per_image += cost * config.unit_tokens
         elif name.startswith("vision/blocks/") and is_weight:
-            self.per_image += cost * (config.vision.num_patches + 1)
+            self.per_image += cost * (self._patches + 1)
         elif name in ("vision/patch_embedding", "vision/patch_embedding/kernel"):  # CLIP's and EVA's
-            self.per_image += cost * config.vision.num_patches
+            self.per_image += cost * self._patches
 
     def total(self, tokens: float, targets: float, images: float, pairs: float, teacher_pairs: float = 0.0) -> float:
         """Returns the model FLOPs of one step with these counts."""

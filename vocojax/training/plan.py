@@ -25,7 +25,8 @@ Batch = Mapping[str, jax.Array]
 
 
 def hidden_states(
-    model: VocoLlama, batch: Batch, config: StageConfig, view: str = "", axes: tuple[str, ...] = ()
+    model: VocoLlama, batch: Batch, config: StageConfig, view: str = "", axes: tuple[str, ...] = (),
+    step: jax.Array | int = 0,
 ) -> jax.Array:
     """Returns the decoder's hidden states [B, S, E] at a batch's rows, by the stage's plan.
 
@@ -35,10 +36,11 @@ def hidden_states(
       config: of the stage.
       view: prefix of another visibility's arrays in rows of whole samples.
       axes: the mesh axes that share the units in a `jax.shard_map`.
+      step: the training step; see `VocoLlama.__call__`.
     """
     options: Any = {"attention": config.attention, "remat": config.remat}
     if config.plan == "single_pass":
-        return model(rows_from_batch(batch, view), **options)[0]
+        return model(rows_from_batch(batch, view), step=step, **options)[0]
     prefix = two_stage.compress_in_chunks(
         model, _units(batch, config.unit_chunk), batch["text"], config.data.images_per_row, axes=axes, **options)
     return two_stage.read(model, _texts(batch), prefix, **options)[0]

@@ -57,7 +57,7 @@ def make_objective(
     def objective(trained: Parameters, state: TrainState, batch: Batch) -> tuple[jax.Array, TargetSums]:
         taught_by = guide(state, batch)
         student = with_parameters(model, {**trained, **state.frozen})
-        hidden_BSE = hidden_states(gathered(student, stacked=False), batch, config, axes=axes)
+        hidden_BSE = hidden_states(gathered(student, stacked=False), batch, config, axes=axes, step=state.step)
         decoder, hidden_BSE = scatter_gradients_first(student.decoder, hidden_BSE)
         head = gathered(decoder, stacked=False)
         sums = target_sums(head, hidden_BSE, batch["target_index"], batch["target_ids"], taught_by)
@@ -127,7 +127,8 @@ def make_evaluation(
     sums = over_devices(functools.partial(_accumulate, no_gradient, config.accumulate))
 
     def evaluate(state: TrainState, batch: Batch) -> TargetSums:
-        all_frozen = state._replace(trained={}, frozen={**state.trained, **state.frozen})
+        all_frozen = state._replace(step=jnp.zeros_like(state.step), trained={},
+                                    frozen={**state.trained, **state.frozen})
         return sums({}, all_frozen, batch)[1]
 
     return evaluate
