@@ -56,7 +56,8 @@ def test_every_script_is_a_verb():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["train", f"--config={ROOT}/configs/voco.py", "--config.step=4", "--workdir=x"], "error: --config: "),
+    (["train", f"--config={ROOT}/configs/voco.py", "--config.step=4", "--workdir=x"],
+     "error: --config.step is not a key of the config; did you mean steps?"),
     (["answer", "--chekpoint=x"], "error: Unknown command line flag 'chekpoint'. Did you mean: checkpoint ?"),
     (["train", f"--config={ROOT}/configs/voco.py", "--wrkdir=x"], "error: Unknown command line flag 'wrkdir'"),
     (["answer", "--store=x", "--checkpoint=y", "now"], "error: unexpected arguments: now"),
@@ -64,7 +65,7 @@ def test_every_script_is_a_verb():
     (["answer", "--store=x", "--checkpoint=y", "--image=z"], "error: give --image and --question, or"),
     (["efficiency", f"--config={ROOT}/configs/voco.py", "--vocos=0"], "--vocos must be whole numbers >= 1"),
     (["convert", "--source=a", "--target=b"], "--target_layout must have a value"),
-    (["train", "--workdir=x", "--config=nowhere.py"], "error: "),
+    (["train", "--workdir=x", "--config=nowhere.py"], "error: --config=nowhere.py: there is no such file; "),
     (["evaluate", "--data_root=x"], "error: --benchmarks is missing"),
     (["evaluate", "--benchmarks=gqa"], "error: give --checkpoint to answer with a model, or --predictions"),
     (["anwser"], "error: unknown verb 'anwser', did you mean answer?"),

@@ -21,6 +21,7 @@ from typing import Any
 
 from absl import app, flags
 
+from vocojax.cli import config_flag
 from vocojax.cli.flag_checks import refuse_arguments, require_writable
 
 FLAGS = flags.FLAGS
@@ -28,9 +29,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file("config", None, "The stage's ml_collections file.")
+    config_flag.define_config("The stage.")
     flags.DEFINE_string("topology", None, "v5p:4x4x4, v5e:16x16*2 (two slices), h100:8 ...", required=True)
     flags.DEFINE_bool("fast", False, "Stop at the scheduled program: seconds, not minutes; times from a roofline.")
     flags.DEFINE_bool("compare-remat", False, "Report on every rematerialisation policy.")
@@ -41,7 +40,6 @@ def define_flags() -> None:
     flags.DEFINE_list("meshes", [], "Meshes to search, data x fsdp x tensor: 1x256x1,2x128x1.")
     flags.DEFINE_string("json", None, "File to write all figures to.")
     require_writable("json")
-    flags.mark_flag_as_required("config")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -57,9 +55,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _report() -> None:
-    values = FLAGS.config.copy_and_resolve_references()  # a file that can't be read is reported here
+    values = config_flag.config_values()
     import jax
-    from ml_collections import config_flags
 
     from vocojax.costs.steps.report import compile_report
     from vocojax.costs.steps.search import compare_remat, refuse_a_search, search
@@ -71,8 +68,8 @@ def _report() -> None:
 
     jax.config.update("jax_platforms", "cpu")  # accelerators that are there are not used
     for key in ("tokenizer", "path", "image_root"):  # required of a run, of no use here
-        values.data[key] = values.data[key] or "-"
-    config, topology = stage_config(values, config_flags.get_config_filename(FLAGS["config"])), Topology(FLAGS.topology)
+        values["data"][key] = values["data"][key] or "-"
+    config, topology = stage_config(values, FLAGS.config), Topology(FLAGS.topology)
     if FLAGS.search or FLAGS["compare-remat"].value:
         found = (
             search(config, topology, FLAGS.policies, FLAGS.rows, FLAGS.meshes, path=FLAGS.json)

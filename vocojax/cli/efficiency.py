@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
+from vocojax.cli import config_flag
 from vocojax.cli.flag_checks import refuse_arguments, require_writable
 
 FLAGS = flags.FLAGS
@@ -19,13 +20,10 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file("config", None, "A stage's config; only its `model` is read.")
+    config_flag.define_config("The stage; only its `model` is read.")
     flags.DEFINE_list("vocos", ["1", "8", "128"], "Numbers of VoCo tokens.")
     flags.DEFINE_list("text", ["32", "64", "128"], "Numbers of text tokens.")
     flags.DEFINE_string("json", None, "File to write all figures to.")
-    flags.mark_flag_as_required("config")
     require_writable("json")
 
 
@@ -36,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
         values: list[str] = FLAGS[name].value or []
         if not values or not all(value.isdecimal() and int(value) > 0 for value in values):
             raise app.UsageError(f"--{name} must be whole numbers >= 1 such as 1,8,128, got {','.join(values)}")
-    model_values = json.loads(FLAGS.config.model.to_json())
+    model_values = config_flag.config_values().get("model", {})
     from vocojax.config import ModelConfig, build
     from vocojax.costs.answers import efficiency, format_rows
 

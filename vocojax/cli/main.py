@@ -11,6 +11,7 @@ from vocojax.cli import runner
 
 VERBS = {  # verb -> its module in `vocojax.cli`
     "train": "train",
+    "config": "config",
     "answer": "answer",
     "compress": "compress",
     "convert": "convert",

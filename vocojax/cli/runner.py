@@ -1,21 +1,20 @@
 """Runs one command: its help, its flags, its messages and its errors."""
 
 import io
-import itertools
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
 from absl import app, flags
 from absl import logging as absl_logging
 
+from vocojax.cli import config_flag
 from vocojax.errors import VocojaxError
 
-HELP_FLAGS = {"-h", "-help", "--help", "-?", "--helpshort"}
+HELP_FLAGS = {"-h", "-help", "--help", "-?", "--helpshort", "--helpfull"}
 
 
 def run(command: ModuleType, argv: Sequence[str] | None = None) -> None:
@@ -33,7 +32,20 @@ def run(command: ModuleType, argv: Sequence[str] | None = None) -> None:
     if asks_for_help(arguments):
         print(help_text(command))
         sys.exit()
+    if "config" in flags.FLAGS:
+        _prepare_config(arguments)
     app.run(lambda rest: _run_main(command, rest[1:]), argv=[program, *arguments], flags_parser=_parse_flags)
+
+
+def _prepare_config(arguments: Sequence[str]) -> None:
+    """Defines a flag for each key of the config among the arguments, or answers a question about the config."""
+    try:
+        if text := config_flag.answer(arguments):
+            print(text)
+            sys.exit()
+        config_flag.define_keys(arguments)
+    except (VocojaxError, flags.Error) as error:
+        sys.exit(f"error: {one_line(error)}")
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
@@ -65,36 +77,8 @@ def _prepare_process() -> None:
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except Exception as error:  # a config file runs while flags are read, and may raise anything
-        if problem := _in_config_file(error, argv):
-            sys.exit(f"error: {problem}")
-        if isinstance(error, flags.Error):
-            sys.exit(f"error: {one_line(error)} (--help lists the flags)")
-        if isinstance(error, AttributeError):  # a key that the config does not have
-            sys.exit(f"error: --config: {one_line(error)}")
-        if isinstance(error, VocojaxError | OSError):
-            sys.exit(f"error: {one_line(error)}")
-        raise
-
-
-def _in_config_file(error: BaseException, argv: Sequence[str]) -> str:
-    """Returns what a config file raised, and in which line of it; '' if it was none.
-
-    ml_collections and absl raise errors of a config file again, with its whole traceback as the message.
-    """
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    named = [after.partition("=")[2] or following
-             for after, following in itertools.pairwise([*argv, ""]) if after.lstrip("-").partition("=")[0] == "config"]
-    files = {str(Path(name.partition(":")[0]).resolve()): name for name in named}
-    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, SyntaxError):
-        places.append((error.filename or "", error.lineno))
-    for file, line in reversed(places):
-        if name := files.get(str(Path(file).resolve())):
-            kind = "" if isinstance(error, VocojaxError) else f"{type(error).__name__}: "
-            return f"--config={name}, line {line}: {kind}{one_line(error)}; mend the file, or what follows its name"
-    return ""
+    except flags.Error as error:
+        sys.exit(f"error: {one_line(error)} (--help lists the flags)")
 
 
 def _run_main(command: ModuleType, arguments: list[str]) -> None:

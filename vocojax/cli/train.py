@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from vocojax.cli import config_flag
 from vocojax.cli.flag_checks import refuse_arguments
 
 FLAGS = flags.FLAGS
@@ -22,9 +23,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file("config", None, "The stage's ml_collections file.")
+    config_flag.define_config("The stage.")
     flags.DEFINE_string("workdir", None, "Directory of checkpoints and logs; a run in it is resumed.")
     flags.DEFINE_list("profile", [], "FIRST,LAST: writes a trace of these steps to WORKDIR/profile.")
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where it is not detected.")
@@ -36,23 +35,19 @@ def define_flags() -> None:
                                               "starts it again can tell it from a finished one.")
     flags.register_validator("profile", lambda steps: len(steps) in (0, 2) and all(map(str.isdecimal, steps)),
                              "must be FIRST,LAST: the numbers of two steps")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("workdir")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Trains."""
     refuse_arguments(arguments)
-    values = FLAGS.config.copy_and_resolve_references()  # a file that can't be read is reported here
     from vocojax.parallel.preemption import Preempted, leave_on_sigterm
 
     leave_on_sigterm(FLAGS.stopped_status)
-    from ml_collections import config_flags
-
+    config = config_flag.stage()
     from vocojax.parallel import cluster
-    from vocojax.training.config import stage_config
     from vocojax.training.stage import train
 
-    config = stage_config(values, config_flags.get_config_filename(FLAGS["config"]))
     if FLAGS.profile:
         first, last = map(int, FLAGS.profile)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, profile=(first, last)))

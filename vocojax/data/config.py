@@ -48,29 +48,34 @@ class DataConfig:
       mixture: several sources with weights, in place of `source` and its fields.
       split: split to read, for `easy_vqa`, `easy_vqa_captions` (from the package `easy-vqa`) and `tfds`.
       path: a JSON of LLaVA's or Video-ChatGPT's form, WebVid's CSV or Shikra's jsonl; for `tfds` the directory that
-        `launch/prepare_data.py` wrote.
+        `vocojax prepare_data` wrote.
       image_root: directory that the file names of images and videos are relative to.
-      tokenizer: directory of a Hugging Face tokenizer.
+      tokenizer: directory of a Hugging Face tokenizer, or `hf://org/name`.
       threads_per_sample: for `easy_vqa`, the most questions about an image in one sample; None for no limit.
-      template: how a conversation becomes text, see `data/conversation.py`.
+      template: how a conversation becomes text. `vicuna_v1`: system prompt, USER: question ASSISTANT: answer</s>, as
+        LLaVA-1.5. `released`: the same as VoCo-LLaMA's released code writes it, which deletes newlines. `short`: as
+        `vicuna_v1` without a system prompt. `bare`: question and answer without roles. `plain`: the answer alone, a
+        caption. `vocojax check_data` shows the tokens that it makes.
       row_length: tokens per row; with the stage's `plan="two_stage"` tokens of text, as units have their own room.
       images_per_row: the most units (images, tiles, frames) per row.
       max_targets: the most targets per row; None for `row_length`.
       packers: number of packers that the records are dealt to; None for one per row of a batch. It must divide the rows
         of a batch and be a multiple of the number of processes. Batches depend on it, so a run can't change it.
       pack_window: number of samples from which a packer chooses those that fill a row.
-      fit: how an image becomes square, see `images.prepare`; with `anyres` every tile is a unit.
+      fit: how an image becomes square. `pad`: in the middle of a square of CLIP's mean colour (LLaVA-1.5); `pad_white`:
+        of a white one (Shikra); `crop`: the middle square (CLIP); `square`: the aspect ratio changes; `anyres`: the
+        whole image and its tiles, each a unit (LLaVA-1.6).
       frames: the most units per video; each counts for `images_per_row`. A shorter video has as many as it has frames.
-      frame_sampling: which frames, see `frame_choice.choose_frames`.
+      frame_sampling: which frames. `uniform`: from the first to the last at equal distances; `segments`: the middles of
+        equal segments (Video-ChatGPT); `fps`: one per second, thinned evenly to `frames` (LLaMA-VID).
       frame_jitter: draw each frame among those nearest to the chosen one, again in every epoch. For training only.
       video_seconds: a video that takes longer to read is skipped. This is the last resort against a disk that hangs,
-        and the only way in which a machine's load can change the stream: `videos.MAX_DECODED` stops too large a video
-        before.
+        and the only way in which a machine's load can change the stream; a video of too many pixels is refused before.
       num_threads: threads that read and decode, in each worker process if there are any.
       num_workers: processes that make batches; 0 for threads of the training process. Workers need parsed absl flags.
       keep_in_memory: keep every prepared sample in memory, for small data sets.
-      max_skipped_share: a run stops when more than this share of the records can't be used (at least 1,000 records are
-        assumed, see `Tally.TOLERANCE_FROM`).
+      max_skipped_share: a run stops when more than this share of the records can't be used; the share is taken of the
+        records read so far, and of 1,000 while they are fewer.
     """
 
     source: SourceName = "llava"

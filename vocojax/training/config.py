@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from vocojax.config import ConfigError, LoraConfig, ModelConfig, build, require, require_positive, require_seed
 from vocojax.data.config import DataConfig, Plan, SourceName, Split
+from vocojax.kernels.interval_attention.api import IMPLEMENTATIONS
 from vocojax.layout import Visibility
 from vocojax.models.stack import REMAT_POLICIES
 from vocojax.parallel.mesh import MeshConfig
@@ -131,7 +132,7 @@ class RunConfig:
     """Runtime options that do not change the computation.
 
     Attributes:
-      profile: the first and the last step of a trace written to WORKDIR/profile (launch/train.py --profile); or empty.
+      profile: the first and the last step of a trace written to WORKDIR/profile (`vocojax train --profile`); or empty.
       hang_seconds: after so long without a step the stacks of all threads are written to standard error.
       wandb_project: Weights & Biases project to log to as well; empty for none.
       compilation_cache: directory where compiled programs are kept, so that a run that is started again does not
@@ -159,7 +160,7 @@ class StageConfig:
       learning_rates: pairs (regex, multiplier of `optimizer.learning_rate` or "freeze") over parameter paths such as
         `decoder/blocks/query/kernel`. A regex must match the whole path. The first that matches decides. Every
         parameter must be matched, and every regex must decide for at least one. On the command line:
-        --config.learning_rates='[["vision/.*", "freeze"], [".*", 1.0]]'
+        --config.learning_rates='[["vision/.*", "freeze"], [".*", 1.0]]'.
       steps: optimizer steps of the whole stage.
       model: what is trained.
       lora: factors for some kernels, which must be frozen; factors that `init_from` was trained with are merged.
@@ -169,7 +170,9 @@ class StageConfig:
       validation: loss on held-out data.
       mesh: devices along each axis.
       run: runtime options that do not change the computation.
-      visibility: who sees whom in training: `voco`, or `causal` for the bounds and the baselines.
+      visibility: who sees whom in training: `voco`, or `causal` for the bounds and the baselines. The run keeps it: a
+        model that was trained with `causal` is read so, unless `vocojax.load(RUN, visibility="voco")` asks for the
+        other.
       plan: how a step computes the loss. `single_pass`: rows hold whole samples. `two_stage`: units run alone, and rows
         of text read their VoCo tokens' keys and values, so memory hardly grows with the number of frames. Both give the
         same loss and gradients; in two stages `data.row_length` counts text only.
@@ -183,8 +186,11 @@ class StageConfig:
       seed: of random parameters and of the order of the data.
       dtype: of the computation.
       frozen_dtype: of frozen parameters; those that train are fp32.
-      remat: what is computed again in the backward pass, a key of `models.stack.REMAT_POLICIES`.
-      attention: implementation of `interval_attention`; None picks by platform.
+      remat: what the backward pass computes again. `full`: everything in a block; `minimal`: all but matrix products;
+        `attention_out`: all but attention; `offload`: as `full`, with the blocks' inputs in the host's memory; `none`:
+        nothing, which needs the most memory.
+      attention: how attention is computed: `pallas_tpu`, `pallas_gpu`, `chunked` (XLA) or `reference` (dense, for
+        tests); none picks by platform.
       log_every: steps between logged metrics.
     """
 
@@ -231,6 +237,8 @@ class StageConfig:
         require(self.batch_size % self.accumulate == 0, "accumulate", f"must divide batch_size {self.batch_size}",
                 self.accumulate)
         require(self.remat in REMAT_POLICIES, "remat", f"must be one of {sorted(REMAT_POLICIES)}", self.remat)
+        require(self.attention is None or self.attention in IMPLEMENTATIONS, "attention",
+                f"must be one of {sorted(IMPLEMENTATIONS)}, or none", self.attention)
         for pattern, multiplier in self.learning_rates:
             require_regex("learning_rates", pattern)
             require(multiplier == "freeze" or multiplier > 0, "learning_rates",
@@ -244,8 +252,6 @@ class StageConfig:
             require(self.visibility == "causal", "visibility",
                     f"must be 'causal' for the baseline {self.model.compressor.kind!r}, which has no VoCo tokens",
                     self.visibility)
-
-
         if self.plan == "two_stage":
             require(self.visibility == "voco", "visibility", "must be 'voco' for plan 'two_stage', whose units run "
                     "alone", self.visibility)
@@ -303,5 +309,5 @@ def _over(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `values` over `base`, dict by dict. Lists become tuples, which the command line can override."""
     merged = dict(base)
     for key, value in values.items():
-        merged[key] = _over(base[key], value) if isinstance(value, Mapping) else value
+        merged[key] = _over(base.get(key) or {}, value) if isinstance(value, Mapping) else value
     return {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
