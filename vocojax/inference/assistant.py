@@ -97,7 +97,8 @@ class Assistant:
 
         Args:
           directory: of the weights.
-          num_vocos, template: if the directory does not say them; None for the defaults of `open_source`.
+          num_vocos: VoCo tokens per image, if the directory does not say it; None for the default of `open_source`.
+          template: name of the template, if the directory does not say it; None for the default of `open_source`.
           base: directory of a LoRA adapter's base model, if it is not where the adapter says.
           visibility: who sees whom; None for what the model was trained with.
           mesh: where the parameters go (`parallel.mesh.local_mesh`); None for the first device.
@@ -270,7 +271,11 @@ class Assistant:
         """Answers like `read`, showing the answers while they are written.
 
         Args:
-          cache, questions, units, sampling, seeds: see `read`.
+          cache: see `read`.
+          questions: see `read`.
+          units: see `read`.
+          sampling: see `read`.
+          seeds: see `read`.
           every: tokens between two looks at the answers.
 
         Yields:
@@ -313,7 +318,8 @@ class Assistant:
         Args:
           images: of each conversation, one uint8 [size, size, 3] array per unit.
           conversations: whose last turn is the user's.
-          sampling, seeds: see `read`.
+          sampling: see `read`.
+          seeds: see `read`.
         """
         samples = [self.lay_out(c, len(own)) for c, own in zip(conversations, images, strict=True)]
         *_, last = self.runner.run_whole(samples, images, one_each(sampling, seeds, len(samples)))
