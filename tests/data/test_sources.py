@@ -172,14 +172,18 @@ def test_shikra_s_three_tasks(tmp_path):
     lines = [{"img_path": "i.png", "expression": "the dog", "bbox": [10, 20, 30, 40]},
              {"file_path": "i.png", "question": "what is", "answer": "dog", "bbox": None, "point": [50, 25]},
              {"img_path": "i.png", "expression": "", "bbox": [1, 2, 3, 4]}, {"img_path": "i.png", "expression": "x"},
-             {"img_path": "none.png", "expression": "x", "bbox": [1, 2, 3, 4]}]
+             {"img_path": "none.png", "expression": "x", "bbox": [1, 2, 3, 4]},
+             {"file_path": "i.png", "general_question": "how many", "answer": "3", "bbox": None, "point": [50, 25]}]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
     make = lambda task: ShikraSource(tmp_path / "x.jsonl", tmp_path, task, "square")
     said = lambda task, index: [turn.text for turn in make(task)[index].threads[0]]
-    assert said("rec", 0) == ["<image>\nWhere is the dog in the image? Answer with its box.",
+    assert said("rec", 0) == ["<image>\nWhere is the dog?",
                               "Answer: [0.100,0.400,0.300,0.800] ."]
-    assert said("reg", 0) == ["<image>\nWhat is in the box [0.100,0.400,0.300,0.800] of the image?", "the dog"]
-    assert said("pointqa", 1) == ["<image>\nwhat is [0.500,0.500]", "The answer is dog."]
+    assert said("reg", 0) == ["<image>\nPlease generate a distinguishing description for the region "
+                              "[0.100,0.400,0.300,0.800] in the image.", "the dog"]
+    asked = "<image>\nPlease quickly answer this question: {}[0.500,0.500] in a simple manner."
+    assert said("pointqa", 1) == [asked.format("what is"), "The answer is dog ."]
+    assert said("pointqa", 5) == [asked.format("how many"), "The answer is 3 ."]
     for index, reason in ((2, "empty answer"), (3, "malformed record"), (4, "missing image")):
         with pytest.raises(LayoutError) as error:
             make("rec")[index]

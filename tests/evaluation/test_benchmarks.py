@@ -91,6 +91,17 @@ def test_prompts(data_root):
     assert first("msrvtt_qa").visuals[0].path.name == "video1300.mp4"
 
 
+def test_answer_files_state_the_whole_prompt(data_root):
+    """The boxes and points of REG and PointQA as well, which are written when a question is asked."""
+    for name in ("reg_refcoco_val", "pointqa_local_point_val", "refcoco_val"):
+        benchmark = open_benchmark(name, data_root)
+        texts = ["x"] * len(benchmark.items)
+        lines = answer_file(benchmark, benchmark.items, texts, "tiny").splitlines()
+        assert [json.loads(line)["prompt"] for line in lines] == [
+            request.conversation for request in benchmark.requests()]
+    assert [json.loads(line)["prompt"] for line in lines] == [f"Where is thing {i}?" for i in range(4)]
+
+
 def test_mmbench_images_are_decoded_also_where_a_row_names_another(data_root):
     benchmark = open_benchmark("mmbench_en", data_root)
     sizes = [request.visuals[0].size for request in benchmark.requests()]

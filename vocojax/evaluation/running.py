@@ -81,14 +81,15 @@ def answer_benchmark(assistant: Assistant, benchmark: Benchmark, directory: Path
         "benchmark": benchmark.name, "model": assistant.fingerprint.digest, "visibility": assistant.visibility,
         "vocos": asking.num_vocos})
     index, count = jax.process_index(), jax.process_count()
-    known = _read_parts(directory, items)
+    prompts = {item.id: benchmark.prompt(item) for item in items}
+    known = _read_parts(directory, prompts)
     own = [item for item in _share(items, index, count) if item.id not in known]
     failed: list[str] = []
     with _Log(directory / PARTS / f"{index}.jsonl") as log, tqdm(
         total=len(own), desc=benchmark.name, unit="question", disable=not own
     ) as bar:
         for batch, answers in _answers(assistant, benchmark, own, asking):
-            log.append([{"id": item.id, "prompt": item.prompt, "text": answer.text.strip()}
+            log.append([{"id": item.id, "prompt": benchmark.prompt(item), "text": answer.text.strip()}
                         for item, answer in zip(batch, answers, strict=True) if not answer.error])
             failed += [f"{item.id!r} ({answer.error})" for item, answer in zip(batch, answers, strict=True)
                        if answer.error]
@@ -99,7 +100,7 @@ def answer_benchmark(assistant: Assistant, benchmark: Benchmark, directory: Path
         more = f" and {len(failed) - FIRST:,} more" if len(failed) > FIRST else ""
         raise InputError(f"{benchmark.name}: {len(failed):,} questions could not be answered: "
                          f"{', '.join(failed[:FIRST])}{more}; mend them and run the same command to resume")
-    known = _read_parts(directory, items)
+    known = _read_parts(directory, prompts)
     missing = [item.id for item in items if item.id not in known]
     if missing:
         raise InputError(f"{directory / PARTS}: lacks {len(missing):,} answers of other processes; --output must be a "
@@ -113,7 +114,7 @@ def answer_benchmark(assistant: Assistant, benchmark: Benchmark, directory: Path
 def answer_file(benchmark: Benchmark, items: Sequence[Item], texts: Sequence[str], model: str) -> str:
     """Returns answers in LLaVA's format, one JSON object per line."""
     return "".join(json_line({
-        "question_id": benchmark.official_id(item), "prompt": item.prompt, "text": text,
+        "question_id": benchmark.official_id(item), "prompt": benchmark.prompt(item), "text": text,
         "answer_id": hashlib.sha256(f"{model} {item.id}".encode()).hexdigest()[:22], "model_id": model, "metadata": {},
     }) + "\n" for item, text in zip(items, texts, strict=True))
 
@@ -190,9 +191,13 @@ def _claim(directory: Path, run: Mapping[str, Any]) -> None:
         raise InputError(f"{path}: holds the answers of another run ({'; '.join(odd)}); name another --output")
 
 
-def _read_parts(directory: Path, items: Sequence[Item]) -> dict[str, str]:
-    """Returns the answers so far by the questions' ids; a line that a kill has torn is none."""
-    prompts = {item.id: item.prompt for item in items}
+def _read_parts(directory: Path, prompts: Mapping[str, str]) -> dict[str, str]:
+    """Returns the answers so far by the questions' ids; a line that a kill has torn is none.
+
+    Args:
+      directory: of the answers.
+      prompts: the questions' prompts by their ids, which must be those that were answered.
+    """
     found: dict[str, str] = {}
     for path in sorted((directory / PARTS).glob("*.jsonl")):
         lines = path.read_bytes().split(b"\n")

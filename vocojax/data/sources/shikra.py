@@ -1,13 +1,14 @@
 """Shikra's jsonl files: referring expressions with boxes (REC, REG) and questions about points (PointQA).
 
-Boxes and points are written relative to the image, `[0.123,0.456,0.789,0.999]`. If the image is padded to a square,
-coordinates are relative to the square: the text of a box depends on how images are fitted.
+`data/boxes.py` says how boxes are written. With an image that is not padded but squashed to a square, coordinates are
+shares of the image itself: the text of a box depends on how images are fitted.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from vocojax.data.boxes import box_text, to_padded_square
 from vocojax.data.conversation import Turn, is_unicode
 from vocojax.data.images import Fit, ImageError, pixel_size, read
 from vocojax.data.sources.base import Root, Sample
@@ -16,16 +17,19 @@ from vocojax.errors import InputError
 from vocojax.layout import LayoutError
 
 Task = Literal["rec", "reg", "pointqa"]
-REC_QUESTION = "Where is {} in the image? Answer with its box."
-REG_QUESTION = "What is in the box {} of the image?"
+# One of Shikra's templates for each task. The benchmarks ask with the same ones (vocojax/evaluation/benchmarks).
+REC_QUESTION = "Where is {expression}?"
+REG_QUESTION = "Please generate a distinguishing description for the region {box} in the image."
+POINT_QUESTION = "Please quickly answer this question: {question}{place} in a simple manner."
 
 
 class ShikraSource:
     """The records of a Shikra jsonl file.
 
     Args:
-      path: the file, with the keys `img_path`, `expression`, `bbox` for `rec` and `reg`; `file_path`, `question`,
-        `answer`, `bbox`, `point` for `pointqa`. Boxes are x, y, x, y in pixels.
+      path: the file, with the keys `img_path`, `expression`, `bbox` for `rec` and `reg`; `file_path`, `question` (or
+        `general_question`, as in the files of PointQA Twice), `answer`, `bbox`, `point` for `pointqa`. Boxes are x, y,
+        x, y in pixels.
       image_root: directory of the images.
       task: `rec` asks for the box of an expression, `reg` for the expression of a box, `pointqa` about a point or box.
       fit: how images become square. With `pad` and `pad_white` boxes are relative to the padded image, with `square`
@@ -52,13 +56,15 @@ class ShikraSource:
         path = self._root.file(name, image)
         if self._task == "pointqa":
             place = "point" if record.get("point") else "bbox"
-            question = f"{_text(name, record, 'question')} {self._place(name, path, record.get(place))}"
-            answer = f"The answer is {_text(name, record, 'answer')}."
+            key = "question" if "question" in record else "general_question"
+            question = POINT_QUESTION.format(question=_text(name, record, key),
+                                             place=self._place(name, path, record.get(place)))
+            answer = f"The answer is {_text(name, record, 'answer')} ."
         else:
             box, expression = self._place(name, path, record.get("bbox")), _text(name, record, "expression")
-            question, answer = REC_QUESTION.format(expression), f"Answer: {box} ."
+            question, answer = REC_QUESTION.format(expression=expression), f"Answer: {box} ."
             if self._task == "reg":
-                question, answer = REG_QUESTION.format(box), expression
+                question, answer = REG_QUESTION.format(box=box), expression
         return Sample(name, (path,), ((Turn("user", "<image>\n" + question), Turn("assistant", answer)),))
 
     def _place(self, record: str, path: Path, numbers: Any) -> str:
@@ -81,11 +87,10 @@ def write_place(pixels: Sequence[float], width: int, height: int, padded: bool) 
       height: of the image, in pixels.
       padded: coordinates are relative to the square that has the image in its middle, not to the image.
     """
-    side = max(width, height)
-    offsets = ((side - width) // 2, (side - height) // 2) if padded else (0, 0)
-    sizes = (side, side) if padded else (width, height)
-    relative = [(value + offsets[i % 2]) / sizes[i % 2] for i, value in enumerate(pixels)]
-    return "[" + ",".join(f"{min(max(value, 0.0), 1.0):.3f}" for value in relative) + "]"
+    if padded:
+        return box_text([to_padded_square(pixels, width, height)])
+    shares = [value / (width, height)[i % 2] for i, value in enumerate(pixels)]
+    return box_text([[min(max(share, 0.0), 1.0) for share in shares]])
 
 
 def _text(name: str, record: dict[str, Any], key: str) -> str:

@@ -26,7 +26,7 @@ class Item:
 
     Attributes:
       id: unique within the benchmark; ids that are numbers in the official files are written in decimal.
-      prompt: the user's turn, after the visuals.
+      prompt: the user's turn, after the visuals; `Benchmark.prompt` completes it where a box or point belongs in it.
       visuals: what the question is about, in order; `Benchmark.visual` turns each into what is read.
       gold: the correct answer in the benchmark's own form; None where labels are hidden.
       kind: the group that scores are broken down by; "" for none.
@@ -193,9 +193,13 @@ class Benchmark(abc.ABC):
         """Returns what is read for a visual of an item: a file, or an image that the annotation file holds."""
         return source
 
+    def prompt(self, item: Item) -> str:
+        """Returns what a question's user turn says, as answer files state it."""
+        return item.prompt
+
     def requests(self, items: Iterable[Item] | None = None) -> list[Request]:
         """Returns questions as requests; all of them by default."""
-        return [Request(item.prompt, tuple(map(self.visual, item.visuals)), self.sampling)
+        return [Request(self.prompt(item), tuple(map(self.visual, item.visuals)), self.sampling)
                 for item in (self.items if items is None else items)]
 
     def score(

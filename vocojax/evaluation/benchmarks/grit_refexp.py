@@ -8,11 +8,12 @@ from typing import Any
 
 from PIL import Image
 
+from vocojax.data.boxes import Box, from_padded_square
+from vocojax.data.sources.shikra import REC_QUESTION
 from vocojax.errors import InputError
 from vocojax.evaluation.benchmarks.base import Benchmark, Item, Missing
 from vocojax.evaluation.benchmarks.files import find, listed, need_all, read_json
-from vocojax.evaluation.benchmarks.rec import QUESTION
-from vocojax.evaluation.metrics.boxes import Box, first_shikra_box, from_padded_square, grit_iou
+from vocojax.evaluation.metrics.boxes import first_shikra_box, grit_iou
 from vocojax.files import parse_json
 
 THRESHOLD = 0.5
@@ -29,7 +30,7 @@ class GritRefexp(Benchmark):
     missing = Missing(True, "stops at the first one")
     id_fields = ("question_id", "id", "example_id")
     text_fields = ("text", "answer", "bboxes")
-    notes = (f"question: {QUESTION}",)
+    notes = (f"question: {REC_QUESTION}",)
 
     def __init__(self, root: Path):
         self._path = find(root, "grit", "samples/ablation/refexp.json", "refexp.json")
@@ -47,7 +48,7 @@ class GritRefexp(Benchmark):
         boxes = (sample.get("output") or sample.get("gt") or {}).get("bboxes")
         source = "new source" if meta.get("is_new_source") else "same source"
         path = asked.get("image_path") or asked.get("image_id") or ""
-        return Item(str(asked.get("example_id", path)), QUESTION.format(expression=asked["task_query"]),
+        return Item(str(asked.get("example_id", path)), REC_QUESTION.format(expression=asked["task_query"]),
                     (folder / path,), tuple(boxes[0]) if boxes else None,
                     "distorted" if meta.get("is_distorted") else source, sample)
 

@@ -6,20 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from vocojax.data.boxes import Box, box_text, to_padded_square
+from vocojax.data.sources.shikra import REC_QUESTION
 from vocojax.evaluation.benchmarks.base import LMMS_EVAL, OFFICIAL, Item
 from vocojax.evaluation.benchmarks.shikra import ShikraBenchmark
-from vocojax.evaluation.metrics.boxes import (
-    NO_BOX,
-    Box,
-    box_text,
-    first_box_lmms_eval,
-    iou,
-    shikra_box,
-    shikra_ious,
-    to_padded_square,
-)
+from vocojax.evaluation.metrics.boxes import NO_BOX, first_box_lmms_eval, iou, shikra_box, shikra_ious
 
-QUESTION = "Where is {expression}?"  # the first of Shikra's templates, with the image in front
 IMAGES = ("coco/train2014", "train2014", "images/train2014")
 THRESHOLD = 0.5
 
@@ -35,12 +27,12 @@ class Rec(ShikraBenchmark):
 
     def __init__(self, name: str, root: Path, file: str):
         super().__init__(name, root, file, IMAGES, img_path=str, expression=str, bbox=list)
-        self.notes = (f"question: {QUESTION}",)
+        self.notes = (f"question: {REC_QUESTION}",)
 
     @functools.cached_property
     def items(self) -> list[Item]:
         """The expressions; an item's gold box is in pixels (left, top, right, bottom)."""
-        return [Item(self._id(number, each), QUESTION.format(expression=each["expression"]),
+        return [Item(self._id(number, each), REC_QUESTION.format(expression=each["expression"]),
                      (self._images / each["img_path"],), tuple(each["bbox"]), record=each)
                 for number, each in enumerate(self._records)]
 

@@ -1,18 +1,16 @@
 """Referring expression generation on RefCOCO, RefCOCO+ and RefCOCOg: CIDEr of a description of a box."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vocojax.data.boxes import box_text, to_padded_square
+from vocojax.data.sources.shikra import REG_QUESTION
 from vocojax.evaluation.benchmarks.base import Item
 from vocojax.evaluation.benchmarks.rec import IMAGES
 from vocojax.evaluation.benchmarks.shikra import ShikraBenchmark
-from vocojax.evaluation.metrics.boxes import box_text, to_padded_square
 from vocojax.evaluation.metrics.captions import cider
-from vocojax.inference.requests import Request
-
-QUESTION = "Please generate a distinguishing description for the region {box} in the image."
 
 
 class Reg(ShikraBenchmark):
@@ -23,7 +21,8 @@ class Reg(ShikraBenchmark):
 
     def __init__(self, name: str, root: Path, file: str):
         super().__init__(name, root, file, IMAGES, img_path=str, expression=str, bbox=list)
-        self.notes = (f"question: {QUESTION}", "document frequencies come from the split: only whole splits compare")
+        self.notes = (f"question: {REG_QUESTION}",
+                      "document frequencies come from the split: only whole splits compare")
 
     @functools.cached_property
     def items(self) -> list[Item]:
@@ -34,18 +33,13 @@ class Reg(ShikraBenchmark):
             key = (record["img_path"], tuple(record["bbox"]))
             groups.setdefault(key, []).append(record["expression"])
             first.setdefault(key, record)
-        return [Item(str(number), QUESTION, (self._images / key[0],), tuple(expressions), record=first[key])
+        return [Item(str(number), REG_QUESTION, (self._images / key[0],), tuple(expressions), record=first[key])
                 for number, (key, expressions) in enumerate(groups.items())]
 
-    def requests(self, items: Iterable[Item] | None = None) -> list[Request]:
-        """Returns the questions with their boxes, for which the images' sizes are read."""
-        chosen = [self._with_box(item) for item in (self.items if items is None else items)]
-        return super().requests(chosen)
-
-    def _with_box(self, item: Item) -> Item:
+    def prompt(self, item: Item) -> str:
+        """Returns the question with its box, for which the image's size is read."""
         width, height = self._size(item.record, self._images / item.record["img_path"])
-        box = to_padded_square(item.record["bbox"], width, height)
-        return Item(item.id, QUESTION.format(box=box_text([box])), item.visuals, item.gold, item.kind, item.record)
+        return item.prompt.format(box=box_text([to_padded_square(item.record["bbox"], width, height)]))
 
     def mark(self, item: Item, text: str, convention: str) -> float:
         """Returns 0: a description has a score only among all others."""

@@ -1,15 +1,11 @@
-"""Boxes in text: Shikra's form of them, their parsers, and intersection over union.
-
-A box is (left, top, right, bottom). Shikra's boxes lie on the image padded to a square, each coordinate divided by the
-edge, with three decimals: `[0.123,0.456,0.789,0.999]`.
-"""
+"""Parsers of boxes in answers, and intersection over union; `vocojax.data.boxes` says how boxes are written."""
 
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-Box = tuple[float, float, float, float]
+from vocojax.data.boxes import Box
 
 _NUMBER = r"\d(?:\.\d*)?"
 _ONE_BOX = rf"{_NUMBER}(?:,{_NUMBER}){{3}}"
@@ -44,37 +40,6 @@ def first_box_lmms_eval(text: str) -> Box | None:
         return None
     left, top, right, bottom = map(float, found.groups())
     return left, top, right, bottom
-
-
-def box_text(boxes: Sequence[Sequence[float]]) -> str:
-    """Writes boxes or points in Shikra's form."""
-    return "[" + ";".join(",".join(f"{number:.3f}" for number in box) for box in boxes) + "]"
-
-
-def to_padded_square(coordinates: Sequence[float], width: int, height: int) -> tuple[float, ...]:
-    """Returns pixel coordinates (x, y, ...) as shares of the image padded to a square around its centre.
-
-    Args:
-      coordinates: of a box or a point, in pixels of the image.
-      width: of the image.
-      height: of the image.
-
-    Returns:
-      As many numbers in [0, 1], a box's rounded to three decimals as Shikra rounds them.
-    """
-    edge = max(width, height)
-    offsets = ((edge - width) // 2, (edge - height) // 2)
-    shares = [max(0.0, min((number + offsets[i % 2]) / edge, 1.0)) for i, number in enumerate(coordinates)]
-    return tuple(round(share, 3) for share in shares) if len(shares) == 4 else tuple(shares)
-
-
-def from_padded_square(box: Sequence[float], width: int, height: int) -> Box:
-    """Returns a box on the padded square in pixels of the image, cut at the image's edges."""
-    edge = max(width, height)
-    offset_x, offset_y = (edge - width) // 2, (edge - height) // 2
-    xs = [min(max(x * edge - offset_x, 0.0), float(width)) for x in box[0::2]]
-    ys = [min(max(y * edge - offset_y, 0.0), float(height)) for y in box[1::2]]
-    return xs[0], ys[0], xs[1], ys[1]
 
 
 def shikra_ious(boxes: Sequence[Box], golds: Sequence[Box]) -> np.ndarray:
