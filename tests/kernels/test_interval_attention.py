@@ -166,6 +166,12 @@ def test_chunked_never_holds_the_square_of_the_sequence():
     assert memory.temp_size_in_bytes < S * S * H  # a quarter of one float32 S x S array per head
 
 
+@pytest.mark.parametrize(("length", "count", "size"), [(40, 1, 40), (128, 1, 128), (129, 2, 65), (709, 6, 119)])
+def test_chunks_are_even(length, count, size):
+    """Literal: as few chunks as 128 positions each allow, and hardly any padding."""
+    assert chunked._positions(jnp.zeros((2, length, 3))).shape == (count, 2, size, 3)
+
+
 def test_a_policy_that_saves_both_names_runs_the_forward_pass_once():
     S = 16
     q, k, v = oracle.normal(3, (1, S, 2, 4), (1, S, 2, 4), (1, S, 2, 4))
