@@ -1,6 +1,9 @@
 """Trains one stage, or resumes its run.
 
-    vocojax train --config=configs/voco.py --workdir=runs/voco [--config.KEY=VALUE ...]
+    vocojax train --config=configs/voco.py --workdir=runs/voco [--config.KEY=VALUE ...] [--dry_run]
+
+--dry_run opens the data, makes one batch, prints what a start would do (devices, parameters, memory, samples per step,
+epochs, where everything comes from) and stops; nothing is compiled, nothing is written to the work directory.
 
 On several hosts the same command runs on each. TPU pods, SLURM and MPI tell JAX which process is which. Elsewhere give
 --coordinator_address=HOST:PORT --num_processes=N --process_id=I, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
@@ -10,6 +13,7 @@ JAX_PROCESS_ID. SIGTERM saves what is new and exits with 0, or with --stopped_st
 
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +29,7 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     config_flag.define_config("The stage.")
     flags.DEFINE_string("workdir", None, "Directory of checkpoints and logs; a run in it is resumed.")
+    flags.DEFINE_bool("dry_run", False, "Open the data, make one batch, print what a start would do, and stop.")
     flags.DEFINE_list("profile", [], "FIRST,LAST: writes a trace of these steps to WORKDIR/profile.")
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where it is not detected.")
     flags.DEFINE_integer("num_processes", None, "Number of processes, where it is not detected.")
@@ -45,8 +50,8 @@ def main(arguments: Sequence[str]) -> None:
 
     leave_on_sigterm(FLAGS.stopped_status)
     config = config_flag.stage()
-    from vocojax.parallel import cluster
-    from vocojax.training.stage import train
+    from vocojax.parallel import cluster, processes
+    from vocojax.training import stage
 
     if FLAGS.profile:
         first, last = map(int, FLAGS.profile)
@@ -54,7 +59,23 @@ def main(arguments: Sequence[str]) -> None:
     try:
         found = cluster.find_cluster(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
         cluster.initialize(found, FLAGS.start_seconds, FLAGS.heartbeat_seconds)
-        train(config, FLAGS.workdir)
+        _warn_of_cpu()
+        if not FLAGS.dry_run:
+            stage.train(config, FLAGS.workdir)
+            return
+        banner = stage.dry_run(config, FLAGS.workdir)
+        if processes.is_first():
+            print(banner)
     except Preempted as stopped:
         logging.getLogger("vocojax").warning("%s", stopped)
         sys.exit(FLAGS.stopped_status)
+
+
+def _warn_of_cpu() -> None:
+    """Warns where JAX fell back to the CPU and nobody asked for it."""
+    import jax
+
+    if jax.default_backend() == "cpu" and not os.environ.get("JAX_PLATFORMS"):
+        logging.getLogger("vocojax").warning(
+            "JAX found no accelerator, so this runs on the CPU. If there is one, install its plug-in (pip install "
+            "'vocojax[tpu]' or 'vocojax[cuda]'); JAX_PLATFORMS=cpu says that the CPU is meant")

@@ -64,6 +64,7 @@ class BatchStream:
       tokenizer: the tokenizer.
       tally: counts of the records read and skipped.
       shape: the static shape of a row.
+      records: how many records an epoch has.
 
     Args:
       model: model config of the stage.
@@ -101,7 +102,8 @@ class BatchStream:
         self._identity = {**_identity(data, model, self.tokenizer), "plan": plan, "packers": self.packers, "seed": seed,
                           "records": len(self._source)}
         self._data, self._rows_per_packer = data, rows // self.packers
-        if len(self._source) == 0:
+        self.records = len(self._source)
+        if self.records == 0:
             raise ConfigError("data", f"has no record in {data.path or data.source}")
         self._states = {packer: {"position": packer, "window": []} for packer in self._own}
         self._start()

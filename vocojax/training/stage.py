@@ -27,7 +27,7 @@ from vocojax.pretrained.source import open_source
 from vocojax.runs.card import write_card_sums
 from vocojax.runs.directory import is_run, run_config, run_path, write_run_files
 from vocojax.runs.owner import owned
-from vocojax.training import loop, plan
+from vocojax.training import loop, plan, start
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.compilation_cache import programs_kept_in
 from vocojax.training.config import StageConfig
@@ -82,30 +82,32 @@ def _train_as_owner(config: StageConfig, workdir: str | Path, bar_position: int)
 def _train(
     config: StageConfig, workdir: str | Path, mesh: Mesh, checkpoints: Checkpoints, bar_position: int
 ) -> None:
-    program = make_program(config, mesh)
-    _check_teacher(config)
+    program = _checked_program(config, mesh)
     index, count = row_share(NamedSharding(mesh, BATCH), config.batch_size)
-    stream = BatchStream(
-        config.model, config.data, config.batch_size, config.seed, *plan.views(config), process_index=index,
-        process_count=count, plan=config.plan,
-    )
-    with contextlib.closing(stream):
+    with contextlib.closing(_open_stream(config, index, count)) as stream:
+        validate = Validation(config, program, index, count) if config.validation.every else None
         if processes.is_first():
             write_files(run_path(workdir) / "tokenizer", stream.tokenizer.save)
             write_card_sums(run_path(workdir))
         first_step, useful_seconds = 0, 0.0
         restored = checkpoints.restore(program.abstract_state)
+        if restored is not None:
+            first_step, state, progress = restored
+            stream.set_state(progress["data"])
+            useful_seconds = progress["useful_seconds"]
+            LOG.info("%s: resumes after step %d", workdir, first_step)
+        batches: loop.Stream = stream
+        if first_step < config.steps:
+            batches = opened = start.open_first(stream)
+            if processes.is_first():
+                LOG.info("\n%s", start.banner(config, workdir, program, opened, first_step, count))
         if restored is None:
             state = _initial_state(config, program)
             parameters = program.abstract_parameters
             origins = {name: "random" if _is_new(config, name) else config.init_from for name in parameters}
             report_parameters(workdir, parameters, program.multipliers, origins)
         else:
-            first_step, state, progress = restored
             state = state._replace(teacher=_teacher_parameters(config, program))
-            stream.set_state(progress["data"])
-            useful_seconds = progress["useful_seconds"]
-            LOG.info("%s: resumes after step %d", workdir, first_step)
         flops, slots = StepFlops(config.model, program.abstract_state), config.batch_size * config.data.row_length
         composition = Composition(config.model.unit_tokens)
 
@@ -118,12 +120,54 @@ def _train(
             steps_share = {"fill_ratio": sums["tokens"] / (slots * sums["steps"])}
             return {**steps_share, **({} if utilisation is None else {"mfu": utilisation}), **stream.tally.scalars()}
 
-        task = loop.Task(program.step, stream, place, merge_states, scalars)
-        if config.validation.every:
-            task = dataclasses.replace(task, validate=Validation(config, program, index, count))
+        task = loop.Task(program.step, batches, place, merge_states, scalars)
+        if validate is not None:
+            task = dataclasses.replace(task, validate=validate)
         shown = loop.LoopConfig(config.name, config.steps, config.log_every, bar_position, config.run,
                                 config.validation.every)
         loop.run(shown, workdir, task, state, first_step, checkpoints, useful_seconds)
+
+
+def dry_run(config: StageConfig, workdir: str | Path) -> str:
+    """Does what a start does before it compiles anything, and returns what the start would do.
+
+    The state is abstract, the data is opened and one batch is made. Nothing is written to `workdir`.
+
+    Args:
+      config: of the stage.
+      workdir: where the run would be.
+
+    Raises:
+      ConfigError: as `train`.
+      SkippedTooMany: too many records can't be read.
+      CheckpointError: `workdir` holds a run with another config.
+    """
+    first_step, config = start.newest_step(config, workdir), start.without_workers(config)
+    mesh = make_mesh(config.mesh)
+    with jax.enable_x64(False), jax.set_mesh(mesh):
+        program = _checked_program(config, mesh)
+        index, count = row_share(NamedSharding(mesh, BATCH), config.batch_size)
+        with contextlib.closing(_open_stream(config, index, count)) as stream:
+            if config.validation.every:
+                Validation(config, program, index, count)
+            return start.banner(config, workdir, program, start.open_first(stream), first_step, count)
+
+
+def _checked_program(config: StageConfig, mesh: Mesh) -> Program:
+    """Returns the stage's program, after a look at the weights that it starts from; nothing is compiled."""
+    program = make_program(config, mesh)
+    _check_teacher(config)
+    start.check_new(config, program)
+    if config.init_from:
+        _saved_config(config.init_from)
+    return program
+
+
+def _open_stream(config: StageConfig, process_index: int, process_count: int) -> BatchStream:
+    return BatchStream(
+        config.model, config.data, config.batch_size, config.seed, *plan.views(config), process_index=process_index,
+        process_count=process_count, plan=config.plan,
+    )
 
 
 def _check_teacher(config: StageConfig) -> None:
@@ -141,10 +185,6 @@ def _initial_state(config: StageConfig, program: Program) -> TrainState:
     wanted, abstract_state = program.abstract_parameters, program.abstract_state
     taken = {n: w for n, w in wanted.items() if not _is_new(config, n)}
     new = {n: w for n, w in wanted.items() if n not in taken}
-    for pattern in config.init_new:
-        if not any(matches(name, (pattern,)) for name in wanted):
-            raise ConfigError("init_new", f"has the regex {pattern!r}, which matches no parameter")
-
     def random_parameters(key: jax.Array) -> Parameters:
         created = parameters_of(make_model(config, nnx.Rngs(key)))
         return {name: created[name].astype(leaf.dtype) for name, leaf in new.items()}

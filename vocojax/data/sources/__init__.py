@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig, PartConfig
+from vocojax.data.file_checks import require_some_files
 from vocojax.data.images import Fit
 from vocojax.data.sources.base import Sample, Source
 from vocojax.data.sources.columnar import file_digest, sampled_digest
@@ -45,24 +46,30 @@ def identity(part: DataConfig | PartConfig, digest: Callable[[Path], str] = file
 def _open(part: DataConfig | PartConfig, fit: Fit, key: str) -> Source:
     name, files = part.source, (part.path, part.image_root)
     try:
-        if name == "easy_vqa_captions":
-            return EasyVqaCaptions(part.split)
-        if name == "easy_vqa":
-            return EasyVqaSource(part.split, part.threads_per_sample)
-        if name == "webvid":
-            return WebVidSource(*files)
-        if name == "video_chatgpt":
-            return VideoChatGptSource(*files)
-        if name == "shikra_rec":
-            return ShikraSource(*files, "rec", fit)
-        if name == "shikra_reg":
-            return ShikraSource(*files, "reg", fit)
-        if name == "shikra_pointqa":
-            return ShikraSource(*files, "pointqa", fit)
-        if name == "tfds":
-            from vocojax.data.sources.tfds.reader import TfdsSource  # an optional dependency
-
-            return TfdsSource(part.path, part.split)
-        return LlavaSource(*files)
+        source = _open_as(name, part, files, fit)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}.path", f"must be readable as {name!r}: {error}") from error
+    require_some_files(source, part, key)
+    return source
+
+
+def _open_as(name: str, part: DataConfig | PartConfig, files: tuple[str, str], fit: Fit) -> Source:
+    if name == "easy_vqa_captions":
+        return EasyVqaCaptions(part.split)
+    if name == "easy_vqa":
+        return EasyVqaSource(part.split, part.threads_per_sample)
+    if name == "webvid":
+        return WebVidSource(*files)
+    if name == "video_chatgpt":
+        return VideoChatGptSource(*files)
+    if name == "shikra_rec":
+        return ShikraSource(*files, "rec", fit)
+    if name == "shikra_reg":
+        return ShikraSource(*files, "reg", fit)
+    if name == "shikra_pointqa":
+        return ShikraSource(*files, "pointqa", fit)
+    if name == "tfds":
+        from vocojax.data.sources.tfds.reader import TfdsSource  # an optional dependency
+
+        return TfdsSource(part.path, part.split)
+    return LlavaSource(*files)
