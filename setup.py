@@ -1,20 +1,53 @@
 """Packaging of vocojax: VoCo-LLaMA (arXiv 2406.12275) in JAX/Flax for TPU and GPU."""
 
+import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
+HERE = Path(__file__).parent
 # The flax releases this package is written for stop short of jax 0.11.1.
 JAX = ">=0.10,<0.11.1"
 
+
+
+class WithConfigs(build_py):
+    """A build whose wheel also holds `configs/`, as `vocojax/configs`: a checkout has them at its top."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "vocojax", "configs")
+            target.mkdir(parents=True, exist_ok=True)
+            for path in (HERE / "configs").glob("*.py"):
+                shutil.copy(path, target)
+
+
 setup(
     name="vocojax",
-    version="0.2.0",
+    version=re.findall(r'^__version__ = "(.+)"$', (HERE / "vocojax/__init__.py").read_text(), re.MULTILINE)[0],
     description="VoCo-LLaMA in JAX/Flax: an image's 576 vision tokens compressed into 1 to 128 VoCo tokens",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="The vocojax authors",
+    project_urls={"Paper": "https://arxiv.org/abs/2406.12275"},
+    keywords=["vision-language models", "token compression", "JAX", "Flax", "TPU", "LLaVA"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Operating System :: MacOS",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
+    cmdclass={"build_py": WithConfigs},
     packages=find_packages(include=["vocojax", "vocojax.*"]),
     package_data={"vocojax": ["py.typed"], "vocojax.pretrained": ["torch/*"]},
     entry_points={"console_scripts": ["vocojax = vocojax.cli.main:main"]},

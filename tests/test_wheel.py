@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import vocojax
 from vocojax.config import config_to_dict
 
 pytest.importorskip("setuptools")
@@ -36,6 +37,7 @@ def installed(tmp_path_factory):
     root = tmp_path_factory.mktemp("wheel")
     source, environment = root / "source", root / "environment"
     shutil.copytree(ROOT / "vocojax", source / "vocojax", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "configs", source / "configs", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -97,3 +99,10 @@ def test_the_wheel_trains_converts_and_answers(run, stage, llava_data):
     questions.write_text(json.dumps({"image": str(image), "question": "what color is the shape?"}))
     lines = run("answer", "--questions", questions, "--checkpoint=my run", "--store=caches", "--max_new_tokens", 4)
     assert json.loads(lines)["answer"] == answer.rstrip("\n")
+
+
+def test_the_wheel_holds_the_stages(run):
+    listed = run("config", "--config=voco:clip_l_336_vicuna_13b", "--config.batch_size=16", "--print_config")
+    values = json.loads(listed)
+    assert (values["batch_size"], values["model"]["decoder"]["width"]) == (16, 5120)
+    assert run("--version") == f"vocojax {vocojax.__version__}\n"

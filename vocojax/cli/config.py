@@ -3,7 +3,7 @@
     vocojax config                                            # the stages of configs/ and the presets of models
     vocojax config voco                                       # every key: value in force, type, default, meaning
     vocojax config voco data                                  # only those that begin with `data`
-    vocojax config configs/voco.py:clip_l_336_vicuna_13b --config.batch_size=128 --print_config    # as JSON
+    vocojax config --config=configs/voco.py:clip_l_336_vicuna_13b --config.batch_size=128 --print_config    # as JSON
 
 `--config.help` and `--print_config` do the same for the flags of `vocojax train`.
 """

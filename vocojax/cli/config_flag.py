@@ -181,8 +181,9 @@ def _plain(value: Any) -> Any:
     return list(map(_plain, value)) if isinstance(value, tuple) else value
 
 
-def _folders() -> tuple[Path, Path]:
-    return Path("configs"), CHECKOUT / "configs"
+def _folders() -> tuple[Path, ...]:
+    """Returns where stages are looked for: the current directory, this checkout, the installed wheel."""
+    return Path("configs"), CHECKOUT / "configs", CHECKOUT / "vocojax" / "configs"
 
 
 def _find(name: str) -> Path:
