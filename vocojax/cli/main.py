@@ -12,6 +12,7 @@ from vocojax.cli import runner
 VERBS = {  # verb -> its module in `vocojax.cli`
     "train": "train",
     "config": "config",
+    "check_data": "check_data",
     "answer": "answer",
     "compress": "compress",
     "convert": "convert",

@@ -64,7 +64,10 @@ class BatchStream:
       tokenizer: the tokenizer.
       tally: counts of the records read and skipped.
       shape: the static shape of a row.
-      records: how many records an epoch has.
+      source: the records, laid out one by one.
+      records: how many of them an epoch has.
+      seed: of the shuffling.
+      window: number of samples from which a packer chooses.
 
     Args:
       model: model config of the stage.
@@ -83,7 +86,7 @@ class BatchStream:
     def __init__(self, model: ModelConfig, data: DataConfig, rows: int, seed: int, *visibilities: Visibility,
                  process_index: int = 0, process_count: int = 1, plan: Plan = "single_pass"):
         require_seed(seed)
-        self.packers, self.seed = data.packers or rows, seed
+        self.packers, self.seed, self.window = data.packers or rows, seed, data.pack_window
         if rows % self.packers:
             raise ConfigError("data.packers", f"must divide the {rows} rows of a batch, got {self.packers}")
         if self.packers % process_count:
@@ -98,11 +101,11 @@ class BatchStream:
         if plan == "two_stage":
             alone = lay_out_unit("unit", self.tokenizer, unit_shape(model))
             self.shape = text_row_shape(data, model.vision.image_size, unit_shape(model), alone)
-        self._source = PreparedSource(open_source(data), model, data, self.tokenizer, self.shape, seed)
+        self.source = PreparedSource(open_source(data), model, data, self.tokenizer, self.shape, seed)
         self._identity = {**_identity(data, model, self.tokenizer), "plan": plan, "packers": self.packers, "seed": seed,
-                          "records": len(self._source)}
+                          "records": len(self.source)}
         self._data, self._rows_per_packer = data, rows // self.packers
-        self.records = len(self._source)
+        self.records = len(self.source)
         if self.records == 0:
             raise ConfigError("data", f"has no record in {data.path or data.source}")
         self._states = {packer: {"position": packer, "window": []} for packer in self._own}
@@ -163,7 +166,7 @@ class BatchStream:
 
     def _start(self) -> None:
         workers = min(max(self._data.num_workers, 1), len(self._own))
-        groups = [_Group(self._source, self._data, self.shape, self.packers, self.seed, self._rows_per_packer,
+        groups = [_Group(self.source, self._data, self.shape, self.packers, self.seed, self._rows_per_packer,
                          {packer: self._states[packer] for packer in packers})
                   for packers in (part.tolist() for part in np.array_split(self._own, workers))]
         self._iterators = [iter(_ahead(group, self._data)) for group in groups]

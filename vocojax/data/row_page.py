@@ -1,0 +1,115 @@
+"""Packed rows as a page to look at: images, tokens coloured by role, targets underlined, and the mask."""
+
+import base64
+import html
+import io
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from vocojax.data.packing import Item, Row, RowShape
+from vocojax.data.text_rows import TextRowShape
+from vocojax.data.tokenizer import Tokenizer
+from vocojax.layout import IGNORE, Role, SampleLayout
+
+COLOURS = {Role.BOS: "#8c96a8", Role.VISION: "#7fb2e5", Role.NEWLINE: "#c3cad6", Role.VOCO: "#e4572e",
+           Role.TEXT: "#3c9d6b"}
+LARGEST_MASK = 512  # pixels
+STYLE = """
+body { font: 15px/1.9 system-ui, sans-serif; color: #1c2330; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+h2 { font-size: 1.2rem; margin-top: 2.2rem; } h3 { font-size: 1rem; margin-bottom: .2rem; } .note { color: #5a6475; }
+.token { padding: .1em .15em; border-radius: .2em; white-space: pre-wrap;
+  background: color-mix(in srgb, var(--role) 25%, white); }
+.target { text-decoration: underline 2px; text-underline-offset: .25em; } .unit { height: 96px; margin: .2rem; }
+.mask { image-rendering: pixelated; width: 512px; border: 1px solid #c3cad6; }
+"""
+HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Packed rows</title><style>{style}</style>
+<h1>Packed rows</h1><p>Rows as training reads them. {legend} Underlined tokens are targets: the model learns to
+predict them, each from what the token before it sees. In a picture of the mask a point is a query (from top to bottom)
+that sees a key (from left to right), in the colour of the key's role.</p>
+"""
+
+
+def page(rows: Sequence[Sequence[Item]], shape: RowShape | TextRowShape, tokenizer: Tokenizer) -> str:
+    """Returns a page of HTML with everything in it.
+
+    Args:
+      rows: the items of each row.
+      shape: of the rows.
+      tokenizer: writes the tokens.
+    """
+    legend = " ".join(f'<span class="token" style="--role:{colour}">{role.name}</span>'
+                      for role, colour in COLOURS.items())
+    return "\n".join([HEAD.format(style=STYLE, legend=legend),
+                      *(_row(index, items, shape, tokenizer) for index, items in enumerate(rows)), "</html>"])
+
+
+def _row(index: int, items: Sequence[Item], shape: RowShape | TextRowShape, tokenizer: Tokenizer) -> str:
+    row = shape.pack(items)
+    used = int(row["num_tokens"])
+    targets = int((row["target_ids"] != IGNORE).sum())
+    mask = _png(mask_picture(row, _roles_of_keys(items, row)))
+    return "\n".join([
+        f"<h2>Row {index}</h2>",
+        f'<p class="note">{used:,} of {shape.length:,} tokens ({used / shape.length:.1%}), '
+        f"{sum(item.layout.num_units for item in items)} of {shape.images} images, {targets:,} targets</p>",
+        *(_sample(item, tokenizer) for item in items),
+        f'<h3>The mask</h3><img class="mask" alt="mask of row {index}" src="{mask}">',
+    ])
+
+
+def _sample(item: Item, tokenizer: Tokenizer) -> str:
+    pictures = "".join(f'<img class="unit" alt="unit {slot}" src="{_png(Image.fromarray(pixels))}">'
+                       for slot, pixels in enumerate(item.images))
+    return f"<h3>{html.escape(item.layout.record)}</h3>{pictures}<p>{tokens(item.layout, tokenizer)}</p>"
+
+
+def tokens(layout: SampleLayout, tokenizer: Tokenizer) -> str:
+    """Returns a sample's tokens as HTML; a run of one role's vision or VoCo tokens is one box with their number."""
+    boxes = []
+    kinds = zip(layout.roles.tolist(), (layout.labels != IGNORE).tolist(), layout.threads.tolist(), strict=True)
+    place = 0
+    for (role, is_target, _), run in itertools.groupby(kinds):
+        length = len(list(run))
+        ids, place = layout.ids[place : place + length].tolist(), place + length
+        if role == Role.VISION:
+            texts = [f"image x {length}"]
+        elif role == Role.VOCO:
+            texts = [f"{tokenizer.voco_token} x {length}"]
+        else:
+            texts = list(map(str, tokenizer.huggingface.convert_ids_to_tokens(ids)))
+        style = f'class="token{" target" * is_target}" style="--role:{COLOURS[Role(role)]}"'
+        boxes += [f"<span {style}>{html.escape(text)}</span>" for text in texts]
+    return "\n".join(boxes)
+
+
+def _roles_of_keys(items: Sequence[Item], row: Row) -> np.ndarray:
+    """Returns the role of each key: of a row's tokens, or of the prefix's VoCo tokens and the text after them."""
+    keys = len(row["stop"])
+    roles = np.full(keys, int(Role.PAD))
+    prefix = keys - len(row["start"])
+    own = np.concatenate([item.layout.roles[item.layout.text_start if prefix else 0 :] for item in items])
+    roles[:prefix] = Role.VOCO
+    roles[prefix : prefix + len(own)] = own
+    return roles
+
+
+def mask_picture(row: Row, roles: np.ndarray) -> Image.Image:
+    """Returns who sees whom in a row as a picture: a point per query and key, in the colour of the key's role."""
+    queries, keys = np.arange(len(row["start"])), np.arange(len(row["stop"]))
+    index = queries[:, None] + len(keys) - len(queries)
+    sees = (row["start"][:, None] <= keys) & (keys <= index) & (index < row["stop"])
+    palette = np.full((max(Role) + 1, 3), 255, np.uint8)
+    for role, colour in COLOURS.items():
+        palette[role] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    picture = Image.fromarray(np.where(sees[..., None], palette[roles], np.uint8(255)))
+    picture.thumbnail((LARGEST_MASK, LARGEST_MASK), Image.Resampling.BOX)
+    return picture
+
+
+def _png(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
