@@ -9,7 +9,8 @@ A single one, after the quickstart's first stages:
         --workdir=runs/voco_4
 
 The stage is the config's argument: `alignment`; then, which start from it, `upper_bound` (its weights, read with the
-VoCo mask, are the lower bound as well), `voco_N`, and the baselines `avg_pool`, `qformer`, `downsample` and `random`.
+VoCo mask, are the lower bound as well), `voco_N`, and the baselines `avg_pool`, `qformer`, `llama_vid`, `downsample`
+and `random`.
 """
 
 import dataclasses
@@ -63,11 +64,15 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
     elif stage in ("avg_pool", "downsample", "random"):
         config.model.compressor.kind = stage
         config.visibility = "causal"
-    elif stage == "qformer":
-        config.model.compressor.update(kind="qformer", depth=4, width=64, num_heads=4, mlp_width=256)
+    elif stage in ("qformer", "llama_vid"):
+        config.model.compressor.update(kind=stage, depth=4, width=64, num_heads=4, mlp_width=256)
         config.update(visibility="causal", init_new=["compressor/.*"],
                       learning_rates=[("compressor/.*", 1.0), *config.learning_rates])
+        if stage == "llama_vid":  # each question has an image of its own, which is compressed for it
+            config.model.compressor.update(num_tokens=2, num_queries=8, question_tokens=12)
+            config.data.update(threads_per_sample=1, images_per_row=4, keep_in_memory=False)
+            config.batch_size = 35  # as many questions as the other stages' 40 rows
     else:
         raise ConfigError("stage", f"{stage!r} is unknown: alignment, upper_bound, voco_N, avg_pool, qformer, "
-                          "downsample or random")
+                          "llama_vid, downsample or random")
     return config

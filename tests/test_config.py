@@ -55,3 +55,15 @@ def test_optional_parts_and_numbers_are_read():
 def test_unknown_preset_lists_the_known():
     with pytest.raises(ConfigError, match="tiny"):
         preset("huge")
+
+
+@pytest.mark.parametrize(("tokens", "message"), [
+    (1, "model.compressor.num_tokens must be one more than a square number for llama_vid: the context token, and"),
+    (26, "model.compressor.num_tokens must be the square of a divisor of 24, the tower's patches on a side, plus"),
+])
+def test_llama_vid_has_a_context_token_and_square_content(tokens, message):
+    with pytest.raises(ConfigError) as error:
+        build(ModelConfig, {"compressor": {"kind": "llama_vid", "num_tokens": tokens}}, "model")
+    assert str(error.value).startswith(message)
+    config = build(ModelConfig, {"compressor": {"kind": "llama_vid", "num_tokens": 17}})
+    assert (config.unit_tokens, config.unit_vocos, config.question_tokens) == (17, 0, 64)

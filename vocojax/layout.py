@@ -92,11 +92,13 @@ class UnitShape(NamedTuple):
       tokens: vision tokens of one image, or a baseline's compressed tokens.
       vocos: VoCo tokens after them, N.
       positions: how the tokens of several units are numbered, see `VocoConfig`.
+      question: the most tokens of the question that the image is compressed for (the last ones count); 0 for none.
     """
 
     tokens: int
     vocos: int
     positions: Positions = "compact"
+    question: int = 0
 
     def stride(self, length: int) -> int:
         """Returns by how much each unit's positions are higher than those of the unit before it.
@@ -109,7 +111,7 @@ class UnitShape(NamedTuple):
 
 def unit_shape(model: ModelConfig) -> UnitShape:
     """Returns the shape of a model's units."""
-    return UnitShape(model.unit_tokens, model.unit_vocos, model.voco.positions)
+    return UnitShape(model.unit_tokens, model.unit_vocos, model.voco.positions, model.question_tokens)
 
 
 class LayoutError(VocojaxError, ValueError):
@@ -173,6 +175,7 @@ class SampleLayout:
       num_units: number of units before the text, k.
       unit_length: number of tokens of a unit; the first `num_units * unit_length` tokens are units.
       dropped: number of text tokens that were cut off the end.
+      question: token ids of the question that the units are compressed for, at most `unit.question`.
     """
 
     record: str
@@ -184,6 +187,7 @@ class SampleLayout:
     num_units: int
     unit_length: int
     dropped: int = 0
+    question: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -271,6 +275,7 @@ def lay_out_sample(
     tokenizer: TextTokenizer,
     unit: UnitShape,
     max_length: int,
+    question: str = "",
 ) -> SampleLayout:
     """Lays out one sample.
 
@@ -281,16 +286,21 @@ def lay_out_sample(
       tokenizer: see `TextTokenizer`.
       unit: numbers of vision tokens and VoCo tokens in a unit.
       max_length: the sample's maximum of tokens; further text is dropped and counted in `dropped`.
+      question: the text that the units are compressed for, if `unit` has room for one.
 
     Raises:
-      LayoutError: there is no thread, there are several threads without a unit, the units are longer than `max_length`,
-        a text contains the VoCo token, or, without VoCo tokens, a thread after the first begins with a target.
+      LayoutError: there is no thread, there are several threads without a unit or about units that are compressed for
+        one question, the units are longer than `max_length`, a text contains the VoCo token, or, without VoCo tokens, a
+        thread after the first begins with a target.
     """
     if not threads:
         raise LayoutError(record, "has no text", "no text")
     if len(threads) > 1 and num_units == 0:
         raise LayoutError(record, "has several threads without an image; write each as a sample of its own",
                           "threads without unit")
+    if unit.question and len(threads) > 1:
+        raise LayoutError(record, "has several threads, and its images are compressed for one question: set "
+                          "data.threads_per_sample=1", "several questions")
     if not unit.vocos and any(thread and thread[0].is_target for thread in threads[1:]):
         raise LayoutError(record, "a thread after the first begins with a target, which no token precedes without VoCo "
                           "tokens; begin the thread with a question", "target first")
@@ -321,6 +331,7 @@ def lay_out_sample(
         num_units=num_units,
         unit_length=len(unit_ids) if num_units else 0,
         dropped=max(0, len(ids) - max_length),
+        question=tuple(tokenizer.encode(question).ids[-unit.question :]) if unit.question else (),
     )
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from tests.helpers.parity import TorchTensors, assert_close, filled, randomise
+from tests.helpers.parity import assert_close, fill_qformer, filled, randomise
 from vocojax.config import CompressorConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, VocoConfig
 from vocojax.convert.tables import clip_rules, eva_rules, projector_rules
 from vocojax.models.clip import ClipVision
@@ -131,33 +131,7 @@ def test_qformer(every):
     config = CompressorConfig("qformer", num_tokens=3, depth=depth, width=32, num_heads=2, mlp_width=80,
                               cross_attention_every=every)
     ours = QFormer(config, vision_width, nnx.Rngs(0))
-    tensors = TorchTensors(theirs.state_dict())
-    blocks = {"attention.attention.query": "attention/query", "attention.attention.key": "attention/key",
-              "attention.attention.value": "attention/value", "attention.output.dense": "attention/out",
-              "attention.output.LayerNorm": "attention_norm", "intermediate_query.dense": "mlp_in",
-              "output_query.dense": "mlp_out", "output_query.LayerNorm": "mlp_norm"}
-    crossing = {"cross" + name: "cross_" + path for name, path in blocks.items() if name.startswith("attention")}
-
-    def put(path, arrays, leading):
-        module = ours
-        for part in path.split("/"):
-            module = getattr(module, part)
-        for theirs_name, ours_name in (("weight", "scale" if "norm" in path else "kernel"), ("bias", "bias")):
-            values = np.stack([tensors.read(f"{name}.{theirs_name}") for name in arrays])
-            values = values.swapaxes(-1, -2) if ours_name == "kernel" else values
-            variable = getattr(module, ours_name)
-            assert values.size == variable.size
-            variable[...] = jnp.asarray(values.reshape(*leading, *values.shape[1:]))
-
-    groups = depth // every
-    layer = lambda index, name: f"encoder.layer.{index}.{name}"
-    for name, path in {**blocks, **crossing}.items():
-        put(f"groups/crossing/{path}", [layer(group * every, name) for group in range(groups)], (groups,))
-        if every > 1 and name in blocks:
-            rest = [layer(group * every + 1 + i, name) for group in range(groups) for i in range(every - 1)]
-            put(f"groups/rest/{path}", rest, (groups, every - 1))
-    ours.query_norm.scale[...] = tensors.read("layernorm.weight")
-    ours.query_norm.bias[...] = tensors.read("layernorm.bias")
+    fill_qformer(ours, theirs.state_dict(), depth, every)
 
     features = np.random.default_rng(2).standard_normal((2, 7, vision_width)).astype(np.float32)
     normed = torch.nn.functional.layer_norm(torch.from_numpy(features), (vision_width,), eps=1e-5)

@@ -208,9 +208,12 @@ class CompressorConfig:
       kind: `none` (the decoder compresses into VoCo tokens), or a baseline. `avg_pool`: means of the vision tokens in
         square windows. `qformer`: BLIP-2's Q-Former. `downsample`: the vision tokens of a smaller image, which the same
         tower encodes with interpolated position embeddings. `random`: some of the vision tokens, drawn for each image
-        and each training step. In evaluation the draw depends on the image alone.
+        and each training step. In evaluation the draw depends on the image alone. `llama_vid` (arXiv 2311.17043): one
+        context token, made for the sample's first question, and means in square windows.
       num_tokens: compressed tokens of an image; a square number for `avg_pool`, whose side divides the tower's patches
-        on a side, and for `downsample`.
+        on a side, and for `downsample`; for `llama_vid` one more than such a number.
+      num_queries: queries of `llama_vid`'s Q-Former; `qformer` has `num_tokens`.
+      question_tokens: the last so many tokens of a question guide `llama_vid`.
       depth: number of the Q-Former's blocks; its defaults are BLIP-2's.
       width: width of the Q-Former's hidden states.
       num_heads: attention heads of a Q-Former's block.
@@ -219,8 +222,10 @@ class CompressorConfig:
       norm_eps: epsilon of the Q-Former's layer norms.
     """
 
-    kind: Literal["none", "avg_pool", "qformer", "downsample", "random"] = "none"
+    kind: Literal["none", "avg_pool", "qformer", "downsample", "random", "llama_vid"] = "none"
     num_tokens: int = 1
+    num_queries: int = 32
+    question_tokens: int = 64
     depth: int = 12
     width: int = 768
     num_heads: int = 12
@@ -229,20 +234,35 @@ class CompressorConfig:
     norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        require_positive(self, "num_tokens", "depth", "width", "num_heads", "mlp_width", "cross_attention_every")
+        require_positive(self, "num_tokens", "num_queries", "question_tokens", "depth", "width", "num_heads",
+                         "mlp_width", "cross_attention_every")
         require_positive_number(self, "norm_eps")
         require(self.width % self.num_heads == 0, "num_heads", f"must divide width {self.width}", self.num_heads)
         if self.kind in ("avg_pool", "downsample"):
-            require(self.grid**2 == self.num_tokens, "num_tokens", f"must be a square number for {self.kind}",
+            require(self.content_grid**2 == self.num_tokens, "num_tokens", f"must be a square number for {self.kind}",
                     self.num_tokens)
-        if self.kind == "qformer":
+        if self.kind == "llama_vid":
+            require(self.num_tokens > 1 and self.content_grid**2 == self.num_tokens - 1, "num_tokens",
+                    "must be one more than a square number for llama_vid: the context token, and content tokens",
+                    self.num_tokens)
+        if self.kind in ("qformer", "llama_vid"):
             require(self.depth % self.cross_attention_every == 0, "depth",
                     f"must be a multiple of cross_attention_every {self.cross_attention_every}", self.depth)
 
     @property
-    def grid(self) -> int:
-        """Number of compressed tokens on a side of an image, where they are a square number."""
-        return math.isqrt(self.num_tokens)
+    def reads_text(self) -> bool:
+        """Whether the compressed tokens depend on the question."""
+        return self.kind == "llama_vid"
+
+    @property
+    def queries(self) -> int:
+        """Number of the Q-Former's queries."""
+        return self.num_queries if self.reads_text else self.num_tokens
+
+    @property
+    def content_grid(self) -> int:
+        """Number of windows, or patches of a smaller image, on a side, where their tokens are a square number."""
+        return math.isqrt(self.num_tokens - self.reads_text)
 
 
 @dataclass(frozen=True)
@@ -271,15 +291,20 @@ class ModelConfig:
         if kind in ("downsample", "random"):
             require(tokens <= vision.num_patches, "compressor.num_tokens",
                     f"must be <= {vision.num_patches}, the tower's patches, for {kind}", tokens)
-        if kind == "avg_pool":
-            require(vision.grid % self.compressor.grid == 0, "compressor.num_tokens",
-                    f"must be the square of a divisor of {vision.grid}, the tower's patches on a side, for {kind}",
-                    tokens)
+        if kind in ("avg_pool", "llama_vid"):
+            require(vision.grid % self.compressor.content_grid == 0, "compressor.num_tokens",
+                    f"must be the square of a divisor of {vision.grid}, the tower's patches on a side"
+                    f"{', plus one' * (kind == 'llama_vid')}, for {kind}", tokens)
 
     @property
     def tower_grid(self) -> int:
         """Number of patches on a side of the images that the tower encodes: fewer than its own for `downsample`."""
-        return self.compressor.grid if self.compressor.kind == "downsample" else self.vision.grid
+        return self.compressor.content_grid if self.compressor.kind == "downsample" else self.vision.grid
+
+    @property
+    def question_tokens(self) -> int:
+        """Number of a question's tokens that its images are compressed for; 0 if they do not depend on it."""
+        return self.compressor.question_tokens if self.compressor.reads_text else 0
 
     @property
     def unit_tokens(self) -> int:

@@ -134,6 +134,11 @@ class Template:
             system, turns = conversation[0].text, conversation[1:]
         return self.write(system, self.clean(turns, has_visuals), end)
 
+    def question(self, conversation: Conversation, has_visuals: bool = True) -> str:
+        """Returns the text of a conversation's first question as it is written; '' without one."""
+        turns = self.clean(tuple(turn for turn in conversation if turn.role != "system"), has_visuals)
+        return next((turn.text for turn in turns if turn.role == "user"), "")
+
 
 def _dialogue(system: str, turns: Conversation, end: str) -> list[Span]:
     """Vicuna v1: system prompt, then `USER: ... ASSISTANT: ...</s>`; targets are answers with their `</s>`."""

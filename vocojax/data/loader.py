@@ -97,7 +97,7 @@ class BatchStream:
         self.tokenizer = open_tokenizer(data, model)
         self.tally = Tally(data.max_skipped_share)
         self.shape: RowShape | TextRowShape = row_shape(
-            data, model.vision.image_size, model.unit_tokens, *visibilities)
+            data, model.vision.image_size, model.unit_tokens, *visibilities, question=model.question_tokens)
         if plan == "two_stage":
             alone = lay_out_unit("unit", self.tokenizer, unit_shape(model))
             self.shape = text_row_shape(data, model.vision.image_size, unit_shape(model), alone)

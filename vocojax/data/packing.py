@@ -5,6 +5,8 @@ A row is a dict of numpy arrays (S = row length, U = images per row, T = target 
     ids, positions, start, stop   int32 [S]   tokens and their interval mask, shifted to the sample's place in the row
     vision                        int32 [S]   for a vision token its index among the row's U * tokens, else -1
     images                        uint8 [U, size, size, 3]
+    questions                     int32 [U, T]   the question that an image is compressed for, -1 after its last token;
+                                              only where the compressor reads questions
     target_index, target_ids      int32 [T]   the position whose hidden state predicts a target, and the target's id,
                                               which is `IGNORE` in unused slots
     num_tokens                    int32 []    tokens that are not padding
@@ -61,6 +63,7 @@ class RowShape:
       image_size: side of an image, in pixels.
       tokens_per_image: vision tokens per unit.
       views: (prefix of the array names, visibility) of each view.
+      question: tokens of the question that an image is compressed for; 0 for no questions.
     """
 
     length: int
@@ -69,6 +72,7 @@ class RowShape:
     image_size: int
     tokens_per_image: int
     views: tuple[tuple[str, Visibility], ...]
+    question: int = 0
 
     def fits(self, items: Sequence[Item]) -> bool:
         """Returns whether one row has room for all of the items."""
@@ -95,7 +99,9 @@ class RowShape:
         return pack_row(items, self, row)
 
 
-def row_shape(data: DataConfig, image_size: int, tokens_per_image: int, *visibilities: Visibility) -> RowShape:
+def row_shape(
+    data: DataConfig, image_size: int, tokens_per_image: int, *visibilities: Visibility, question: int = 0
+) -> RowShape:
     """Returns the shape of a stage's rows.
 
     Args:
@@ -103,9 +109,11 @@ def row_shape(data: DataConfig, image_size: int, tokens_per_image: int, *visibil
       image_size: side of an image, in pixels.
       tokens_per_image: vision tokens per unit.
       visibilities: the model's visibility, and its teacher's if it has one.
+      question: see `RowShape`.
     """
     views = tuple(zip(("", "teacher_"), visibilities, strict=False))
-    return RowShape(data.row_length, data.images_per_row, data.target_slots, image_size, tokens_per_image, views)
+    return RowShape(data.row_length, data.images_per_row, data.target_slots, image_size, tokens_per_image, views,
+                    question)
 
 
 def empty_rows(count: int, shape: RowShape) -> Row:
@@ -118,6 +126,8 @@ def empty_rows(count: int, shape: RowShape) -> Row:
         "target_ids": np.empty((count, shape.targets), np.int32),
         "num_tokens": np.empty(count, np.int32),
     }
+    if shape.question:
+        arrays["questions"] = np.empty((count, shape.images, shape.question), np.int32)
     for prefix, _ in shape.views:
         for name in ("positions", "start", "stop"):
             arrays[prefix + name] = np.empty((count, shape.length), np.int32)
@@ -148,6 +158,8 @@ def pack_row(items: Sequence[Item], shape: RowShape, row: Row | None = None) -> 
         row = row_of(empty_rows(1, shape), 0)
     index = np.arange(shape.length, dtype=np.int32)
     row["ids"][:], row["vision"][:], row["target_index"][:], row["target_ids"][:] = 0, -1, 0, IGNORE
+    if shape.question:
+        row["questions"][:] = -1
     for prefix, _ in shape.views:
         row[prefix + "positions"][:] = 0
         row[prefix + "start"][:] = row[prefix + "stop"][:] = index
@@ -168,6 +180,8 @@ def pack_row(items: Sequence[Item], shape: RowShape, row: Row | None = None) -> 
         row["target_ids"][slots] = layout.labels[predicted]
         for slot, pixels in enumerate(item.images, image):
             row["images"][slot] = pixels
+            if shape.question:
+                row["questions"][slot, : len(layout.question)] = layout.question
         token, image, target = place.stop, image + len(item.images), slots.stop
     row["images"][image:] = 0
     row["num_tokens"][...] = token

@@ -92,9 +92,9 @@ class PreparedSource:
             raise LayoutError(sample.id, f"has {units} images, frames or tiles, a row has room for "
                               f"{self._data.images_per_row}: raise data.images_per_row", "too many images")
         threads = [self._template.spans(thread, self._tokenizer.eos_token, units > 0) for thread in sample.threads]
-        layout = require_targets(
-            lay_out_sample(sample.id, units, threads, self._tokenizer, self._unit, self._shape.most_tokens(units))
-        )
+        question = self._template.question(sample.threads[0], units > 0) if sample.threads else ""
+        layout = require_targets(lay_out_sample(
+            sample.id, units, threads, self._tokenizer, self._unit, self._shape.most_tokens(units), question))
         size = self._shape.size(layout)
         if size.targets > self._data.target_slots:
             raise LayoutError(sample.id, f"has {size.targets} targets, a row has room for "

@@ -55,6 +55,7 @@ FURTHER_ARMS = (
     Arm("VoCo-8", "voco_8", "voco"),
     Arm("Avg. Pool + Linear", "avg_pool", "causal"),
     Arm("Q-Former (1 query)", "qformer", "causal"),
+    Arm("LLaMA-VID (2 tokens)", "llama_vid", "causal"),
     Arm("Downsampled image (1 token)", "downsample", "causal"),
     Arm("Random (1 token)", "random", "causal"),
 )

@@ -37,6 +37,9 @@ def compress(
     Raises:
       InputError: no image, an image of another shape, or a baseline's model, which has no VoCo tokens.
     """
+    if model.config.question_tokens:
+        raise InputError(f"a model with the compressor {model.config.compressor.kind!r} compresses an image for one "
+                         "question, so no cache serves others: answer in a single pass")
     if model.config.unit_vocos == 0:
         raise InputError(f"a model with the compressor {model.config.compressor.kind!r} has no VoCo tokens to cache: "
                          "answer in a single pass")

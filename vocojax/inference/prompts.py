@@ -14,7 +14,7 @@ from vocojax.data.packing import Item, RowShape, pack_row
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.inference.decoding.decode import Prompts
 from vocojax.layout import LayoutError, SampleLayout, UnitShape, View, Visibility, lay_out_sample
-from vocojax.models.voco import Rows
+from vocojax.models.voco import Rows, rows_from_batch
 from vocojax.parallel.mesh import row_multiple
 
 
@@ -48,7 +48,8 @@ def lay_out_prompt(
     if not all(is_unicode(turn.text) for turn in conversation):
         raise LayoutError(record, "is not UTF-8", "not UTF-8")
     spans = template.spans(conversation, tokenizer.eos_token, num_units > 0)
-    sample = lay_out_sample(record, num_units, [spans], tokenizer, unit, max_length)
+    sample = lay_out_sample(record, num_units, [spans], tokenizer, unit, max_length,
+                            template.question(conversation, num_units > 0))
     if sample.dropped:
         raise LayoutError(record, f"its prompt has {len(sample) + sample.dropped} tokens, more than the {max_length} "
                           "there is room for: shorten it, ask about fewer images or frames, or raise max_length",
@@ -73,10 +74,10 @@ def whole_rows(
       length: of the rows, in tokens.
     """
     slots = max(map(len, images), default=0)
-    shape = RowShape(length, slots, length, model.vision.image_size, model.unit_tokens, (("", visibility),))
+    shape = RowShape(length, slots, length, model.vision.image_size, model.unit_tokens, (("", visibility),),
+                     model.question_tokens)
     packed = [pack_row([Item(s, tuple(i))], shape) for s, i in zip(samples, images, strict=True)]
-    return Rows(*(np.stack([row[key] for row in packed])  # type: ignore[arg-type]
-                  for key in ("ids", "positions", "start", "stop", "vision", "images")))
+    return rows_from_batch({key: np.stack([row[key] for row in packed]) for key in packed[0]})  # type: ignore[misc]
 
 
 def whole_prompts(

@@ -84,7 +84,7 @@ _settled.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.optimization_barri
 
 
 class BidirectionalAttention(nnx.Module):
-    """Multi-head attention without a mask, from `x` to `context` (to itself if they are the same array)."""
+    """Multi-head attention from `x` to `context` (to itself if they are the same array), in both directions."""
 
     def __init__(self, width: int, context_width: int, num_heads: int, *, rngs: nnx.Rngs):
         into = lambda in_width: Linear(in_width, width, ("embed", "heads"), use_bias=True, rngs=rngs)
@@ -92,9 +92,11 @@ class BidirectionalAttention(nnx.Module):
         self.out = Linear(width, width, ("heads", "embed"), use_bias=True, rngs=rngs)
         self.num_heads = num_heads
 
-    def __call__(self, x_UQE: jax.Array, context_UKE: jax.Array) -> jax.Array:
+    def __call__(self, x_UQE: jax.Array, context_UKE: jax.Array, is_token_UK: jax.Array | None = None) -> jax.Array:
+        """Attends to the tokens of the context that are no padding; without `is_token_UK`, to all."""
         split = lambda y: y.reshape(*y.shape[:-1], self.num_heads, -1)
         attended_UQHD = jax.nn.dot_product_attention(
-            split(self.query(x_UQE)), split(self.key(context_UKE)), split(self.value(context_UKE))
+            split(self.query(x_UQE)), split(self.key(context_UKE)), split(self.value(context_UKE)),
+            mask=None if is_token_UK is None else is_token_UK[:, None, None],
         )
         return self.out(attended_UQHD.reshape(x_UQE.shape))

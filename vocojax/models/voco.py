@@ -10,9 +10,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from vocojax.config import ModelConfig
+from vocojax.errors import InputError
 from vocojax.kernels.interval_attention import IntervalMask
 from vocojax.models.clip import ClipVision, normalise
-from vocojax.models.compressors import RandomTokens, make_compressor
+from vocojax.models.compressors import LlamaVid, RandomTokens, make_compressor
 from vocojax.models.eva import EvaVision
 from vocojax.models.llama import Decoder, KeyValues
 from vocojax.models.projector import Projector
@@ -28,6 +29,8 @@ class Rows(NamedTuple):
       stop_BK: int32, of the interval mask; its first K - S keys belong to a key/value prefix.
       vision_BS: int32, at a vision token its index among the row's U*P, -1 elsewhere.
       images_BUHWC: uint8 RGB images of the row, zeros in slots without one; U may be 0.
+      questions_BUT: int32 token ids of the question that each image is compressed for, -1 after the last one; None for
+        a model whose compressor reads no text.
     """
 
     ids_BS: jax.Array
@@ -36,6 +39,7 @@ class Rows(NamedTuple):
     stop_BK: jax.Array
     vision_BS: jax.Array
     images_BUHWC: jax.Array
+    questions_BUT: jax.Array | None = None
 
     @property
     def mask(self) -> IntervalMask:
@@ -55,21 +59,33 @@ class VocoLlama(nnx.Module):
         self.config, self.dtype = config, jnp.dtype(dtype)
         make_vision = ClipVision if config.vision.kind == "clip" else EvaVision
         self.vision = make_vision(config.vision, rngs)
-        self.compressor = make_compressor(config.compressor, config.vision.width, rngs)
+        self.compressor = make_compressor(config, rngs)
         in_width = config.vision.width if self.compressor is None else self.compressor.out_width
         self.projector = Projector(config.projector, in_width, config.decoder.width, rngs)
         self.decoder = Decoder(config.decoder, rngs)
         append_voco_row(self.decoder, config.voco.token_id)
 
     @jax.named_scope("vision")
-    def encode_images(self, images_UHWC: jax.Array, step: jax.Array | int = 0) -> jax.Array:
+    def encode_images(
+        self, images_UHWC: jax.Array, step: jax.Array | int = 0, questions_UT: jax.Array | None = None
+    ) -> jax.Array:
         """Returns the tokens of images as decoder embeddings [U, config.unit_tokens, E].
 
         Args:
           images_UHWC: uint8 RGB.
           step: see `__call__`.
+          questions_UT: see `Rows`.
+
+        Raises:
+          InputError: the compressor reads questions, and there are none.
         """
-        features_UPE = self.vision(normalise(images_UHWC, self.dtype), self.config.tower_grid)
+        pixels_UHWC = normalise(images_UHWC, self.dtype)
+        if isinstance(self.compressor, LlamaVid):
+            if questions_UT is None:
+                raise InputError("the compressor 'llama_vid' makes an image's tokens for a question, got none")
+            context_U1E, content_UNE = self.compressor(self.vision.hidden(pixels_UHWC), questions_UT)
+            return jnp.concatenate([context_U1E, self.projector(content_UNE)], axis=1)
+        features_UPE = self.vision(pixels_UHWC, self.config.tower_grid)
         if isinstance(self.compressor, RandomTokens):
             features_UPE = self.compressor(features_UPE, images_UHWC, step)
         elif self.compressor is not None:
@@ -82,7 +98,10 @@ class VocoLlama(nnx.Module):
         num_rows, num_images = rows.images_BUHWC.shape[:2]
         if num_images == 0:
             return x_BSE
-        tokens_UPE = self.encode_images(rearrange(rows.images_BUHWC, "b u h w c -> (b u) h w c"), step)
+        images_UHWC = rearrange(rows.images_BUHWC, "b u h w c -> (b u) h w c")
+        questions_BUT = rows.questions_BUT
+        questions_UT = None if questions_BUT is None else rearrange(questions_BUT, "b u t -> (b u) t")
+        tokens_UPE = self.encode_images(images_UHWC, step, questions_UT)
         tokens_BTE = tokens_UPE.reshape(num_rows, -1, tokens_UPE.shape[-1])
         placed_BSE = jnp.take_along_axis(tokens_BTE, jnp.maximum(rows.vision_BS, 0)[..., None], axis=1)
         return jnp.where(rows.vision_BS[..., None] >= 0, placed_BSE, x_BSE)
@@ -121,5 +140,5 @@ def rows_from_batch(batch: Mapping[str, jax.Array], view: str = "") -> Rows:
     """Returns the rows of a batch of `data/packing.py`; `view` is the prefix of another visibility's arrays in it."""
     return Rows(
         batch["ids"], batch[view + "positions"], batch[view + "start"], batch[view + "stop"], batch["vision"],
-        batch["images"],
+        batch["images"], batch.get("questions"),
     )

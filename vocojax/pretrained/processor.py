@@ -92,5 +92,5 @@ class Processor:
         turns = (Turn("user", conversation),) if isinstance(conversation, str) else conversation
         spans = self.template.spans(turns, self.tokenizer.eos_token, bool(images))
         layout = lay_out_sample(turns[-1].text if turns else "", len(images), [spans], self.tokenizer, self.unit,
-                                max_length)
+                                max_length, self.template.question(turns, bool(images)))
         return Item(layout, tuple(self.load_images(images)))

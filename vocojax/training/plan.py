@@ -67,7 +67,8 @@ def empty_row(config: StageConfig) -> Row:
     """Returns a batch's row without a sample: the names, shapes and dtypes of its arrays."""
     model, data = config.model, config.data
     if config.plan == "single_pass":
-        return row_shape(data, model.vision.image_size, model.unit_tokens, *views(config)).pack([])
+        return row_shape(data, model.vision.image_size, model.unit_tokens, *views(config),
+                         question=model.question_tokens).pack([])
     shape = text_row_shape(data, model.vision.image_size, unit_shape(model))
     return row_of(deal({name: array[None] for name, array in shape.pack([]).items()}, 1), 0)
 

@@ -68,6 +68,8 @@ def fingerprint(model: VocoLlama, tokenizer: Tokenizer) -> Fingerprint:
     del config["voco"]["num_vocos"]
     if config["voco"]["positions"] == COMPACT:  # fingerprints of models without the entry mean this
         del config["voco"]["positions"]
+    if not model.config.compressor.reads_text:  # and without these two
+        del config["compressor"]["num_queries"], config["compressor"]["question_tokens"]
     config["dtype"] = model.dtype.name
     config["unit_ids"] = unit.ids[(unit.roles != Role.VISION) & (unit.roles != Role.VOCO)].tolist()
     parameters = parameters_of(model)
