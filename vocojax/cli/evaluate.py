@@ -1,14 +1,20 @@
-"""Answers benchmarks with a model and scores the answers; or scores a file of answers.
+"""Answers benchmarks with one model or several and scores the answers; or scores a file of answers.
 
     vocojax evaluate --benchmarks=pope,gqa --data_root=data --checkpoint=runs/voco --output=results
     vocojax evaluate --benchmarks=pope --data_root=data --predictions=answers.jsonl
+    vocojax evaluate --table=table1 --data_root=data --output=results --upper=runs/upper --row='VoCo-1=runs/voco_1' \\
+        --row='Avg. Pool + Linear=runs/pool' --row='Q-Former=runs/qformer'
+
+The third command makes a table of the paper, with what each model keeps of the upper bound: OUTPUT/table1.md, .tex,
+.json, and .html with the questions on which the models differ most. The lower bound is the upper bound's weights read
+through the VoCo mask. For tables 2, 3, 6 and 8 give the models as rows; for table 4, --row='VoCo-8=RUN,vocos=8/4/2/1'
+reads one model with fewer tokens. A table is made again from the stored answers without a model.
 
 Run the same command after an interruption: questions that are answered are not asked again. Scores are those of each
 benchmark's official script; --convention=lmms-eval scores as lmms-eval does where it differs. On several hosts the same
 command runs on each, with an --output that all of them share. --list names the benchmarks.
 """
 
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags
 
+from vocojax.cli import comparison
 from vocojax.cli.flag_checks import refuse_arguments, refuse_empty, require_writable
 
 if TYPE_CHECKING:
@@ -31,6 +38,15 @@ def define_flags() -> None:
     flags.DEFINE_string("data_root", "data", "Directory of the official files, a folder per benchmark.")
     flags.DEFINE_string("checkpoint", None, "Weights in any layout, or a run of training.")
     flags.DEFINE_string("output", None, "Directory for answers and scores, a folder per benchmark.")
+    flags.DEFINE_string("table", None, "Table of the paper to make: table1 to table6 or table8. --benchmarks, if "
+                        "given, replace the table's own.")
+    flags.DEFINE_multi_string("row", [], "A row of the table, NAME=CHECKPOINT[,vocos=N][,visibility=voco|causal]; "
+                              "repeat the flag for each. vocos=8/4/2/1 makes a row of each number of tokens read.")
+    flags.DEFINE_string("upper", None, "CHECKPOINT of the table's upper bound, which is read with all vision tokens.")
+    flags.DEFINE_string("lower", None, "CHECKPOINT of the lower bound, which is read through the VoCo mask; default: "
+                        "the upper bound's.")
+    flags.DEFINE_string("figures", None, 'JSON file {"ROW": {"BENCHMARK": figure}} of figures from elsewhere: of a '
+                        "benchmark's server, or of a paper. They fill the table's rows, or add some.")
     flags.DEFINE_string("predictions", None, "File of answers to score, in place of a model.")
     flags.DEFINE_bool("allow_missing", False, "Accept questions without an answer, as the official tool treats them.")
     flags.DEFINE_string("convention", "official", "Definition of the scores: official, llava or lmms-eval.")
@@ -51,7 +67,8 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where it is not detected.")
     flags.DEFINE_integer("num_processes", None, "Number of processes, where it is not detected.")
     flags.DEFINE_integer("process_id", None, "Number of this process, where it is not detected.")
-    refuse_empty("data_root", "checkpoint", "output", "predictions", "store", "judge")
+    refuse_empty("data_root", "checkpoint", "output", "table", "upper", "lower", "figures", "predictions", "store",
+                 "judge")
     require_writable("json")
 
 
@@ -65,6 +82,9 @@ def main(arguments: Sequence[str]) -> None:
     if FLAGS.list:
         print(registry.described())
         return
+    if FLAGS.table:
+        comparison.make_table(_score)
+        return
     names = registry.expand(FLAGS.benchmarks)
     if FLAGS.predictions and len(names) > 1:
         raise app.UsageError(f"--predictions holds the answers to one benchmark, got {', '.join(names)}")
@@ -76,6 +96,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _check() -> None:
+    if FLAGS.table:
+        comparison.check_flags()
+        return
+    if FLAGS.row or FLAGS.upper or FLAGS.lower or FLAGS.figures:
+        raise app.UsageError("--row, --upper, --lower and --figures are of a table; name it, such as --table=table1")
     if not FLAGS.benchmarks:
         raise app.UsageError("--benchmarks is missing (--list names all)")
     if bool(FLAGS.checkpoint) == bool(FLAGS.predictions):
@@ -93,13 +118,15 @@ def _score_file(benchmark: "Benchmark") -> "Result":
     predictions = read_predictions(FLAGS.predictions, benchmark, FLAGS.allow_missing)
     result = benchmark.score(predictions.texts, FLAGS.convention)
     result = dataclasses.replace(result, notes=(*result.notes, *predictions.notes))
-    result = _judged(benchmark, result, benchmark.items, predictions.texts)
+    directory = Path(FLAGS.output or "") / benchmark.name
+    result = _judged(benchmark, result, benchmark.items, predictions.texts, directory)
     print(result)
     return result
 
 
 def _ask(benchmarks: "Sequence[Benchmark]") -> "list[Result]":
     """Answers and scores benchmarks with --checkpoint; returns the scores on process 0."""
+    from vocojax.evaluation.benchmarks.base import Benchmark
     from vocojax.evaluation.running import PATIENCE, Asking, answer_benchmark
     from vocojax.inference.assistant import Assistant
     from vocojax.inference.caches.store import Store
@@ -115,13 +142,18 @@ def _ask(benchmarks: "Sequence[Benchmark]") -> "list[Result]":
     for benchmark in benchmarks:
         directory = Path(FLAGS.output) / benchmark.name
         texts = answer_benchmark(assistant, benchmark, directory, asking)
-        processes.wait_for_first(f"scores of {benchmark.name}",
-                                 functools.partial(_score, benchmark, texts, directory, results), PATIENCE)
+
+        def score(benchmark: Benchmark = benchmark, texts: list[str] = texts, directory: Path = directory) -> None:
+            if result := _score(benchmark, texts, directory, FLAGS.convention):
+                print(result)
+                results.append(result)
+
+        processes.wait_for_first(f"scores of {benchmark.name}", score, PATIENCE)
     return results
 
 
-def _score(benchmark: "Benchmark", texts: Sequence[str], directory: Path, results: "list[Result]") -> None:
-    """Writes the submission and the score of a model's answers and adds the score to `results`."""
+def _score(benchmark: "Benchmark", texts: Sequence[str], directory: Path, convention: str) -> "Result | None":
+    """Writes the submission and the score of a model's answers; returns the score, None where labels are hidden."""
     from vocojax.evaluation.running import asked_items, write_submission
     from vocojax.files import write_atomically
 
@@ -131,18 +163,17 @@ def _score(benchmark: "Benchmark", texts: Sequence[str], directory: Path, result
             print(f"{benchmark.name}: wrote {path}")
     if all(item.gold is None for item in items):
         print(f"{benchmark.name}: labels are not public; send the file to the benchmark's server")
-        return
-    result = benchmark.score(texts, FLAGS.convention, items)
-    result = _judged(benchmark, result, items, texts)
+        return None
+    result = benchmark.score(texts, convention, items)
+    result = _judged(benchmark, result, items, texts, directory)
     write_atomically(directory / "result.json", json.dumps(result.as_json(), indent=2, ensure_ascii=False) + "\n")
-    print(result)
-    results.append(result)
+    return result
 
 
 def _judged(
-    benchmark: "Benchmark", result: "Result", items: "Sequence[Item]", texts: Sequence[str | None]
+    benchmark: "Benchmark", result: "Result", items: "Sequence[Item]", texts: Sequence[str | None], directory: Path
 ) -> "Result":
-    """Returns a score with --judge's figures in front, for benchmarks that a judge scores."""
+    """Returns a score with --judge's figures in front, for benchmarks that a judge scores; replies are stored."""
     from vocojax.errors import InputError
     from vocojax.evaluation.benchmarks.video_qa import OpenVideoQa
     from vocojax.evaluation.judge.endpoint import EndpointJudge
@@ -154,7 +185,7 @@ def _judged(
         return result
     if not FLAGS.judge_replies and not FLAGS.output:
         raise app.UsageError("--judge needs --judge_replies or --output, where its replies are stored")
-    path = Path(FLAGS.judge_replies) if FLAGS.judge_replies else Path(FLAGS.output) / benchmark.name / "judge.jsonl"
+    path = Path(FLAGS.judge_replies) if FLAGS.judge_replies else directory / "judge.jsonl"
     pairs = pairs_of(items, texts)
     if FLAGS.judge == "stored":
         if not path.exists():

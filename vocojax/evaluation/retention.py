@@ -39,17 +39,21 @@ class MeanRetention:
 
 
 def mean_retention(
-    values: Mapping[str, float], lower: Mapping[str, float], upper: Mapping[str, float]
+    values: Mapping[str, float | None], lower: Mapping[str, float | None], upper: Mapping[str, float | None]
 ) -> MeanRetention:
     """Returns a model's retention on several benchmarks, and the means over them.
 
     Args:
-      values: its figure on each benchmark, in any unit.
+      values: its figure on each benchmark, in any unit; None for one that is not known.
       lower: the lower bound's, for the same benchmarks.
       upper: the upper bound's, for the same benchmarks.
     """
-    kept = {name: retention(value, lower[name], upper[name]) for name, value in values.items()}
-    shares = {name: share_of_upper(value, upper[name]) for name, value in values.items()}
+    kept: dict[str, float | None] = {}
+    shares: dict[str, float | None] = {}
+    for name, value in values.items():
+        low, high = lower[name], upper[name]
+        shares[name] = None if value is None or high is None else share_of_upper(value, high)
+        kept[name] = None if value is None or low is None or high is None else retention(value, low, high)
     return MeanRetention(kept, shares, _mean(kept.values()), _mean(shares.values()))
 
 

@@ -111,6 +111,17 @@ def answer_benchmark(assistant: Assistant, benchmark: Benchmark, directory: Path
     return texts
 
 
+def stored_answers(benchmark: Benchmark, directory: Path, limit: int | None) -> list[str] | None:
+    """Returns the answers of an earlier run to `asked_items`; None unless all are there.
+
+    Raises:
+      InputError: a stored line is no answer, or answers another prompt.
+    """
+    items = asked_items(benchmark, limit)
+    known = _read_parts(directory, {item.id: benchmark.prompt(item) for item in items})
+    return [known[item.id] for item in items] if all(item.id in known for item in items) else None
+
+
 def answer_file(benchmark: Benchmark, items: Sequence[Item], texts: Sequence[str], model: str) -> str:
     """Returns answers in LLaVA's format, one JSON object per line."""
     return "".join(json_line({
