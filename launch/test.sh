@@ -16,7 +16,7 @@ if [ "${1:-}" = "--all" ]; then ALL=1; SELECT=(); shift; fi
 [ -z "$ALL" ] || .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
     --constraint requirements.lock --editable '.[docs,notebooks]'
 # Named directories: style and types are checked the same way whatever else lies here (runs, other checkouts).
-.venv/bin/ruff check setup.py vocojax configs launch tests docs
+.venv/bin/ruff check setup.py vocojax configs launch tests docs notebooks
 .venv/bin/mypy vocojax launch
 # A file's tests stay on one worker, where they share what they set up.
 exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile ${SELECT[@]+"${SELECT[@]}"} "$@"
