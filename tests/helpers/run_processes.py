@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 
+from vocojax.evaluation.training_scores import open_scorer
 from vocojax.parallel.cluster import Cluster, initialize
 from vocojax.parallel.preemption import Preempted, leave_on_sigterm
 from vocojax.training.config import StageConfig
@@ -51,7 +52,8 @@ def _child(work: Callable[[], None], log: str, cluster: Cluster | None, devices:
 
 def start(stage: StageConfig, workdir: Path, processes: int = 1, devices: int = 1) -> list:
     """Starts a run of training; see `start_work`."""
-    return start_work(functools.partial(train, stage, str(workdir)), workdir, processes, devices)
+    work = functools.partial(train, stage, str(workdir), open_scorer=open_scorer)
+    return start_work(work, workdir, processes, devices)
 
 
 def start_work(work: Callable[[], None], workdir: Path, processes: int = 1, devices: int = 1) -> list:
