@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv, installs vocojax, trains every row of the retention table on easy-VQA and prints it.
-#   bash launch/quickstart.sh [--seeds 0,1,2] [--full] [--json] [--workdir DIR]
+# Makes .venv, installs vocojax, trains every row of the retention table on easy-VQA and prints it; with --video, of the
+# table about time.
+#   bash launch/quickstart.sh [--seeds 0,1,2] [--full | --video] [--json] [--workdir DIR]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-python3}"

@@ -1,6 +1,7 @@
-"""Trains every row of the retention table on easy-VQA and reports it.
+"""Trains every row of the retention table on easy-VQA and reports it; with --video, those of the table about time.
 
     bash launch/quickstart.sh [--seeds=0,1,2] [--full]
+    bash launch/quickstart.sh --video [--seeds=0,1,2]
 
 installs what it needs and runs it. What is finished in the work directory is not repeated.
 """
@@ -9,11 +10,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
 from vocojax.cli.flag_checks import refuse_arguments
 from vocojax.errors import MissingPackage
+
+if TYPE_CHECKING:
+    from vocojax.experiments.quickstart import Quickstart
+    from vocojax.experiments.video import VideoQuickstart
 
 FLAGS = flags.FLAGS
 
@@ -22,8 +28,9 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_list("seeds", ["0"], "Seeds; everything is trained once for each.")
     flags.DEFINE_bool("full", False, "Add VoCo-2, VoCo-8 and all baselines.")
-    flags.DEFINE_string("workdir", "runs/quickstart", "Directory of runs and results.")
-    flags.DEFINE_bool("json", False, "Print retention.json as well.")
+    flags.DEFINE_bool("video", False, "Train the video stage on clips instead: is the order of frames learnt?")
+    flags.DEFINE_string("workdir", None, "Directory of runs and results; runs/quickstart, or runs/quickstart_video.")
+    flags.DEFINE_bool("json", False, "Print the results' JSON as well.")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -31,21 +38,37 @@ def main(arguments: Sequence[str]) -> None:
     refuse_arguments(arguments)
     if not all(seed.isdecimal() for seed in FLAGS.seeds):
         raise app.UsageError(f"--seeds must be whole numbers such as 0,1,2, got {','.join(FLAGS.seeds)}")
-    try:
-        from configs.quickstart import get_config
-    except ImportError as error:
-        raise MissingPackage("configs/quickstart.py is not in the wheel: run bash launch/quickstart.sh in a checkout "
-                             "of the repository") from error
-    from vocojax.experiments.quickstart import Quickstart
+    if FLAGS.video and FLAGS.full:
+        raise app.UsageError("--full adds rows to the retention table, which --video does not make: leave one out")
     from vocojax.parallel.preemption import Preempted
 
-    workdir = Path(FLAGS.workdir)
+    experiment = _experiment([int(seed) for seed in FLAGS.seeds])
     try:
-        result = Quickstart(get_config, workdir, [int(seed) for seed in FLAGS.seeds], FLAGS.full).run()
+        result = experiment.run()
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         return
     if FLAGS.json:
         print(json.dumps(result, indent=2))
-    print(workdir / "retention.json")
-    print(workdir / "report.html")
+    print(experiment.workdir / experiment.RESULT)
+    print(experiment.workdir / "report.html")
+
+
+def _experiment(seeds: Sequence[int]) -> "Quickstart | VideoQuickstart":
+    """Returns the experiment that the flags choose.
+
+    Raises:
+      MissingPackage: its config file is not there.
+    """
+    try:
+        from configs import quickstart, quickstart_video
+    except ImportError as error:
+        raise MissingPackage("configs/quickstart.py is not in the wheel: run bash launch/quickstart.sh in a checkout "
+                             "of the repository") from error
+    if FLAGS.video:
+        from vocojax.experiments.video import VideoQuickstart
+
+        return VideoQuickstart(quickstart_video.get_config, Path(FLAGS.workdir or "runs/quickstart_video"), seeds)
+    from vocojax.experiments.quickstart import Quickstart
+
+    return Quickstart(quickstart.get_config, Path(FLAGS.workdir or "runs/quickstart"), seeds, FLAGS.full)

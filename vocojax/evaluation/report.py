@@ -1,4 +1,4 @@
-"""The quickstart's report: one self-contained HTML page with pictures inline."""
+"""The quickstart's report, and what its reports share: self-contained HTML pages with pictures inline."""
 
 import base64
 import html
@@ -29,6 +29,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid #dde2ea; }
 th:first-child, td:first-child, .text td, .text th { text-align: left; }
 .text img { image-rendering: pixelated; width: 64px; height: 64px; vertical-align: middle; }
+.strip img { width: 32px; height: 32px; margin: 1px; }
 .right { color: #11703c; } .wrong { color: #b3261e; } .note { color: #5a6475; } figure { margin: 1rem 0; }
 figure img { max-width: 100%; }
 """
@@ -121,14 +122,26 @@ def write_report(
         "<h2>Compress once, read many times</h2>",
         f"<p>{two_stage['identical_answers']:,} of {two_stage['questions']:,} answers from a VoCo cache are those of a "
         f"single pass; the largest difference of a logit is {two_stage['max_abs_logit_diff']:.1e}.</p>",
-        "<h2>Who sees whom</h2>", _picture(mask, "attention mask of one sample"),
-        "<h2>Training</h2>", _picture(losses, "loss curves"),
+        "<h2>Who sees whom</h2>", picture(mask, "attention mask of one sample"),
+        "<h2>Training</h2>", picture(losses, "loss curves"),
         "<h2>Answers</h2>", _examples_table(examples),
-        "<p class=note>" + ", ".join(f"{html.escape(k)} {html.escape(v)}" for k, v in versions.items()) + "</p>",
     ]
-    page = (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>vocojax quickstart</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n")
-    write_atomically(path, page)
+    write_page(path, "vocojax quickstart", body, versions)
+
+
+def write_page(path: str | Path, title: str, body: Sequence[str], versions: Mapping[str, str]) -> None:
+    """Writes a page.
+
+    Args:
+      path: of the file.
+      title: of the page.
+      body: its parts, in HTML.
+      versions: of the packages that the run used, by their names; they are the last line.
+    """
+    used = ", ".join(f"{html.escape(name)} {html.escape(version)}" for name, version in versions.items())
+    write_atomically(path, f"<!doctype html><html lang=en><meta charset=utf-8>"
+                     f"<meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
+                     f"<style>{STYLE}</style><body>{''.join(body)}<p class=note>{used}</p></body></html>\n")
 
 
 def _retention_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -146,17 +159,24 @@ def _examples_table(examples: Sequence[Example]) -> str:
     head = "".join(f"<th>{html.escape(c)}" for c in ("", "question", "gold", *models))
     lines = []
     for example in examples:
-        answers = "".join(
-            f"<td class={'right' if answer == example.gold else 'wrong'}>{html.escape(answer) or '(nothing)'}"
-            for answer in example.answers.values()
-        )
-        source = base64.b64encode(example.image.read_bytes()).decode()
-        lines.append(f"<tr><td><img alt='test image' src='data:image/png;base64,{source}'>"
-                     f"<td>{html.escape(example.question)}<td>{html.escape(example.gold)}{answers}")
+        lines.append(f"<tr><td>{inline_image(example.image)}<td>{html.escape(example.question)}"
+                     f"<td>{html.escape(example.gold)}{answer_cells(example.answers, example.gold)}")
     return f"<table class=text><tr>{head}{''.join(lines)}</table>"
 
 
-def _picture(figure: Figure, description: str) -> str:
+def answer_cells(answers: Mapping[str, str], gold: str) -> str:
+    """Returns a table cell for each answer, coloured by whether it is right."""
+    return "".join(f"<td class={'right' if answer == gold else 'wrong'}>{html.escape(answer) or '(nothing)'}"
+                   for answer in answers.values())
+
+
+def inline_image(file: Path) -> str:
+    """Returns a PNG file as an image element that holds its content."""
+    return f"<img alt='test image' src='data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}'>"
+
+
+def picture(figure: Figure, description: str) -> str:
+    """Returns a figure as an element that holds it, and closes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     plt.close(figure)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -74,6 +74,7 @@ class Quickstart:
       test_images: how many images to evaluate on; None is all.
     """
 
+    RESULT: ClassVar = "retention.json"
     get_config: Callable[[str], ConfigDict]
     workdir: Path
     seeds: Sequence[int] = (0,)
@@ -113,7 +114,7 @@ class Quickstart:
             "two_stage": two_stage,
             "seconds": {name: round(seconds, 1) for name, seconds in runs.seconds.items()},
         }
-        write_atomically(self.workdir / "retention.json", json.dumps(result, indent=2) + "\n")
+        write_atomically(self.workdir / self.RESULT, json.dumps(result, indent=2) + "\n")
         self._write_report(result, items, answers, arms)
         print(format_table(rows))
         return result

@@ -2,7 +2,6 @@
 
 import importlib
 import io
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -25,11 +24,11 @@ def read_spreadsheet(path: Path) -> list[dict[str, str]]:
     """Reads the first sheet of an Excel file: a record per row, by the header's names; numbers become text."""
     try:
         book = _openpyxl().load_workbook(path, read_only=True, data_only=True)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{path}: is no Excel file: {error}") from error
-    header, *rows = list(book.worksheets[0].iter_rows(values_only=True)) or [()]
+    header, *rows = book.worksheets[0].iter_rows(values_only=True)
     text = lambda cell: "" if cell is None else str(cell)
-    return [dict(zip(map(text, header), map(text, row), strict=True)) for row in rows if any(row)]
+    return [dict(zip(map(text, header), map(text, row), strict=True)) for row in rows]
 
 
 def _openpyxl() -> ModuleType:

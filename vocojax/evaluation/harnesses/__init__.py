@@ -1,1 +1,0 @@
-"""Adapters through which other evaluation harnesses ask models of this package."""
