@@ -50,7 +50,11 @@ setup(
     cmdclass={"build_py": WithConfigs},
     packages=find_packages(include=["vocojax", "vocojax.*"]),
     package_data={"vocojax": ["py.typed"], "vocojax.pretrained": ["torch/*"]},
-    entry_points={"console_scripts": ["vocojax = vocojax.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["vocojax = vocojax.cli.main:main"],
+        # Read by lmms-eval, where that is installed.
+        "lmms_eval.models": ["vocojax = vocojax.evaluation.harnesses.registration:MANIFEST"],
+    },
     install_requires=[
         f"jax{JAX}",
         "flax>=0.12.8,<0.13",
@@ -68,7 +72,7 @@ setup(
         "protobuf>=5",
         "Pillow>=11.3",
         "numba>=0.62",
-        "av>=16",
+        "av>=15",
         "pyarrow>=21",
         "msgspec>=0.20",
         "tensorboardX>=2.6",

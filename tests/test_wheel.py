@@ -4,9 +4,7 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import subprocess
-import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -14,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import vocojax
+from tests.helpers.wheel import PIP, ROOT, build_wheel
 from vocojax.config import config_to_dict
 
 pytest.importorskip("setuptools")
-ROOT = Path(__file__).parent.parent
 CONFIG = """
 import json
 from pathlib import Path
@@ -35,18 +33,11 @@ MESSAGE = re.compile(r"I\d{4} [\d:.]+ +\d+ \w+\.py:\d+\] ")  # of this package, 
 def installed(tmp_path_factory):
     """An empty environment with the wheel; what it needs is seen where it is, so that nothing is downloaded."""
     root = tmp_path_factory.mktemp("wheel")
-    source, environment = root / "source", root / "environment"
-    shutil.copytree(ROOT / "vocojax", source / "vocojax", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "configs", source / "configs", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", root, source],
-                   check=True)
+    environment = root / "environment"
+    wheel = build_wheel(root)
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
-    (wheel,) = root.glob("vocojax-*.whl")
-    subprocess.run([*pip, "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    subprocess.run([*PIP, "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
     packages = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True,
                               capture_output=True, text=True).stdout.strip()
     Path(packages, "present.pth").write_text(sysconfig.get_path("purelib"))  # which does not follow links in it

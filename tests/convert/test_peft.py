@@ -108,6 +108,7 @@ def test_a_projector_with_pefts_prefix(tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     ({"peft_type": "LOHA"}, "peft_type is 'LOHA', which is not supported here; merge"),
     ({"use_dora": True}, "use_dora is True"), ({"lora_alpha": "8"}, "lora_alpha must be a number"),
+    ({"lora_dropout": 1.0}, "lora_dropout must be a number >= 0 and < 1, got 1.0"),
     ({"base_model_name_or_path": "org/absent"}, "is a LoRA adapter, and its base model 'org/absent' is not here"),
     ({"base_model_name_or_path": ""}, "is a LoRA adapter, and its base model '' is not here"),
 ])

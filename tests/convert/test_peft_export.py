@@ -31,7 +31,8 @@ from vocojax.runs.card import ModelCard
 from vocojax.runs.weights import write_parameters
 from vocojax.weights import ParametersInMemory
 
-LORA = LoraConfig(rank=2, alpha=6.0, targets=("decoder/blocks/(query|up)/kernel", "projector/linear_in/kernel"))
+LORA = LoraConfig(rank=2, alpha=6.0, targets=("decoder/blocks/(query|up)/kernel", "projector/linear_in/kernel"),
+                  dropout=0.05)
 
 
 def lora_model(config):

@@ -104,7 +104,7 @@ def sound(path):
     """Writes a file of sound and the picture of its cover."""
     with av.open(str(path), "w") as file:
         stream, cover = file.add_stream("aac", rate=8000), file.add_stream("mjpeg")
-        cover.width, cover.height, cover.pix_fmt, cover.disposition = 64, 48, "yuvj420p", Disposition.attached_pic
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 64, 48, "yuvj420p", Disposition.attached_pic.value
         for packet in cover.encode(picture(1)) + cover.encode() + stream.encode(silence(0.5)) + stream.encode():
             file.mux(packet)
     return path

@@ -105,7 +105,7 @@ def test_answer_files_state_the_whole_prompt(data_root):
 def test_mmbench_images_are_decoded_also_where_a_row_names_another(data_root):
     benchmark = open_benchmark("mmbench_en", data_root)
     sizes = [request.visuals[0].size for request in benchmark.requests()]
-    assert sizes == [(8, 6)] * 5
+    assert sizes == [(40, 30)] * 5
 
 
 def test_gqa(data_root):

@@ -6,11 +6,17 @@ import threading
 
 import pytest
 
+from vocojax.data.conversation import template
 from vocojax.errors import InputError
 from vocojax.evaluation.benchmarks.registry import open_benchmark
-from vocojax.evaluation.judge.base import Pair, Verdict, judged_score, read_reply
+from vocojax.evaluation.judge.base import SYSTEM, Pair, Verdict, judged_score, read_reply
 from vocojax.evaluation.judge.endpoint import EndpointJudge, JudgeError
+from vocojax.evaluation.judge.local import LocalJudge
 from vocojax.evaluation.judge.replies import judge_pairs, pairs_of, stored_score, with_judge
+from vocojax.inference.assistant import Assistant
+from vocojax.inference.decoding.sampling import SamplingConfig
+from vocojax.inference.many import answer_many
+from vocojax.inference.requests import Answer, Request
 
 
 @pytest.mark.parametrize(("reply", "verdict"), [
@@ -24,6 +30,9 @@ from vocojax.evaluation.judge.replies import judge_pairs, pairs_of, stored_score
     ("{'pred': 'yes'}", None), ("{'pred': True, 'score': 4}", None), ("{'pred': 'yes', 'score': 'high'}", None),
     ("{'pred': 'yes', 'score': None}", None), ("['yes', 4]", None), ("yes", None), ("", None), ("(" * 500, None),
     ('{"pred": "yes", "score": true}', None),  # JSON's true is no Python
+    ("{'pred': b'yes', 'score': 4}", None), ("{'pred': 'yes', 'score': 1e400}", None),
+    ("{'pred': 'yes', 'score': 1" + "0" * 400 + "}", None),  # has no mean
+    ("{'pred': 'yes', 'score': -1.5}", Verdict(True, -1)), ("{'pred': 'nothing', 'score': 0}", Verdict(False, 0)),
 ])
 def test_replies(reply, verdict):
     assert read_reply(reply) == verdict
@@ -49,8 +58,9 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
         if isinstance(reply, int):
             self.send_error(reply)
             return
-        content = json.dumps({"choices": [{"message": {"content": reply}}],
-                              "usage": {"prompt_tokens": 10, "completion_tokens": 2}}).encode()
+        content = reply if isinstance(reply, bytes) else json.dumps({
+            "choices": [{"message": {"content": reply}}],
+            "usage": {"prompt_tokens": 10, "completion_tokens": 2}}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -123,6 +133,43 @@ def test_replies_may_be_of_any_characters(server, tmp_path):
     (tmp_path / "judge.jsonl").write_text("[" * 100_000 + "\n")
     with pytest.raises(InputError, match=r"judge.jsonl, line 1: is no stored reply"):
         stored_score(tmp_path / "judge.jsonl", PAIRS, "tiny-judge")
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"null", b'{"choices": []}', b'{"usage": 3}', b"[" * 100_000,
+                                  b'{"choices": [{"message": {"content": ["text"]}}]}', b"<html>", b"\xff"])
+def test_bodies_of_another_form_are_asked_for_again(server, tmp_path, body):
+    server.replies = lambda question, times: body if times == 1 else "{'pred': 'yes', 'score': 4}"
+    assert judge_pairs(judge(server), PAIRS[:1], tmp_path / "judge.jsonl").judged == 1
+    server.replies = lambda question, times: body
+    with pytest.raises(JudgeError, match=r"did not reply in 3 tries, the last time: .*; run the same command"):
+        judge_pairs(judge(server), PAIRS[1:2], tmp_path / "judge.jsonl")
+
+
+def test_a_filtered_reply_is_malformed(server, tmp_path):
+    server.replies = lambda question, times: None
+    assert judge_pairs(judge(server), PAIRS[:1], tmp_path / "judge.jsonl").malformed == 1
+
+
+def test_a_model_of_ours_is_a_judge(tiny_model, words, tmp_path):
+    """It says nothing that can be read: three replies a pair are stored, and counted as malformed."""
+    assistant = Assistant(tiny_model, words, template("short"))
+    found = judge_pairs(LocalJudge(assistant, "tiny"), PAIRS[:2], tmp_path / "judge.jsonl")
+    assert (found.judged, found.malformed, found.accuracy, found.score) == (0, 2, None, None)
+    stored = [json.loads(line) for line in (tmp_path / "judge.jsonl").read_text().splitlines()]
+    assert [each["id"] for each in stored] == ["q0"] * 3 + ["q1"] * 3 and {each["judge"] for each in stored} == {"tiny"}
+    request = Request(PAIRS[0].prompt, sampling=SamplingConfig(max_new_tokens=32), system=SYSTEM)
+    (answer,) = answer_many(assistant, [request], progress=None)
+    assert {each["reply"] for each in stored[:3]} == {answer.text.strip()}
+    with pytest.raises(InputError, match=r"the judge tiny can't reply about 'long': .*too long|more than the"):
+        judge_pairs(LocalJudge(assistant, "tiny"), [Pair("long", "red " * 5000, "red", "red")], tmp_path / "long.jsonl")
+
+
+def test_a_model_that_replies_as_asked(tiny_model, words, tmp_path, monkeypatch):
+    assistant = Assistant(tiny_model, words, template("short"))
+    monkeypatch.setattr("vocojax.evaluation.judge.local.answer_many", lambda assistant, requests, progress: [
+        Answer(" {'pred': 'yes', 'score': 4.8}\n", "stop") for _ in requests])
+    found = judge_pairs(LocalJudge(assistant, "tiny"), PAIRS, tmp_path / "judge.jsonl")
+    assert (found.accuracy, found.score, found.judged) == (100.0, 4.0, 4)
 
 
 def test_refusals_are_not_tried_again(server, tmp_path):

@@ -1,5 +1,6 @@
 """Files of answers: every form that is accepted, and one clear error for each way to be wrong."""
 
+import gzip
 import json
 
 import pytest
@@ -77,6 +78,48 @@ def test_files_that_can_not_be_read(gqa, tmp_path):
     path.write_text("[" * 100_000)
     with pytest.raises(InputError, match=r"torn.jsonl, line 1: is no JSON: nested too deeply"):
         read_predictions(path, gqa)
+
+
+ROUND = [{"question_id": int(each["question_id"]), "text": each["text"]} for each in RIGHT]
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.jsonl", "\ufeff" + "\r\n".join(map(json.dumps, ROUND)) + "\r\n\r\n  \r\n"),
+    ("a.jsonl", "\n".join(json.dumps({**each, "question_id": float(each["question_id"]), "score": []})
+                          for each in ROUND)),  # as pandas writes ids
+    ("a.json", "\ufeff" + json.dumps(RIGHT, indent=1)),
+    ("a.json", json.dumps({each["question_id"]: each["text"] for each in RIGHT})),
+    ("a.csv", "\ufeffquestion_id,text\r\n" + "".join(f'{each["question_id"]},{each["text"]}\r\n' for each in RIGHT)),
+])
+@pytest.mark.parametrize("packed", [False, True])
+def test_legal_files_as_people_write_them(gqa, tmp_path, name, content, packed):
+    path = tmp_path / f"{name}{'.gz' * packed}"
+    path.write_bytes(gzip.compress(content.encode()) if packed else content.encode())
+    assert list(read_predictions(path, gqa).texts) == [each["text"] for each in RIGHT]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.jsonl.gz", b"\x1f\x8b\x00", r"a.jsonl.gz: gzip can't unpack it"),
+    ("a.csv", b"question_id,text\n200,\xff\n", r"a.csv, line 2: must be UTF-8"),
+    ("a.xlsx", b"PK", r"a.xlsx: is no Excel file"),
+    ("a.json", b'{"200": "dog", "201": "yes", "200": "cat", "202": "cat", "203": "no"}',
+     r"1 answered more than once: '200'"),
+])
+def test_damaged_files_and_keys_that_are_there_twice(gqa, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_predictions(tmp_path / name, gqa)
+    assert "\n" not in str(error.value)
+
+
+def test_boxes_of_grit_in_pixels(data_root, tmp_path):
+    grit = open_benchmark("grit_refexp", data_root)
+    boxes = [{"example_id": f"r{i}", "bboxes": [[0, 0, 40, 30 - 16 * i]]} for i in range(2)]
+    assert grit.score(read_predictions(lines(tmp_path / "a.jsonl", boxes), grit).texts).value == 50.0
+    for odd in ([["a", 0, 1, 2]], [5], [[0, 0, 1]], ["text"]):
+        with pytest.raises(InputError, match=r"1 whose answer is no text: 'r1' \(list\)"):
+            read_predictions(lines(tmp_path / "a.jsonl", [boxes[0], {**boxes[1], "bboxes": odd}]), grit)
+    assert grit.score(['{"bboxes": [["x"]]}', '{"bboxes": 5}']).unreadable == 2
 
 
 def test_missing_answers_are_treated_as_the_official_tool_does(data_root, tmp_path):

@@ -2,14 +2,13 @@
 
 import itertools
 import json
-from pathlib import Path
+import shutil
 
 import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.data_root import picture
 from vocojax.data.conversation import template
 from vocojax.errors import InputError
 from vocojax.evaluation import running
@@ -29,14 +28,7 @@ def assistant(tiny_model, words):
 
 @pytest.fixture(scope="module")
 def asked(data_root):
-    """Benchmarks whose images are there."""
-    benchmarks = [open_benchmark(name, data_root) for name in NAMES]
-    for benchmark in benchmarks:
-        for item in benchmark.items:
-            for seed, path in enumerate(item.visuals):
-                if isinstance(path, Path) and not path.exists():
-                    picture(path, seed=seed + len(path.name))
-    return benchmarks
+    return [open_benchmark(name, data_root) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +111,12 @@ def test_shares_are_a_partition_by_visuals(images, count):
 def test_another_runs_directory_and_unreadable_images_are_refused(assistant, asked, whole, data_root, tmp_path):
     with pytest.raises(InputError, match=r"holds the answers of another run \(vocos is None there, 1 here\); name"):
         answer_benchmark(assistant, asked[2], whole / "pope", Asking("tiny", num_vocos=1))
-    gqa = open_benchmark("gqa", data_root)  # without images
-    picture(data_root / "gqa/images/n0.jpg")
+    shutil.copytree(data_root / "gqa", tmp_path / "data" / "gqa")
+    (tmp_path / "data/gqa/images/n1.jpg").rename(tmp_path / "n1.jpg")
+    gqa = open_benchmark("gqa", tmp_path / "data")
     with pytest.raises(InputError, match=r"gqa: 2 questions could not be answered: '202' .*n1.jpg.*; mend them"):
         answer_benchmark(assistant, gqa, tmp_path, Asking("tiny"))
-    picture(data_root / "gqa/images/n1.jpg")
+    (tmp_path / "n1.jpg").rename(tmp_path / "data/gqa/images/n1.jpg")
     assert len(answer_benchmark(assistant, gqa, tmp_path, Asking("tiny"))) == 4
     assert json.loads((tmp_path / ANSWERS).read_text().splitlines()[0])["question_id"] == "200"
 

@@ -7,7 +7,6 @@ import os
 import pytest
 
 from tests.evaluation.test_command import evaluate
-from tests.helpers.data_root import picture
 from vocojax.data.conversation import template
 from vocojax.errors import InputError
 from vocojax.evaluation.benchmarks.registry import BENCHMARKS, open_benchmark
@@ -142,11 +141,7 @@ def test_layouts_name_benchmarks_that_exist():
 
 @pytest.fixture(scope="module")
 def pope(data_root):
-    """A benchmark whose images are there."""
-    benchmark = open_benchmark("pope_random", data_root)
-    for seed, item in enumerate(benchmark.items):
-        picture(item.visuals[0], seed=seed)
-    return benchmark
+    return open_benchmark("pope_random", data_root)
 
 
 @pytest.fixture

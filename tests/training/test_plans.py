@@ -123,15 +123,25 @@ def test_both_plans_give_one_loss_and_one_gradient(stage, words):
 
 
 
-def on_eight_devices(stage, words, folder, *mesh):
+def report_of_eight_devices(stage, words, folder, *arguments):
     """The report of `helpers/plans_on_devices.py`, which runs both plans with eight virtual devices."""
     (folder / "stage.pkl").write_bytes(pickle.dumps(stage))
     words.save(folder / "tokenizer")
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
                    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
     command = [sys.executable, "-m", "tests.helpers.plans_on_devices", folder / "stage.pkl", folder / "tokenizer",
-               *map(str, mesh)]
-    report = json.loads(subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, cwd=ROOT).stdout)
+               *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, cwd=ROOT).stdout)
+
+
+def on_eight_devices_with_dropout(stage, words, folder):
+    """The largest relative difference between eight devices' gradients and one's, for each plan."""
+    return report_of_eight_devices(stage, words, folder, 2, 4, 1, "dropout")["dropout"]
+
+
+def on_eight_devices(stage, words, folder, *mesh):
+    """What both plans move on a mesh of eight devices, where their losses and gradients are checked."""
+    report = report_of_eight_devices(stage, words, folder, *mesh)
     found, wanted = report["loss"]
     assert abs(found - wanted) <= 1e-4 * wanted
     worst = report["worst"]

@@ -50,6 +50,7 @@ def main(arguments: Sequence[str]) -> None:
 
     leave_on_sigterm(FLAGS.stopped_status)
     config = config_flag.stage()
+    from vocojax.evaluation.training_scores import open_scorer
     from vocojax.parallel import cluster, processes
     from vocojax.training import stage
 
@@ -61,9 +62,9 @@ def main(arguments: Sequence[str]) -> None:
         cluster.initialize(found, FLAGS.start_seconds, FLAGS.heartbeat_seconds)
         _warn_of_cpu()
         if not FLAGS.dry_run:
-            stage.train(config, FLAGS.workdir)
+            stage.train(config, FLAGS.workdir, open_scorer=open_scorer)
             return
-        banner = stage.dry_run(config, FLAGS.workdir)
+        banner = stage.dry_run(config, FLAGS.workdir, open_scorer)
         if processes.is_first():
             print(banner)
     except Preempted as stopped:

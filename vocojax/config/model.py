@@ -176,15 +176,20 @@ class LoraConfig:
       rank: rank of A and B; 0 is no LoRA.
       alpha: scales A B.
       targets: regexes of the paths of linear layers' kernels; a regex must match the whole path.
+      dropout: share of the elements of A's input that training sets to 0, as PEFT's `lora_dropout`; the others are
+        divided by 1 - dropout. Only for targets in the decoder's layers. Nothing is dropped in validation, inference
+        and merged weights.
     """
 
     rank: int = 0
     alpha: float = 16.0
     targets: tuple[str, ...] = ("decoder/blocks/.*/kernel",)
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "rank", "must be >= 1, or 0 for no LoRA", self.rank)
         require(0 < self.alpha < math.inf, "alpha", "must be > 0", self.alpha)
+        require(0 <= self.dropout < 1, "dropout", "must be >= 0 and < 1", self.dropout)
         require(bool(self.targets) or not self.rank, "targets", "must name the kernels that get factors", self.targets)
         for pattern in self.targets:
             try:

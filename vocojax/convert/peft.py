@@ -1,6 +1,6 @@
 """LoRA adapters in the directories that PEFT and LLaVA's LoRA scripts write, read as part of their base model.
 
-    adapter_config.json            rank, alpha, and the base model's name
+    adapter_config.json            rank, alpha, dropout (of training alone), and the base model's name
     adapter_model.safetensors      the factors (.bin in older ones), and whole tensors (`modules_to_save`)
     non_lora_trainables.bin        LLaVA: whole tensors that were trained as well, such as the projector
 
@@ -158,6 +158,9 @@ def _read_config(directory: Path) -> Json:
     alpha = values.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ConvertError(f"{where}: lora_alpha must be a number, got {alpha!r}; copy the file again")
+    dropout = values.get("lora_dropout") or 0.0
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ConvertError(f"{where}: lora_dropout must be a number >= 0 and < 1, got {dropout!r}; copy the file again")
     return values
 
 

@@ -5,6 +5,7 @@ hint. The packets of a file are read before any frame is chosen: where each hold
 all frames without decoding them. Files of other kinds are decoded once to count their frames.
 """
 
+import errno
 import os
 import stat
 import time
@@ -375,7 +376,10 @@ class _Opened:
             return VideoError(self._name, f"cannot be read: {error}", "missing video")
         if isinstance(error, (av.error.ExitError, TimeoutError)):
             return VideoError(self._name, f"takes more than {self._seconds:g} s", "slow video")
-        if isinstance(error, av.error.ArgumentError):  # the error for a format that is not on the list
-            return VideoError(self._name, "is not mp4, mov, mkv, webm, avi or ts, or is damaged", "undecodable video")
-        problem = error.strerror if isinstance(error, av.error.FFmpegError) else "it is damaged"
+        problem: str | None = "it is damaged"
+        if isinstance(error, av.error.FFmpegError):
+            if error.errno == errno.EINVAL:  # the error for a format that is not on the list
+                return VideoError(self._name, "is not mp4, mov, mkv, webm, avi or ts, or is damaged",
+                                  "undecodable video")
+            problem = error.strerror
         return VideoError(self._name, f"cannot be decoded: {problem}", "undecodable video")

@@ -1,5 +1,8 @@
 """Files of answers: the official formats and plain jsonl, matched to a benchmark's questions or refused."""
 
+import gzip
+import json
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +11,12 @@ from typing import Any
 
 from vocojax.errors import InputError
 from vocojax.evaluation.benchmarks.base import Benchmark
-from vocojax.evaluation.benchmarks.files import numbered_json_lines, read_json
+from vocojax.evaluation.benchmarks.files import decoded, numbered_json_lines
 from vocojax.evaluation.benchmarks.spreadsheets import read_spreadsheet
 from vocojax.evaluation.benchmarks.tables import read_table
-from vocojax.files import parse_json
 
 FIRST = 3  # offenders that an error names
+RECORD_FIELDS = {"question_id", "id", "text", "answer", "pred", "prediction", "prompt"}  # one of them is in a record
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,10 @@ def read_predictions(path: str | Path, benchmark: Benchmark, allow_missing: bool
     """Reads answers and matches them to a benchmark's questions.
 
     Args:
-      path: JSON lines, a JSON list of records, a JSON object of answers by id, a table (.tsv, .csv, .xlsx), or MME's
-        folder of one table per task. A record has the question's id and the answer under the names that the benchmark
-        gives (`id_fields`, `text_fields`), for all of them `question_id` or `id`, and `text` or `answer`.
+      path: JSON lines, a JSON list of records, a JSON object of answers by id, a table (.tsv, .csv, .xlsx), any of the
+        texts packed by gzip (.jsonl.gz), or MME's folder of one table per task. A record has the question's id and the
+        answer under the names that the benchmark gives (`id_fields`, `text_fields`), for all of them `question_id` or
+        `id`, and `text` or `answer`.
       benchmark: whose questions are answered.
       allow_missing: accept questions without an answer, and treat them as the official tool does.
 
@@ -83,18 +87,7 @@ def read_records(path: Path) -> list[Mapping[str, Any]]:
         return _mme_records(path)
     if not path.exists():
         raise InputError(f"{path}: is missing")
-    if path.suffix == ".xlsx":
-        records: list[Any] = read_spreadsheet(path)
-    elif path.suffix in (".tsv", ".csv"):
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        records = list(read_table(path, path.read_text(encoding="utf-8"), delimiter, ()))
-    elif _is_one_document(path):
-        content = read_json(path)
-        if isinstance(content, dict):
-            content = [{"id": key, "answer": answer} for key, answer in content.items()]
-        records = _without_nesting(content)
-    else:
-        records = [record for _, record in numbered_json_lines(path, path.read_bytes())]
+    records: list[Any] = read_spreadsheet(path) if path.suffix == ".xlsx" else _records_of_text(path)
     if not isinstance(records, list) or not records:
         raise InputError(f"{path}: holds no record of an answer")
     wrong = [f"record {number} ({type(record).__name__})" for number, record in enumerate(records, start=1)
@@ -103,17 +96,43 @@ def read_records(path: Path) -> list[Mapping[str, Any]]:
     return records
 
 
-def _is_one_document(path: Path) -> bool:
-    """Returns whether a file is one JSON list or object, not one object per line."""
+def _records_of_text(path: Path) -> Any:
+    """Reads the records of a text file, which gzip may have packed."""
+    content, kind = _unpacked(path)
+    if kind in (".tsv", ".csv"):
+        return read_table(path, decoded(path, content), "\t" if kind == ".tsv" else ",", ())
     try:
-        content = parse_json(path.read_text(encoding="utf-8-sig"))
-    except ValueError:
-        return False
-    return isinstance(content, list) or (isinstance(content, dict) and not _is_record(content))
+        document = json.loads(content, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError):  # no single document: a record per line, or a line that will be named
+        document = None
+    if isinstance(document, _Pairs) and not document.keys() & RECORD_FIELDS:  # answers by id
+        return [{"id": key, "answer": answer} for key, answer in document.pairs]
+    if isinstance(document, list):
+        return _without_nesting(document)
+    return [record for _, record in numbered_json_lines(path, content)]
 
 
-def _is_record(content: Mapping[str, Any]) -> bool:
-    return bool(content.keys() & {"question_id", "id", "text", "answer", "pred", "prediction", "prompt"})
+def _unpacked(path: Path) -> tuple[bytes, str]:
+    """Returns a file's content and its suffix, both without gzip's."""
+    content = path.read_bytes()
+    if path.suffix != ".gz":
+        return content, path.suffix
+    try:
+        return gzip.decompress(content), path.with_suffix("").suffix
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: gzip can't unpack it: {error}") from error
+
+
+class _Pairs(dict[str, Any]):
+    """A JSON object that also knows the keys that it states twice.
+
+    Attributes:
+      pairs: keys and values as they are written.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]):
+        super().__init__(pairs)
+        self.pairs = tuple(pairs)
 
 
 def _without_nesting(content: Any) -> Any:

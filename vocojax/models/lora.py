@@ -2,11 +2,16 @@
 
 A layer computes `x W + scale (x A) B`, so that neither the sum nor its gradient ever exists in training. The factors of
 `X/kernel` are the parameters `X/lora/a` [in, rank] and `X/lora/b` [rank, out], stacked like the kernel.
+
+In training some elements of x may be dropped before A, as PEFT's `lora_dropout` does; W sees all of x. The mask of a
+row depends on the row's key, the layer and the kernel's name alone, and so on no mesh, no part of a batch and no
+rematerialisation. A model has dropout only where `with_dropout` gave it keys; nothing else draws random numbers.
 """
 
 import re
+import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +27,11 @@ from vocojax.models.parameters import Parameters
 _INIT_A = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _INIT_STACKED_A = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=(0,))
 _HEAD = "decoder/head/kernel"  # no target, as in PEFT: `Decoder.logits` reads it directly
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+class MaskKeys(nnx.Variable[jax.Array]):
+    """The keys of a layer's dropout masks, one for each row: [B], or [L, B] in a stack."""
 
 
 class LowRank(nnx.Module):
@@ -36,11 +46,49 @@ class LowRank(nnx.Module):
         axes = kernel.get_metadata()["out_sharding"]
         self.a = parameter(_INIT_STACKED_A if layers else _INIT_A, (*layers, in_width, config.rank), axes, rngs)
         self.b = parameter(nnx.initializers.zeros, (*layers, config.rank, out_width), axes, rngs)
-        self.scale = config.scale
+        self.scale, self.dropout = config.scale, config.dropout
+        self.mask_keys: MaskKeys | None = None  # `with_dropout` sets it
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the term [tokens, out] for x [tokens, in], the tokens of all rows one after the other."""
+        if self.mask_keys is not None:
+            x = _dropped(x, self.mask_keys[...], self.dropout)
         low = x @ self.a[...].astype(x.dtype)
         return (self.scale * low) @ self.b[...].astype(x.dtype)
+
+
+def _dropped(x: jax.Array, keys_B: jax.Array, rate: float) -> jax.Array:
+    """Returns x [B * S, E] with elements set to 0 at that rate, and the others divided by 1 - rate."""
+    x_BSE = x.reshape(len(keys_B), -1, x.shape[-1])
+    is_kept_BSE = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BSE.shape[1:]))(keys_B)
+    return jnp.where(is_kept_BSE, x_BSE / (1 - rate), 0).reshape(x.shape)
+
+
+def with_dropout(model: Model, keys_B: jax.Array) -> Model:
+    """Returns a copy of a model whose LoRA layers drop elements of their input, for rows with these keys.
+
+    Args:
+      model: all of its LoRA layers run on the same B rows.
+      keys_B: typed PRNG keys, one for each row.
+    """
+    model = nnx.merge(*nnx.split(model))
+    for path, module in list(nnx.iter_modules(model)):
+        if isinstance(module, LowRank):
+            name = zlib.crc32("/".join(map(str, path)).encode())
+            own_B = jax.vmap(lambda key, name=name: jax.random.fold_in(key, name))(keys_B)
+            if module.a.ndim == 3:
+                layers = jnp.arange(len(module.a))
+                own_B = jax.vmap(lambda layer, keys=own_B: jax.vmap(jax.random.fold_in, (0, None))(keys, layer))(layers)
+            module.mask_keys = nnx.data(MaskKeys(own_B))
+    return model
+
+
+def row_keys(key: jax.Array, *numbers: jax.Array) -> jax.Array:
+    """Returns a key [B] for each row, made of one key and int32 arrays [B] which together name the row."""
+    keys_B = jnp.broadcast_to(key, numbers[0].shape)
+    for number_B in numbers:
+        keys_B = jax.vmap(jax.random.fold_in)(keys_B, number_B)
+    return keys_B
 
 
 def add_lora(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:

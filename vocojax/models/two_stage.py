@@ -14,6 +14,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from vocojax.config import DecoderConfig
 from vocojax.kernels.rotary import Rotation, rotate
 from vocojax.models.llama import KeyValues, rope_frequencies
+from vocojax.models.lora import row_keys, with_dropout
 from vocojax.models.voco import Rows, VocoLlama
 
 
@@ -63,7 +64,7 @@ class Units(NamedTuple):
 
 def compress_in_chunks(
     model: VocoLlama, units: Units, text_B: jax.Array, slots: int, *, axes: tuple[str, ...] = (),
-    attention: str | None = None, remat: str = "none",
+    attention: str | None = None, remat: str = "none", dropout: jax.Array | None = None,
 ) -> KeyValues:
     """Runs units chunk after chunk, and makes the key/value prefix of texts from their VoCo tokens.
 
@@ -82,6 +83,7 @@ def compress_in_chunks(
       axes: the mesh axes of the devices that share the units; none for one device.
       attention: implementation of `interval_attention`; None picks by platform.
       remat: a key of `stack.REMAT_POLICIES`, for the layers inside a chunk.
+      dropout: the step's key for LoRA's dropout; None for none.
 
     Returns:
       Keys and values [L, B, T * N, G, D]. Places without a unit hold zeros, which the texts' mask must hide.
@@ -90,7 +92,7 @@ def compress_in_chunks(
     side = model.config.vision.image_size
     kept_shape = decoder.depth, chunk, kept, decoder.num_kv_heads, decoder.head_width
 
-    def run(images_CFR: jax.Array, position_C: jax.Array) -> KeyValues:
+    def run(images_CFR: jax.Array, position_C: jax.Array, keys_C: jax.Array | None) -> KeyValues:
         # Otherwise XLA copies all images into the layout that the vision tower would like a chunk's to have.
         images_CFR = with_layout_constraint(images_CFR, Layout(major_to_minor=(0, 1, 2)))
         flat_CR = images_CFR.reshape(chunk, -1)[:, : 3 * side**2]
@@ -98,22 +100,26 @@ def compress_in_chunks(
         repeat = lambda x_R: jnp.broadcast_to(x_R, (chunk, *x_R.shape))
         rows = Rows(repeat(units.ids_R), units.positions_R + position_C[:, None], repeat(units.start_R),
                     repeat(units.stop_R), repeat(units.vision_R), images_CUHWC)
-        return compress(model, rows, kept, attention=attention, remat=remat)
+        running = model if keys_C is None else with_dropout(model, keys_C)
+        return compress(running, rows, kept, attention=attention, remat=remat)
 
-    def skip(images_CFR: jax.Array, position_C: jax.Array) -> KeyValues:
+    def skip(images_CFR: jax.Array, position_C: jax.Array, keys_C: jax.Array | None) -> KeyValues:
         nothing = jnp.zeros(kept_shape, model.dtype)
         return KeyValues(nothing, nothing)
 
     @jax.checkpoint
-    def run_chunk(images_CFR: jax.Array, position_C: jax.Array, is_used: jax.Array) -> KeyValues:
-        return jax.lax.cond(is_used, run, skip, images_CFR, position_C)
+    def run_chunk(
+        images_CFR: jax.Array, position_C: jax.Array, keys_C: jax.Array | None, is_used: jax.Array
+    ) -> KeyValues:
+        return jax.lax.cond(is_used, run, skip, images_CFR, position_C, keys_C)
 
     def add_chunk(prefix: KeyValues, chunk_units: tuple[jax.Array, ...]) -> tuple[KeyValues, None]:
         images_CFR, text_C, slot_C, position_C = chunk_units
         is_used = (text_C >= 0).any()
         if axes:  # all devices run the chunk or none does, because layers are gathered inside it
             is_used = jax.lax.pmax(is_used.astype(jnp.int32), axes) > 0
-        compressed = run_chunk(images_CFR, position_C, is_used)
+        keys_C = None if dropout is None else row_keys(dropout, text_C, slot_C)
+        compressed = run_chunk(images_CFR, position_C, keys_C, is_used)
         everyones = lambda x, axis: jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
         text_A, slot_A = everyones(text_C, 0), everyones(slot_C, 0)
         is_own_AB = (text_A[:, None] == text_B) & (text_A >= 0)[:, None]

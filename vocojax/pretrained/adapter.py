@@ -164,7 +164,7 @@ def _config(lora: LoraConfig, adapted: list[str], whole: list[str], base: str, r
     """Returns the content of `adapter_config.json`.
 
     Args:
-      lora: rank and alpha.
+      lora: rank, alpha and dropout.
       adapted: names of the kernels' tensors in the base model.
       whole: names of the modules that are saved whole.
       base: the base model's name.
@@ -174,7 +174,7 @@ def _config(lora: LoraConfig, adapted: list[str], whole: list[str], base: str, r
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision,
         "inference_mode": True,
-        "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "bias": "none", "fan_in_fan_out": False,
         # A regex: the vision tower has layers of the same names.
         "target_modules": rf".*language_model\.(.*\.)?layers\.\d+\.({'|'.join(map(re.escape, kinds))})",
         "modules_to_save": whole,

@@ -15,6 +15,8 @@ from vocojax.models.stack import REMAT_POLICIES
 from vocojax.parallel.mesh import MeshConfig
 
 Dtype = Literal["float32", "bfloat16"]
+BEST_METRICS = ("loss", "cross_entropy", "kl", "accuracy", "grad_norm", "validation_loss", "validation_accuracy")
+SCORE = "validation/"  # a benchmark's score is logged as `validation/BENCHMARK`
 LearningRate = tuple[str, float | Literal["freeze"]]
 
 
@@ -80,7 +82,8 @@ class CheckpointConfig:
       keep: how many of the newest are kept.
       keep_every: checkpoints of multiples of so many steps are kept for good; 0 is none.
       keep_best: how many are kept in addition, by `best_metric`; 0 is none.
-      best_metric: the mean since metrics were last logged, or that of the validation after the same step.
+      best_metric: the mean since metrics were last logged, or that of the validation after the same step: one of
+        `BEST_METRICS`, or `validation/BENCHMARK` with one of `validation.benchmarks`.
       best_is: whether the lowest or the highest value is the best.
     """
 
@@ -89,8 +92,7 @@ class CheckpointConfig:
     keep: int = 2
     keep_every: int = 0
     keep_best: int = 0
-    best_metric: Literal["loss", "cross_entropy", "kl", "accuracy", "grad_norm", "validation_loss",
-                         "validation_accuracy"] = "loss"
+    best_metric: str = "loss"
     best_is: Literal["lowest", "highest"] = "lowest"
 
     def __post_init__(self) -> None:
@@ -98,13 +100,20 @@ class CheckpointConfig:
         require(self.minutes >= 0, "minutes", "must be >= 0", self.minutes)
         require(self.keep_every >= 0, "keep_every", "must be >= 0", self.keep_every)
         require(self.keep_best >= 0, "keep_best", "must be >= 0", self.keep_best)
+        is_score = self.best_metric.startswith(SCORE)
+        require(is_score or self.best_metric in BEST_METRICS, "best_metric",
+                f"must be one of {', '.join(BEST_METRICS)} or {SCORE}BENCHMARK", self.best_metric)
+        require(not (self.keep_best and is_score) or self.best_is == "highest", "best_is",
+                f"must be 'highest' to keep the best by {self.best_metric}", self.best_is)
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Held-out data, whose loss and accuracy are logged as validation_loss and validation_accuracy.
+    """What is measured while a run trains: held-out data, benchmarks and answers to fixed prompts.
 
-    Everything that is not named here is as in the stage's `data`.
+    Held-out data's loss and accuracy are logged as validation_loss and validation_accuracy, benchmarks' scores as
+    `validation/BENCHMARK`, some questions and answers with their pictures in TensorBoard and Weights & Biases. What is
+    not named here is as in the stage's `data`.
 
     Attributes:
       every: steps between validations; 0 is never. The last step has one as well.
@@ -113,6 +122,11 @@ class ValidationConfig:
       split: as in `DataConfig`.
       path: as in `DataConfig`.
       image_root: as in `DataConfig`.
+      ask_every: steps between two askings of `benchmarks` and `prompts`; 0 is never. The last step has one as well.
+      benchmarks: names of benchmarks or groups of them (`vocojax evaluate --list`), scored as `vocojax evaluate` does.
+      data_root: directory of the benchmarks' official files, a folder per benchmark.
+      questions: about how many of each benchmark are asked, evenly spread; they are the same every time.
+      prompts: pairs (image file, question), whose answers are logged; '' for no image.
     """
 
     every: int = 0
@@ -121,10 +135,18 @@ class ValidationConfig:
     split: Split = "validation"
     path: str = ""
     image_root: str = ""
+    ask_every: int = 0
+    benchmarks: tuple[str, ...] = ()
+    data_root: str = "data"
+    questions: int = 200
+    prompts: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "every", "must be >= 0", self.every)
-        require_positive(self, "batches")
+        require_positive(self, "batches", "questions")
+        asks = bool(self.benchmarks or self.prompts)
+        require(self.ask_every > 0 if asks else self.ask_every == 0, "ask_every",
+                "must be > 0 to ask benchmarks and prompts, and 0 where there are none", self.ask_every)
 
 
 @dataclass(frozen=True)
@@ -231,6 +253,11 @@ class StageConfig:
             every = self.validation.every
             require(every > 0 and self.checkpoint.every % every == 0, "checkpoint.every",
                     f"must be a multiple of validation.every {every} > 0 to keep the best by "
+                    f"{self.checkpoint.best_metric}", self.checkpoint.every)
+        if self.checkpoint.keep_best and self.checkpoint.best_metric.startswith(SCORE):
+            every = self.validation.ask_every
+            require(every > 0 and self.checkpoint.every % every == 0, "checkpoint.every",
+                    f"must be a multiple of validation.ask_every {every} > 0 to keep the best by "
                     f"{self.checkpoint.best_metric}", self.checkpoint.every)
         require_positive(self, "steps", "batch_size", "accumulate", "unit_chunk", "log_every")
         require_seed(self.seed)

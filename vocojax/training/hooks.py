@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.goodput import Goodput, StepTimer
 from vocojax.training.run_log import RunLog
 from vocojax.training.schedule import Due
+from vocojax.training.scoring import Sample, Scores
 from vocojax.training.step import TrainState
 from vocojax.training.watchdog import Watchdog
 
 Scalars = Callable[[Mapping[str, float], float], Mapping[str, float]]
 Validate = Callable[[TrainState, Callable[[], bool]], dict[str, float]]
+Score = Callable[[TrainState, Callable[[], bool]], Scores]
 Numbered = list[tuple[int, dict[str, float]]]
 
 
@@ -110,10 +112,14 @@ class Logger:
         if event.due.log:
             self._interval_end = event.number
 
-    def add_validation(self, number: int, values: dict[str, float]) -> None:
-        """Logs up to step `number`, its line with the values of a validation."""
+    def add_validation(self, number: int, values: dict[str, float], samples: Sequence[Sample] = ()) -> None:
+        """Logs up to step `number`, its line with the values of a validation, and then samples of answers."""
         self._validated = (number, values)
         self.log_until(number)
+        try:
+            self._log.write_samples(number, samples)
+        except OSError as error:
+            raise self._checkpoints.failure(error) from error
 
     def validation_of(self, number: int) -> dict[str, float]:
         """Returns the values of the validation after step `number`, if there was one."""
@@ -181,22 +187,33 @@ class Logger:
 
 
 class Validator:
-    """Measures the state on held-out data, where the schedule asks for it.
+    """Measures the state on held-out data and by benchmarks, where the schedule asks for it.
 
     Args:
       validate: see `loop.Task`.
+      score: see `loop.Task`.
       last_step: of the whole run; its validation is never ended by a stop.
     """
 
     def __init__(
-        self, validate: Validate, last_step: int, metrics: MetricsInFlight, logger: Logger, timer: StepTimer,
-        watchdog: Watchdog,
+        self, validate: Validate, score: Score, last_step: int, metrics: MetricsInFlight, logger: Logger,
+        timer: StepTimer, watchdog: Watchdog,
     ):
-        self._validate, self._last_step, self._metrics = validate, last_step, metrics
+        self._validate, self._score, self._last_step, self._metrics = validate, score, last_step, metrics
         self._logger, self._timer, self._watchdog = logger, timer, watchdog
 
-    def run(self, number: int, state: TrainState, stop_request: StopRequest) -> bool:
-        """Measures the state after step `number` and logs up to it; returns whether a requested stop ended it."""
+    def run(
+        self, number: int, state: TrainState, stop_request: StopRequest, validates: bool = True, scores: bool = False
+    ) -> bool:
+        """Measures the state after step `number` and logs up to it; returns whether a requested stop ended it.
+
+        Args:
+          number: of the step.
+          state: after it.
+          stop_request: of the run.
+          validates: whether held-out data is measured.
+          scores: whether benchmarks are asked.
+        """
         stopped = False
 
         def should_continue() -> bool:
@@ -207,8 +224,9 @@ class Validator:
 
         self._metrics.wait_for(0)
         with self._timer.other_work():
-            values = self._validate(state, should_continue)
-        self._logger.add_validation(number, values)
+            values = self._validate(state, should_continue) if validates else {}
+            found = self._score(state, should_continue) if scores and not stopped else Scores()
+        self._logger.add_validation(number, {**values, **found.values}, found.samples)
         return stopped
 
 

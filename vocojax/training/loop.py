@@ -23,11 +23,13 @@ from vocojax.training.hooks import (
     Profiler,
     Saver,
     Scalars,
+    Score,
     StepEvent,
     Validate,
     Validator,
 )
 from vocojax.training.schedule import Schedule
+from vocojax.training.scoring import Scores
 from vocojax.training.step import Step, TrainState
 from vocojax.training.watchdog import Watchdog
 
@@ -58,6 +60,7 @@ class LoopConfig:
       validate_every: steps between validations; 0 is none. The last step has one as well. A requested stop leaves out
         the validation that is due, or ends the one in progress, and it is not made up for; only that of the last step
         is always whole.
+      score_every: steps between scores of benchmarks, for which the same holds; 0 is none.
     """
 
     name: str
@@ -66,6 +69,7 @@ class LoopConfig:
     position: int = 0
     run: RunConfig = field(default_factory=RunConfig)
     validate_every: int = 0
+    score_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Task:
         compilation, validations and checkpoints) -> more values to log.
       validate: (state, a function to call now and then, which returns whether to continue) -> metrics on other data;
         {} if it did not continue.
+      score: likewise, the scores of benchmarks and samples of answers.
     """
 
     step: Step
@@ -90,6 +95,7 @@ class Task:
     merge: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda states: states[0]
     scalars: Scalars = lambda sums, seconds: {}
     validate: Validate = lambda state, should_continue: {}
+    score: Score = lambda state, should_continue: Scores()
 
 
 def run(
@@ -125,13 +131,14 @@ def run(
         if first_step < config.steps and stop_request.reached():
             raise Preempted(f"{workdir}: stopped before its next step; nothing new to save. "
                             "Run the same command to start again.")
-        schedule = Schedule(config.steps, config.log_every, config.validate_every, checkpoints.config)
+        schedule = Schedule(config.steps, config.log_every, config.validate_every, checkpoints.config,
+                            score_every=config.score_every)
         metrics, timer, goodput = MetricsInFlight(), StepTimer(), Goodput(workdir, useful_seconds)
         logger = stack.enter_context(Logger(
             workdir, config.name, config.position, config.steps, first_step, config.run.wandb_project, task.scalars,
             metrics, timer, goodput, checkpoints))
         watchdog = stack.enter_context(Watchdog(config.run.hang_seconds))
-        validator = Validator(task.validate, config.steps, metrics, logger, timer, watchdog)
+        validator = Validator(task.validate, task.score, config.steps, metrics, logger, timer, watchdog)
         saver = Saver(checkpoints, logger, timer, goodput, watchdog)
         profiler = stack.enter_context(Profiler(workdir, config.run.profile, metrics))
         feed = _Feed(task, metrics, timer, watchdog)
@@ -144,8 +151,10 @@ def run(
             if number == first_step + 1:  # compiled: from here on there is something to save
                 stack.enter_context(stop_request.listening())
             stop_requested = stop_request.reached()
-            if schedule.validates(number, stop_requested):
-                stop_requested = validator.run(number, state, stop_request) or stop_requested
+            validates, scores = (due(number, stop_requested) for due in (schedule.validates, schedule.scores))
+            if validates or scores:
+                stopped = validator.run(number, state, stop_request, validates, scores)
+                stop_requested = stopped or stop_requested
             due = schedule.after(number, stop_requested)
             event = StepEvent(number, state, due, feed.data_state() if due.save else None)
             if not due.stop:

@@ -16,6 +16,7 @@ from vocojax.data.packing import Row, row_of, row_shape
 from vocojax.data.text_rows import UNIT_ARRAYS, text_row_shape
 from vocojax.layout import Visibility, unit_shape
 from vocojax.models import two_stage
+from vocojax.models.lora import row_keys, with_dropout
 from vocojax.models.two_stage import Units
 from vocojax.models.voco import Rows, VocoLlama, rows_from_batch
 from vocojax.parallel.mesh import BATCH_AXES, shard_batch
@@ -26,7 +27,7 @@ Batch = Mapping[str, jax.Array]
 
 def hidden_states(
     model: VocoLlama, batch: Batch, config: StageConfig, view: str = "", axes: tuple[str, ...] = (),
-    step: jax.Array | int = 0,
+    step: jax.Array | int = 0, dropout: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the decoder's hidden states [B, S, E] at a batch's rows, by the stage's plan.
 
@@ -37,13 +38,16 @@ def hidden_states(
       view: prefix of another visibility's arrays in rows of whole samples.
       axes: the mesh axes that share the units in a `jax.shard_map`.
       step: the training step; see `VocoLlama.__call__`.
+      dropout: the step's key for LoRA's dropout, with the rows' numbers in the batch as `row`; None for none.
     """
     options: Any = {"attention": config.attention, "remat": config.remat}
+    reader = model if dropout is None else with_dropout(model, row_keys(dropout, batch["row"]))
     if config.plan == "single_pass":
-        return model(rows_from_batch(batch, view), step=step, **options)[0]
+        return reader(rows_from_batch(batch, view), step=step, **options)[0]
     prefix = two_stage.compress_in_chunks(
-        model, _units(batch, config.unit_chunk), batch["text"], config.data.images_per_row, axes=axes, **options)
-    return two_stage.read(model, _texts(batch), prefix, **options)[0]
+        model, _units(batch, config.unit_chunk), batch["text"], config.data.images_per_row, axes=axes, dropout=dropout,
+        **options)
+    return two_stage.read(reader, _texts(batch), prefix, **options)[0]
 
 
 def _units(batch: Batch, chunk: int) -> Units:

@@ -70,7 +70,7 @@ def make_program(config: StageConfig, mesh: Mesh) -> Program:
     model = abstract(lambda: make_model(config, nnx.Rngs(0)))
     teacher = abstract(lambda: VocoLlama(config.model, nnx.Rngs(0), config.dtype)) if config.distill.teacher else None
     multipliers = learning_rate_multipliers(variables_of(model), config.learning_rates)
-    _check_lora_rules(model, multipliers)
+    _check_lora(config, model, multipliers)
     optimizer = with_multipliers(make_optimizer(config.optimizer, config.steps), multipliers)
     shardings = parameter_shardings(model, mesh)
     state = _abstract_state(config, model, multipliers, teacher, optimizer, mesh, shardings)
@@ -112,10 +112,13 @@ def make_model(config: StageConfig, rngs: nnx.Rngs) -> VocoLlama:
     return model
 
 
-def _check_lora_rules(model: VocoLlama, multipliers: Mapping[str, float]) -> None:
-    """Raises `ConfigError` unless factors train and the kernels they belong to don't."""
+def _check_lora(config: StageConfig, model: VocoLlama, multipliers: Mapping[str, float]) -> None:
+    """Raises `ConfigError` unless factors train and their kernels don't, and dropout is for decoder layers alone."""
     names = variables_of(model)
     for kernel in (name for name in names if factor_names(name)[0] in names):
+        if config.lora.dropout and not kernel.startswith("decoder/blocks/"):
+            raise ConfigError("lora.dropout", f"is for targets in the decoder's layers alone, but lora.targets match "
+                              f"{kernel!r}; set it to 0, or leave that target out")
         if kernel in multipliers or not all(factor in multipliers for factor in factor_names(kernel)):
             raise ConfigError("learning_rates", f"must freeze {kernel!r} and train its factors {factor_names(kernel)}, "
                               "as the rules of configs/voco_lora.py do")

@@ -1,6 +1,7 @@
 """The metrics of a run in metrics.jsonl, in TensorBoard, and in Weights & Biases if asked for. Process 0 writes."""
 
 import hashlib
+import html
 import json
 import logging
 import os
@@ -13,12 +14,13 @@ from typing import Any
 from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.summary import image, scalar, text
 
 from vocojax.config import ConfigError
 from vocojax.files import is_remote, write_atomically
 from vocojax.parallel import processes
 from vocojax.runs.directory import put_aside, run_path
+from vocojax.training.scoring import Sample
 
 LOG = logging.getLogger(__name__)
 Steps = Sequence[tuple[int, Mapping[str, float]]]
@@ -60,7 +62,8 @@ class RunLog:
         last = steps[-1][0]
         named = {key if "/" in key else f"train/{key}": value for key, value in extra.items()}
         for number, metrics in steps:
-            values = {f"train/{key}": value for key, value in metrics.items()} | (named if number == last else {})
+            values = {key if "/" in key else f"train/{key}": value for key, value in metrics.items()}
+            values |= named if number == last else {}
             for key, value in values.items():
                 event = Event(wall_time=time.time(), step=number, summary=scalar(key, float(value)))
                 self._tensorboard.write_event(event)
@@ -68,6 +71,19 @@ class RunLog:
                 self._wandb.log(values, step=number)
         with self._history.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": n, **m}) + "\n" for n, m in steps)
+
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Writes answers to TensorBoard and Weights & Biases, with their pictures."""
+        if not self._writes:
+            return
+        for sample in samples:
+            summaries = [text(sample.tag, sample.text)]
+            if sample.picture_HWC is not None:
+                summaries.append(image(sample.tag, sample.picture_HWC, dataformats="HWC"))
+            for summary in summaries:
+                self._tensorboard.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if self._wandb and samples:
+            self._wandb.log({sample.tag: _for_wandb(sample) for sample in samples}, step=step)
 
     def flush(self) -> None:
         """Writes everything so far to the run's directory."""
@@ -91,6 +107,15 @@ class RunLog:
             self._wandb.finish()
         if self._temporary:
             self._temporary.cleanup()
+
+
+def _for_wandb(sample: Sample) -> Any:
+    """Returns a sample as a picture with a caption, or as text."""
+    import wandb
+
+    if sample.picture_HWC is None:
+        return wandb.Html(f"<pre>{html.escape(sample.text)}</pre>")
+    return wandb.Image(sample.picture_HWC, caption=sample.text)
 
 
 def _open_wandb(project: str, name: str, workdir: str) -> Any:

@@ -35,6 +35,7 @@ from vocojax.training.flops import Composition, StepFlops
 from vocojax.training.optimizer import matches
 from vocojax.training.parameter_table import report_parameters
 from vocojax.training.program import Program, make_model, make_program
+from vocojax.training.scoring import OpenScorer, Scoring
 from vocojax.training.step import TrainState
 from vocojax.training.validation import Validation
 
@@ -43,7 +44,9 @@ LOG = logging.getLogger(__name__)
 SHAPES = ("decoder.vocab_size", "decoder.vocab_padding")
 
 
-def train(config: StageConfig, workdir: str | Path, bar_position: int = 0) -> None:
+def train(
+    config: StageConfig, workdir: str | Path, bar_position: int = 0, open_scorer: OpenScorer | None = None
+) -> None:
     """Runs a stage to its last step; resumes from the newest sound checkpoint in `workdir` if there is one.
 
     All processes of a run (`cluster.initialize`) call it alike.
@@ -52,6 +55,8 @@ def train(config: StageConfig, workdir: str | Path, bar_position: int = 0) -> No
       config: of the stage.
       workdir: a local path, or any that `etils.epath` knows; with several processes one that all see.
       bar_position: the terminal line of the progress bar, where several runs share a terminal.
+      open_scorer: opens what asks `validation.benchmarks` and `validation.prompts`:
+        `vocojax.evaluation.training_scores.open_scorer`.
 
     Raises:
       ConfigError: the config does not fit the devices, the data or `init_from`.
@@ -64,10 +69,12 @@ def train(config: StageConfig, workdir: str | Path, bar_position: int = 0) -> No
     if str(workdir).startswith(SCHEME):
         raise ConfigError("workdir", f"can't be on the hub, which is only read, got {workdir}: name another place")
     with owned(workdir):
-        _train_as_owner(config, workdir, bar_position)
+        _train_as_owner(config, workdir, bar_position, open_scorer)
 
 
-def _train_as_owner(config: StageConfig, workdir: str | Path, bar_position: int) -> None:
+def _train_as_owner(
+    config: StageConfig, workdir: str | Path, bar_position: int, open_scorer: OpenScorer | None
+) -> None:
     write_run_files(workdir, config)
     mesh = make_mesh(config.mesh)
     with (
@@ -76,16 +83,18 @@ def _train_as_owner(config: StageConfig, workdir: str | Path, bar_position: int)
         jax.set_mesh(mesh),
         Checkpoints(workdir, config.checkpoint, config) as checkpoints,
     ):
-        _train(config, workdir, mesh, checkpoints, bar_position)
+        _train(config, workdir, mesh, checkpoints, bar_position, open_scorer)
 
 
 def _train(
-    config: StageConfig, workdir: str | Path, mesh: Mesh, checkpoints: Checkpoints, bar_position: int
+    config: StageConfig, workdir: str | Path, mesh: Mesh, checkpoints: Checkpoints, bar_position: int,
+    open_scorer: OpenScorer | None,
 ) -> None:
     program = _checked_program(config, mesh)
     index, count = row_share(NamedSharding(mesh, BATCH), config.batch_size)
     with contextlib.closing(_open_stream(config, index, count)) as stream:
         validate = Validation(config, program, index, count) if config.validation.every else None
+        score = _open_scoring(config, program, stream, open_scorer)
         if processes.is_first():
             write_files(run_path(workdir) / "tokenizer", stream.tokenizer.save)
             write_card_sums(run_path(workdir))
@@ -123,12 +132,14 @@ def _train(
         task = loop.Task(program.step, batches, place, merge_states, scalars)
         if validate is not None:
             task = dataclasses.replace(task, validate=validate)
+        if score is not None:
+            task = dataclasses.replace(task, score=score)
         shown = loop.LoopConfig(config.name, config.steps, config.log_every, bar_position, config.run,
-                                config.validation.every)
+                                config.validation.every, config.validation.ask_every)
         loop.run(shown, workdir, task, state, first_step, checkpoints, useful_seconds)
 
 
-def dry_run(config: StageConfig, workdir: str | Path) -> str:
+def dry_run(config: StageConfig, workdir: str | Path, open_scorer: OpenScorer | None = None) -> str:
     """Does what a start does before it compiles anything, and returns what the start would do.
 
     The state is abstract, the data is opened and one batch is made. Nothing is written to `workdir`.
@@ -136,6 +147,7 @@ def dry_run(config: StageConfig, workdir: str | Path) -> str:
     Args:
       config: of the stage.
       workdir: where the run would be.
+      open_scorer: see `train`.
 
     Raises:
       ConfigError: as `train`.
@@ -150,6 +162,7 @@ def dry_run(config: StageConfig, workdir: str | Path) -> str:
         with contextlib.closing(_open_stream(config, index, count)) as stream:
             if config.validation.every:
                 Validation(config, program, index, count)
+            _open_scoring(config, program, stream, open_scorer)
             return start.banner(config, workdir, program, start.open_first(stream), first_step, count)
 
 
@@ -168,6 +181,18 @@ def _open_stream(config: StageConfig, process_index: int, process_count: int) ->
         config.model, config.data, config.batch_size, config.seed, *plan.views(config), process_index=process_index,
         process_count=process_count, plan=config.plan,
     )
+
+
+def _open_scoring(
+    config: StageConfig, program: Program, stream: BatchStream, open_scorer: OpenScorer | None
+) -> Scoring | None:
+    """Returns what asks benchmarks and prompts while the run trains; None if nothing is asked."""
+    if not config.validation.ask_every:
+        return None
+    if open_scorer is None:
+        raise ConfigError("validation.ask_every", "needs who asks: use `vocojax train`, or call train(..., open_scorer="
+                          "vocojax.evaluation.training_scores.open_scorer)")
+    return Scoring(program, open_scorer(config, stream.tokenizer))
 
 
 def _check_teacher(config: StageConfig) -> None:

@@ -116,6 +116,11 @@ def banner(config: StageConfig, workdir: str | Path, program: Program, opened: O
         held_out = config.validation
         lines["validation"] = (f"every {held_out.every:,} steps, {held_out.batches} batches of {held_out.source} "
                                f"{held_out.path or held_out.split}")
+    if config.validation.ask_every:
+        asked = config.validation
+        names = ", ".join(asked.benchmarks) or "no benchmark"
+        lines["questions"] = (f"every {asked.ask_every:,} steps, {len(asked.prompts)} prompts and about "
+                              f"{asked.questions:,} questions of each of {names}")
     lines["programs"] = f"compiled ones are kept in {config.run.compilation_cache or 'memory alone'}"
     width = max(map(len, lines))
     return "\n".join(f"  {name:{width}}  {text}" for name, text in lines.items())

@@ -1,5 +1,6 @@
 """The training state and one optimizer step over a batch of packed rows."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -57,7 +58,9 @@ def make_objective(
     def objective(trained: Parameters, state: TrainState, batch: Batch) -> tuple[jax.Array, TargetSums]:
         taught_by = guide(state, batch)
         student = with_parameters(model, {**trained, **state.frozen})
-        hidden_BSE = hidden_states(gathered(student, stacked=False), batch, config, axes=axes, step=state.step)
+        dropout = jax.random.fold_in(jax.random.key(config.seed), state.step) if config.lora.dropout else None
+        hidden_BSE = hidden_states(gathered(student, stacked=False), batch, config, axes=axes, step=state.step,
+                                   dropout=dropout)
         decoder, hidden_BSE = scatter_gradients_first(student.decoder, hidden_BSE)
         head = gathered(decoder, stacked=False)
         sums = target_sums(head, hidden_BSE, batch["target_index"], batch["target_ids"], taught_by)
@@ -92,7 +95,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         count = jnp.maximum((batch["target_ids"] != IGNORE).sum(), 1).astype(jnp.float32)
-        grads, totals = gradient(state.trained, state, batch)
+        grads, totals = gradient(state.trained, state, numbered(batch) if config.lora.dropout else batch)
         with jax.named_scope("optimizer"):  # the totals are sums over targets, the gradient is that of their mean
             grads = jax.tree.map(lambda g: g / count, grads)
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
@@ -111,6 +114,11 @@ def make_step(
     return step
 
 
+def numbered(batch: Batch) -> Batch:
+    """Returns a batch with the number of each row among all of its rows, by which their dropout masks differ."""
+    return {**batch, "row": jnp.arange(len(batch["ids"]), dtype=jnp.int32)}
+
+
 def make_evaluation(
     model: VocoLlama,
     teacher: VocoLlama | None,
@@ -118,7 +126,11 @@ def make_evaluation(
     over_devices: Callable[[Gradient], Gradient] = lambda gradient: gradient,
     axes: tuple[str, ...] = (),
 ) -> Evaluate:
-    """Returns the function (state, batch) -> sums over the batch's targets; arguments as of `make_step`."""
+    """Returns the function (state, batch) -> sums over the batch's targets; arguments as of `make_step`.
+
+    LoRA's dropout is for training alone.
+    """
+    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, dropout=0.0))
     objective = make_objective(model, teacher, config, axes)
 
     def no_gradient(trained: Parameters, state: TrainState, batch: Batch) -> tuple[Parameters, TargetSums]:

@@ -164,6 +164,8 @@ class Benchmark(abc.ABC):
     def identify(self, record: Mapping[str, Any]) -> str | None:
         """Returns the id of the question that a record of an answer is about; None if the record names none."""
         found = next((record[name] for name in self.id_fields if name in record), None)
+        if isinstance(found, float) and found.is_integer():  # as pandas writes a column with a gap
+            found = int(found)
         return str(found) if type(found) in (str, int) else None
 
     def locate(self, records: Sequence[Mapping[str, Any]]) -> list[str | None]:

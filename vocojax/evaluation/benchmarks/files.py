@@ -55,10 +55,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def numbered_json_lines(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number, object) of a content with one JSON object per line; see `read_json_lines`."""
-    try:
-        lines = content.decode("utf-8-sig").split("\n")  # splitlines would also split inside JSON strings
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: must be UTF-8: {error}") from error
+    lines = decoded(path, content).split("\n")  # splitlines would also split inside JSON strings
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -69,6 +66,19 @@ def numbered_json_lines(path: Path, content: bytes) -> Iterator[tuple[int, dict[
         if not isinstance(record, dict):
             raise InputError(f"{path}, line {number}: must be a JSON object, got {type(record).__name__}")
         yield number, record
+
+
+def decoded(path: Path, content: bytes) -> str:
+    """Returns a file's content as text, without a byte order mark.
+
+    Raises:
+      InputError: it is not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: must be UTF-8: {error}") from error
 
 
 def listed(path: Path, content: Any, key: str | None = None) -> list[Mapping[str, Any]]:

@@ -54,7 +54,7 @@ class GritRefexp(Benchmark):
 
     def answer_of(self, value: object) -> object:
         """Returns an answer's text; boxes in pixels become a text that `mark` reads."""
-        return json.dumps({"bboxes": value}) if isinstance(value, list) else value
+        return json.dumps({"bboxes": value}) if _are_boxes(value) else value
 
     def mark(self, item: Item, text: str, convention: str) -> float | None:
         """Returns 1 for a hit."""
@@ -92,4 +92,12 @@ def _pixel_box(text: str) -> Box | None:
         boxes = parse_json(text)["bboxes"]
     except (ValueError, KeyError):  # torn, or not an object of boxes
         return None
+    if not _are_boxes(boxes):
+        return None
     return tuple(map(float, boxes[0])) if boxes else (0.0, 0.0, 0.0, 0.0)  # type: ignore[return-value]
+
+
+def _are_boxes(value: object) -> bool:
+    """Returns whether a value is a list of lists of four numbers."""
+    return isinstance(value, list) and all(
+        isinstance(box, list) and len(box) == 4 and all(type(edge) in (int, float) for edge in box) for box in value)

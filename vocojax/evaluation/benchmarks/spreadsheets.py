@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,11 +25,11 @@ def read_spreadsheet(path: Path) -> list[dict[str, str]]:
     """Reads the first sheet of an Excel file: a record per row, by the header's names; numbers become text."""
     try:
         book = _openpyxl().load_workbook(path, read_only=True, data_only=True)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: is no Excel file: {error}") from error
-    header, *rows = book.worksheets[0].iter_rows(values_only=True)
+    header, *rows = list(book.worksheets[0].iter_rows(values_only=True)) or [()]
     text = lambda cell: "" if cell is None else str(cell)
-    return [dict(zip(map(text, header), map(text, row), strict=True)) for row in rows]
+    return [dict(zip(map(text, header), map(text, row), strict=True)) for row in rows if any(row)]
 
 
 def _openpyxl() -> ModuleType:

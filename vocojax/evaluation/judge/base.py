@@ -82,12 +82,16 @@ def prompt_digest() -> str:
 
 
 def read_reply(reply: str) -> Verdict | None:
-    """Reads a judge's reply: a Python literal with `pred` and `score`; None for anything else."""
+    """Reads a judge's reply: a Python literal with a text `pred` and a number `score`; None for anything else."""
     try:
         found = ast.literal_eval(reply)
-        pred, score = found["pred"].lower(), int(found["score"])
-    except (ValueError, SyntaxError, TypeError, KeyError, AttributeError, MemoryError, RecursionError, OverflowError):
+        pred, score = found["pred"], int(found["score"])
+        float(score)  # more would have no mean
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError, OverflowError):
         return None
+    if not isinstance(pred, str):
+        return None
+    pred = pred.lower()
     return Verdict(True if "yes" in pred else False if "no" in pred else None, score)
 
 

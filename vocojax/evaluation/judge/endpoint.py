@@ -56,7 +56,8 @@ class EndpointJudge:
                 if error.code not in AGAIN:
                     raise JudgeError(f"{self.url}: the judge refuses with {problem}; is {KEY} set, and the model's "
                                      f"name {self.name!r} right?") from error
-            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError,
+                    RecursionError) as error:  # no connection, or a body of another form
                 problem = f"{type(error).__name__}: {error}"
             if number + 1 < self.tries:
                 time.sleep(min(60.0, self.first_wait * 2**number) * random.uniform(0.75, 1.25))
@@ -76,6 +77,8 @@ class EndpointJudge:
         for name in self.usage:
             self.usage[name] += int((content.get("usage") or {}).get(name, 0))
         text = content["choices"][0]["message"]["content"]
+        if text is None:  # what endpoints return in place of a filtered reply
+            return ""
         if not isinstance(text, str):
             raise TypeError(f"its reply holds no text: {text!r}")
         return text

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from vocojax.errors import VocojaxError
@@ -133,22 +134,23 @@ def _pictures(benchmark: Benchmark, item: Item) -> str:
     """Returns the first unit of each visual as an inline picture."""
     found = []
     for source in item.visuals:
-        content = small_picture(benchmark, source)
-        found.append("(can't be read)" if content is None else
-                     f"<img alt='{html.escape(item.id, quote=True)}' "
-                     f"src='data:image/jpeg;base64,{base64.b64encode(content).decode()}'>")
+        pixels_HWC = first_picture(benchmark.visual(source))
+        if pixels_HWC is None:
+            found.append("(can't be read)")
+            continue
+        buffer = io.BytesIO()
+        Image.fromarray(pixels_HWC).save(buffer, "JPEG", quality=85)
+        content = base64.b64encode(buffer.getvalue()).decode()
+        found.append(f"<img alt='{html.escape(item.id, quote=True)}' src='data:image/jpeg;base64,{content}'>")
     return "".join(found)
 
 
-def small_picture(benchmark: Benchmark, source: VisualSource) -> bytes | None:
-    """Returns the first unit of a visual of an item as a small JPEG; None if it can't be read."""
+def first_picture(source: VisualSource) -> np.ndarray | None:
+    """Returns the first unit of a visual, small, uint8 RGB [PICTURE, PICTURE, 3]; None if it can't be read."""
     try:
-        pixels = prepare_visual(benchmark.visual(source), PICTURE, "pad_white").units[0]
+        return prepare_visual(source, PICTURE, "pad_white").units[0]
     except (VocojaxError, OSError):
         return None
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
 
 
 def shown_gold(gold: Any) -> str:

@@ -1,0 +1,1 @@
+"""Adapters through which other evaluation harnesses ask models of this package."""
