@@ -36,7 +36,7 @@ SETTINGS = {"max_new_tokens": 3, "temperature": 0, "top_p": 1.0, "num_beams": 1,
     ({"repetition_penalty": 1.2, "seed": 1}, {"max_new_tokens": 7, "repetition_penalty": 1.2, "seed": 1}),
 ])
 def test_generation_settings(settings, expected):
-    assert generation_of(settings, 7, 5) == (SamplingConfig(**expected), {})
+    assert generation_of(settings, 7, 5, longest=9) == (SamplingConfig(**expected), {})
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -49,7 +49,13 @@ def test_generation_settings(settings, expected):
 ])
 def test_settings_that_can_not_be_followed_are_named(settings, message):
     with pytest.raises(InputError, match=message):
-        generation_of(settings, 7, 5)
+        generation_of(settings, 7, 5, longest=9)
+
+
+def test_settings_that_are_not_followed_are_returned():
+    found = generation_of({"max_new_tokens": 49152, "image_aspect_ratio": "pad"}, 7, 5, longest=9)
+    assert found.sampling == SamplingConfig(max_new_tokens=9, seed=5)
+    assert found.unused == {"max_new_tokens": 49152, "image_aspect_ratio": "pad"}
 
 
 def test_messages_become_turns_with_all_visuals_in_front():
@@ -169,15 +175,15 @@ def test_what_lmms_eval_can_not_be_answered_is_named(opened, part, message):
         ask(opened("lmms_eval"), [[{"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}]])
 
 
-def test_unused_settings_of_a_task_are_reported_once(opened, caplog):
+def test_settings_of_a_task_that_are_not_followed_are_reported_once(opened, caplog):
     with caplog.at_level(logging.WARNING, "vocojax"):
         ask(opened("lmms_eval"), [[user("red ?")], [user("blue ?")]], SETTINGS | {"image_aspect_ratio": "pad"})
     assert [record.getMessage() for record in caplog.records] == [
-        "task task: generation settings that are not used by vocojax: image_aspect_ratio='pad'"]
+        "task task: generation settings that vocojax does not follow: image_aspect_ratio='pad'"]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ({"conv_template": "v1", "num_voco": 1}, "--model_args: conv_template, num_voco unknown; known: .*num_vocos"),
+    ({"conv_template": "v1", "num_voco": 1}, "the model has no argument conv_template, num_voco; known: .*num_vocos"),
     ({"batch_size": "auto"}, "--batch_size must be a whole number >= 1, got 'auto'"),
     ({"device": "cuda"}, "--device is 'cuda', but JAX finds its devices; leave it out"),
 ])
@@ -222,7 +228,7 @@ def test_vlmevalkit(opened, assistant, tmp_path):
         model.generate([image("nowhere.png"), text(QUESTION)])
     with pytest.raises(InputError, match="a message holds audio"):
         model.generate_inner([{"type": "audio", "value": "a.wav"}])
-    with pytest.raises(InputError, match="conv unknown; known: "):
+    with pytest.raises(InputError, match="the model has no argument conv; known: "):
         opened("vlmevalkit", conv="v1")
 
 

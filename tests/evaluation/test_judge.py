@@ -2,10 +2,16 @@
 
 import http.server
 import json
+import socket
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
+from tests.evaluation.yes_no_model import save_yes_no_model
 from vocojax.data.conversation import template
 from vocojax.errors import InputError
 from vocojax.evaluation.benchmarks.registry import open_benchmark
@@ -17,6 +23,8 @@ from vocojax.inference.assistant import Assistant
 from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.inference.many import answer_many
 from vocojax.inference.requests import Answer, Request
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("reply", "verdict"), [
@@ -170,6 +178,32 @@ def test_a_model_that_replies_as_asked(tiny_model, words, tmp_path, monkeypatch)
         Answer(" {'pred': 'yes', 'score': 4.8}\n", "stop") for _ in requests])
     found = judge_pairs(LocalJudge(assistant, "tiny"), PAIRS, tmp_path / "judge.jsonl")
     assert (found.accuracy, found.score, found.judged) == (100.0, 4.0, 4)
+
+
+@pytest.mark.slow
+def test_hosts_wait_for_a_judge_that_takes_longer_than_a_minute(server, data_root, tmp_path):
+    def reply(question, times):
+        if not slept.is_set():
+            slept.set()
+            time.sleep(75)  # JAX ends a process a minute after another one has left
+        return "{'pred': 'yes', 'score': 4}"
+
+    server.replies, slept = reply, threading.Event()
+    checkpoint = save_yes_no_model(tmp_path / "model")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, ROOT / "launch" / "evaluate.py", "--benchmarks=msvd_qa", f"--data_root={data_root}",
+               f"--checkpoint={checkpoint}", f"--output={tmp_path / 'out'}", "--judge_model=tiny-judge",
+               f"--judge=http://127.0.0.1:{server.server_port}/v1", f"--coordinator_address={address}",
+               "--num_processes=2"]
+    hosts = [subprocess.Popen([*command, f"--process_id={index}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}) for index in (0, 1)]
+    said = [host.communicate(timeout=400)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    result = json.loads((tmp_path / "out" / "msvd_qa" / "result.json").read_text())
+    assert result["metrics"]["judge's accuracy"] == 100.0 and len(server.seen) == 3
+    assert "msvd_qa: judge's accuracy 100.00" in said[0] and "msvd_qa: judge's accuracy" not in said[1]
 
 
 def test_refusals_are_not_tried_again(server, tmp_path):

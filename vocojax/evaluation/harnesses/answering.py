@@ -2,12 +2,13 @@
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vocojax.config import require
 from vocojax.data.frame_choice import Sampling
+from vocojax.errors import InputError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.store import Store
 from vocojax.inference.many import answer_many
@@ -65,6 +66,11 @@ class Answering:
         self._temporary = tempfile.TemporaryDirectory(prefix="vocojax-caches-") if store is None else None
         self._store = Store(self._temporary.name if self._temporary else store)  # type: ignore[arg-type]
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that an answer may have: the decoder's positions."""
+        return self.assistant.model.config.decoder.max_positions
+
     def video(self, path: str | Path, frames: int | None = None) -> Video:
         """Returns a video file as a visual, of which so many frames are read; None for the number given at first."""
         return Video(path, frames or self._frames, self._frame_sampling)
@@ -75,8 +81,24 @@ class Answering:
                                 num_vocos=self._num_vocos, progress=None))
 
 
+def require_known(arguments: Mapping[str, Any], others: Iterable[str]) -> None:
+    """Refuses arguments of a harness that neither `Answering` nor the adapter knows.
+
+    Args:
+      arguments: by name.
+      others: names that the adapter knows.
+
+    Raises:
+      InputError: names the unknown ones and all that are known.
+    """
+    known = (Answering.__init__.__annotations__.keys() - {"return"}) | set(others)
+    unknown = sorted(arguments.keys() - known)
+    if unknown:
+        raise InputError(f"the model has no argument {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+
+
 def report_unused(unused: dict[str, Any], where: str) -> None:
-    """Logs generation settings that have no meaning for this model."""
+    """Logs generation settings that this model does not follow."""
     if unused:
         named = ", ".join(f"{name}={value!r}" for name, value in unused.items())
-        logger.warning("%s: generation settings that are not used by vocojax: %s", where, named)
+        logger.warning("%s: generation settings that vocojax does not follow: %s", where, named)

@@ -1,4 +1,4 @@
-"""lmms-eval's model `vocojax`: its chat requests, answered in batches from VoCo caches.
+r"""lmms-eval's model `vocojax`: its chat requests, answered in batches from VoCo caches.
 
     python -m lmms_eval --model vocojax --model_args pretrained=runs/voco,store=caches,num_vocos=1 --tasks pope,mme \
         --batch_size 32
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vocojax.config import SEEDS
 from vocojax.errors import InputError, VocojaxError
-from vocojax.evaluation.harnesses.answering import Answering, report_unused
+from vocojax.evaluation.harnesses.answering import Answering, report_unused, require_known
 from vocojax.evaluation.harnesses.messages import Message, generation_of, request_of
 from vocojax.inference.requests import Answer, Request
 from vocojax.inference.visuals import VisualSource
@@ -65,11 +65,7 @@ class VocojaxModel(lmms):
         if device is not None:
             raise InputError(f"--device is {device!r}, but JAX finds its devices; leave it out (JAX_PLATFORMS=cpu asks "
                              "for the CPU)")
-        known = Answering.__init__.__annotations__.keys() - {"return"}
-        unknown = sorted(arguments.keys() - known)
-        if unknown:
-            raise InputError(f"--model_args: {', '.join(unknown)} unknown; known: "
-                             f"{', '.join(sorted(known | {'max_new_tokens', 'seed'}))}")
+        require_known(arguments, ("max_new_tokens", "seed"))
         self.accelerator = Accelerator()
         self.device = self.accelerator.device  # of the tensors that lmms-eval gathers from all processes
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -155,7 +151,7 @@ class VocojaxModel(lmms):
         """Returns an instance's messages as a request."""
         _, _, settings, doc_id, task, _ = instance.args
         try:
-            generation = generation_of(settings or {}, self._max_new_tokens, seed % SEEDS)
+            generation = generation_of(settings or {}, self._max_new_tokens, seed % SEEDS, self._answering.longest)
             request = request_of(list(self._messages(messages)), generation.sampling)
         except VocojaxError as error:
             raise InputError(f"task {task}, document {doc_id}: {error}") from error

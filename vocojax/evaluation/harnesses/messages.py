@@ -52,14 +52,14 @@ class Generation(NamedTuple):
 
     Attributes:
       sampling: the settings that are followed.
-      unused: settings that have no meaning here, by name.
+      unused: settings that are not followed, by name: unknown ones, and a length limit that is too large.
     """
 
     sampling: SamplingConfig
     unused: dict[str, Any]
 
 
-def generation_of(settings: Mapping[str, Any], max_new_tokens: int, seed: int) -> Generation:
+def generation_of(settings: Mapping[str, Any], max_new_tokens: int, seed: int, longest: int) -> Generation:
     """Reads generation settings under the names of transformers and of lm-evaluation-harness.
 
     As in transformers, `do_sample=False` takes the likeliest tokens, whatever the temperature. A setting that is None
@@ -70,6 +70,7 @@ def generation_of(settings: Mapping[str, Any], max_new_tokens: int, seed: int) -
         `num_beams` must be 1.
       max_new_tokens: where the settings do not say it.
       seed: where the settings do not say it.
+      longest: the most tokens that an answer may have: room for them is made before the first one.
 
     Raises:
       InputError: a setting can't be followed.
@@ -78,12 +79,15 @@ def generation_of(settings: Mapping[str, Any], max_new_tokens: int, seed: int) -
     beams = left.pop("num_beams", 1)
     if beams != 1:
         raise InputError(f"num_beams is {beams!r}, but beam search is not supported; set num_beams=1")
+    limit = left.pop("max_new_tokens", max_new_tokens)
+    if isinstance(limit, int) and limit > longest:
+        left["max_new_tokens"], limit = limit, longest
     draws = left.pop("do_sample", None)
     temperature = left.pop("temperature", 1.0 if draws else 0.0)
     greedy = draws is False or temperature == 0
     until = left.pop("until", ())
     chosen = {
-        "max_new_tokens": left.pop("max_new_tokens", max_new_tokens), "seed": left.pop("seed", seed),
+        "max_new_tokens": limit, "seed": left.pop("seed", seed),
         "stop": (until,) if isinstance(until, str) else tuple(until) if isinstance(until, Sequence) else until,
         "repetition_penalty": left.pop("repetition_penalty", 1.0),
     }

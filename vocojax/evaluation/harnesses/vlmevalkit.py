@@ -14,11 +14,11 @@ from typing import Any
 from vlmeval.vlm.base import BaseModel
 
 from vocojax.errors import InputError
-from vocojax.evaluation.harnesses.answering import Answering, report_unused
+from vocojax.evaluation.harnesses.answering import Answering, report_unused, require_known
 from vocojax.evaluation.harnesses.messages import ROLES, Message, generation_of, request_of
 from vocojax.inference.visuals import VisualSource
 
-SETTINGS = ("max_new_tokens", "until", "temperature", "top_p", "top_k", "do_sample", "repetition_penalty", "num_beams",
+SETTINGS = ("until", "temperature", "top_p", "top_k", "do_sample", "repetition_penalty", "num_beams",
             "seed")
 
 
@@ -43,13 +43,10 @@ class VocojaxModel(BaseModel):
     def __init__(self, pretrained: str, max_new_tokens: int = 1024, **arguments: Any):
         super().__init__()
         settings = {name: arguments.pop(name) for name in SETTINGS if name in arguments}
-        known = Answering.__init__.__annotations__.keys() - {"return"}
-        unknown = sorted(arguments.keys() - known)
-        if unknown:
-            raise InputError(f"{', '.join(unknown)} unknown; known: {', '.join(sorted({*known, *SETTINGS}))}")
-        self._sampling, unused = generation_of(settings, max_new_tokens, seed=0)
-        report_unused(unused, "VLMEvalKit")
+        require_known(arguments, (*SETTINGS, "max_new_tokens"))
         self._answering = Answering(str(pretrained), **arguments)
+        self._sampling, unused = generation_of(settings, max_new_tokens, 0, self._answering.longest)
+        report_unused(unused, "VLMEvalKit")
         # VLMEvalKit replaces this number by the data set's own before it asks about videos.
         self.nframe = arguments.get("frames", 8)
 
