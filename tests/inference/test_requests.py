@@ -217,9 +217,17 @@ def test_visuals_are_files_images_frames_or_arrays(assistant, images, tmp_path):
     for one in (tmp_path / "a.png", str(tmp_path / "a.png"), picture(0), [picture(0)]):
         assert assistant.compress(one).image_digests == (from_file.digest,)
     assert assistant.recall(Store(tmp_path / "store"), picture(0)).image_digests == (from_file.digest,)
-    for wrong in (images[0][:5], np.zeros((32, 32), np.uint8), np.zeros((0, 32, 32, 3), np.uint8)):
-        with pytest.raises(ImageError, match=r"must be one or several uint8 \[32, 32, 3\], got"):
+    wide = np.asarray(picture(0).resize((50, 20)))  # an array of any size is an image
+    same = assistant.visual(Image.fromarray(wide)).units[0].tolist()
+    assert assistant.visual(wide).units[0].tolist() == same
+    assert [unit.tolist() for unit in assistant.visual(np.stack([wide, wide])).units] == [same, same]
+    for wrong in (images[0].astype(np.float32), np.zeros((32, 32), np.uint8), np.zeros((0, 32, 32, 3), np.uint8),
+                  np.zeros((3, 32, 40), np.uint8)):
+        with pytest.raises(ImageError, match=r"array.*must be uint8 RGB \[height, width, 3\], or several .*, got"):
             prepare_visual(wrong, 32, "pad")
+    for url in ("https://example.org/a.png", "data:image/png;base64,AAAA"):
+        with pytest.raises(ImageError, match="is a URL, and nothing is downloaded: pass a file, its bytes, or a PIL"):
+            prepare_visual(url, 32, "pad")
     with pytest.raises(ImageError, match="has no image"):
         prepare_visual(Frames(()), 32, "pad")
 

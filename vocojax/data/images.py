@@ -7,6 +7,7 @@ files and is not used, since it gives other pixels.
 import io
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Literal
@@ -78,8 +79,11 @@ def read(path: str | Path) -> bytes:
     """Reads the content of an image file.
 
     Raises:
-      ImageError: it can't be read, is not a regular file, or is larger than `MAX_BYTES`.
+      ImageError: it can't be read, is a URL, is not a regular file, or is larger than `MAX_BYTES`.
     """
+    if re.match(r"(https?|ftp|data):", str(path)):
+        raise ImageError(str(path)[:200], "is a URL, and nothing is downloaded: pass a file, its bytes, or a PIL "
+                         "image", "missing image")
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from vocojax.config import require
-from vocojax.data.conversation import Conversation, Template, Turn
+from vocojax.data.conversation import Conversation, Template
 from vocojax.data.conversation import template as find_template
 from vocojax.data.frame_choice import Sampling
 from vocojax.data.images import Fit
@@ -25,14 +25,15 @@ from vocojax.inference.compress import BATCH, compress
 from vocojax.inference.decoding.decode import Generation
 from vocojax.inference.decoding.sampling import GREEDY, SamplingConfig, one_each
 from vocojax.inference.decoding.text import FinishedText
-from vocojax.inference.prompts import lay_out_prompt
+from vocojax.inference.prompts import lay_out_prompt, prompt_text
+from vocojax.inference.requests import Questions, asked_about, conversations_of
 from vocojax.inference.runner import Runner, not_about
 from vocojax.inference.video import Policy, VideoSession, compress_video
 from vocojax.inference.visuals import Video, Visual, VisualSource, listed, prepare_visual
 from vocojax.layout import VISIBILITIES, SampleLayout, Visibility, lay_out_unit, unit_shape, units_stand_alone
 from vocojax.models.voco import VocoLlama
 from vocojax.pretrained.loading import model_of
-from vocojax.pretrained.processor import Processor
+from vocojax.pretrained.processor import ImageSource, Processor
 from vocojax.pretrained.source import open_source
 
 MAX_LENGTH = 2048  # of prompts, in tokens, where nothing else is said
@@ -42,8 +43,9 @@ class Assistant:
     """A model that answers questions about images.
 
         assistant = Assistant.from_run("runs/quickstart/seed_0/voco_1")
-        cache = assistant.compress("photo.png")            # once
-        assistant.read(cache, "what color is the shape?")  # as often as you like
+        assistant.answer("photo.png", "what color is the shape?")  # the way the model was trained
+        cache = assistant.compress("photo.png")                    # once
+        assistant.read(cache, "what color is the shape?")          # as often as you like
 
     `inference.many.answer_many` answers many requests, each with its own images and settings.
 
@@ -134,14 +136,20 @@ class Assistant:
         with self.runner.devices():
             return fingerprint(self.model, self.tokenizer)
 
+    def require_caches(self) -> None:
+        """Raises `InputError` if the model does not answer from VoCo caches: compressing would be work for nothing."""
+        if not self.reads_caches:
+            raise InputError("this model was trained without the VoCo mask, so it reads whole images: ask by "
+                             "Assistant.answer or answer_many, or load it with visibility='voco' to use that mask")
+
     @property
     def reads_caches(self) -> bool:
         """True if the model answers from VoCo caches; bounds and baselines read whole images."""
         return units_stand_alone(self.visibility) and self.processor.unit.vocos > 0
 
-    def load_images(self, paths: Sequence[str | Path]) -> list[np.ndarray]:
-        """Prepares image files as one unit each; `ImageError` names the first that can't be used."""
-        return self.processor.load_images(paths)
+    def load_images(self, images: ImageSource | Sequence[ImageSource]) -> list[np.ndarray]:
+        """Prepares one or several images as one unit each; `ImageError` names the first that can't be used."""
+        return self.processor.load_images(images)
 
     def visual(self, source: VisualSource) -> Visual:
         """Prepares one visual; `ImageError` says what is wrong with it."""
@@ -159,8 +167,9 @@ class Assistant:
 
         Raises:
           ImageError: one of them can't be used.
-          InputError: there are none, or the model has no VoCo tokens.
+          InputError: there are none, or the model does not answer from VoCo tokens.
         """
+        self.require_caches()
         units = [unit for source in listed(images) for unit in self.visual(source).units]
         with self.runner.devices():
             return compress(self.model, self.tokenizer, units, self.fingerprint, batch_size)
@@ -231,10 +240,50 @@ class Assistant:
                     store.put_visual(cache)
         return [caches[visual.digest] for visual in visuals]
 
+    def answer(
+        self,
+        images: VisualSource | Sequence[VisualSource],
+        questions: Questions,
+        sampling: SamplingConfig = GREEDY,
+        seeds: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Answers questions the way the model was trained: from the VoCo tokens of images, or from whole images.
+
+        Args:
+          images: one or several files, images, videos or prepared units, which all questions are about; () for
+            questions without an image.
+          questions: see `read`.
+          sampling: see `read`.
+          seeds: see `read`.
+
+        Returns:
+          One answer per question.
+
+        Raises:
+          ImageError: an image can't be used.
+          LayoutError: a question is too long.
+        """
+        asked = conversations_of(questions)
+        visuals = [self.visual(source) for source in listed(images)]
+        if visuals and self.reads_caches:
+            return self.read(VocoCache.concat(self.caches_of(visuals)), asked, None, sampling, seeds)
+        units = [unit for visual in visuals for unit in visual.units]
+        return self.texts(self.generate_whole([units] * len(asked), asked, sampling, seeds), sampling)
+
+    def prompt(self, question: str | Conversation, num_units: int = 1) -> str:
+        """Returns the exact prompt of a question as text, special tokens included.
+
+        Args:
+          question: a text, or a conversation.
+          num_units: images, tiles or frames before it; the vision tokens of each are written as one placeholder.
+        """
+        (conversation,) = conversations_of([question])
+        return prompt_text(self.lay_out(conversation, num_units), self.tokenizer)
+
     def read(
         self,
         cache: VocoCache,
-        questions: str | Sequence[str],
+        questions: Questions,
         units: Sequence[Sequence[int]] | None = None,
         sampling: SamplingConfig = GREEDY,
         seeds: Sequence[int] | None = None,
@@ -243,8 +292,8 @@ class Assistant:
 
         Args:
           cache: of the images.
-          questions: one text, or several.
-          units: for each question the units it is about, in order; by default all of them.
+          questions: one or several texts, or conversations whose last turn is the user's (`Turn`s).
+          units: for each question the units it is about, in order; by default all of them. One list for one question.
           sampling: how the answers' tokens are chosen.
           seeds: for each question the seed of its draws; by default `sampling.seed` plus its index.
 
@@ -256,13 +305,13 @@ class Assistant:
           InputError: a question is about no unit, or about one that is not in the cache.
           LayoutError: a question is too long.
         """
-        units, asked = self._about(cache, questions, units)
+        units, asked = asked_about(cache, questions, units)
         return self.texts(self.generate_behind(cache, asked, units, sampling, seeds), sampling)
 
     def stream(
         self,
         cache: VocoCache,
-        questions: str | Sequence[str],
+        questions: Questions,
         units: Sequence[Sequence[int]] | None = None,
         sampling: SamplingConfig = GREEDY,
         seeds: Sequence[int] | None = None,
@@ -281,7 +330,7 @@ class Assistant:
         Yields:
           The new text of each answer, '' for nothing; the pieces of an answer put together are `read`'s.
         """
-        units, asked = self._about(cache, questions, units)
+        units, asked = asked_about(cache, questions, units)
         samplings = one_each(sampling, seeds, len(asked))
         text, shown = self.runner.answer_text(sampling), [""] * len(asked)
         samples = [self.lay_out(conversation, len(own), cache) for conversation, own in zip(asked, units, strict=True)]
@@ -356,17 +405,3 @@ class Assistant:
         """Returns how many tokens of a prompt are read: all, or its text and what the cache holds of its units."""
         read = sample.text_start if cache is None else sample.num_units * cache.tokens_per_unit
         return len(sample) - sample.text_start + read
-
-    def _about(
-        self, cache: VocoCache, questions: str | Sequence[str], units: Sequence[Sequence[int]] | None
-    ) -> tuple[list[Sequence[int]], list[Conversation]]:
-        """Returns each question's units, and the questions as conversations."""
-        questions = [questions] if isinstance(questions, str) else list(questions)
-        if not all(isinstance(question, str) for question in questions):
-            raise InputError("questions must be texts; give conversations to generate_behind, or use answer_many")
-        about: list[Sequence[int]] = [range(cache.num_units)] * len(questions) if units is None else list(units)
-        if len(about) != len(questions):
-            raise InputError(f"units must be one list per question, got {len(about)} for {len(questions)} questions")
-        if questions and all(about):
-            return about, [(Turn("user", question),) for question in questions]
-        raise not_about(cache, about)

@@ -4,6 +4,7 @@ A prompt is laid out once (`layout.py`) and read in either of two ways: whole, w
 holds what text sees of them. Positions and visibility are the same in both.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from vocojax.data.conversation import Conversation, Template, is_unicode, requir
 from vocojax.data.packing import Item, RowShape, pack_row
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.inference.decoding.decode import Prompts
-from vocojax.layout import LayoutError, SampleLayout, UnitShape, View, Visibility, lay_out_sample
+from vocojax.layout import LayoutError, Role, SampleLayout, UnitShape, View, Visibility, lay_out_sample
 from vocojax.models.voco import Rows, rows_from_batch
 from vocojax.parallel.mesh import row_multiple
 
@@ -55,6 +56,16 @@ def lay_out_prompt(
                           "there is room for: shorten it, ask about fewer images or frames, or raise max_length",
                           "prompt too long")
     return sample
+
+
+def prompt_text(sample: SampleLayout, tokenizer: Tokenizer) -> str:
+    """Returns a laid-out prompt as text, special tokens included; each image's vision tokens are one placeholder."""
+    pieces, place = [], 0
+    for is_vision, run in itertools.groupby((sample.roles == Role.VISION).tolist()):
+        length = len(list(run))
+        ids, place = sample.ids[place : place + length].tolist(), place + length
+        pieces.append(f"<image x {length}>" if is_vision else str(tokenizer.huggingface.decode(ids)))
+    return "".join(pieces)
 
 
 def whole_rows(

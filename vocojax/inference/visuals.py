@@ -64,14 +64,18 @@ class Visual:
 
     units: tuple[np.ndarray, ...]
 
+    def __repr__(self) -> str:
+        sizes = {getattr(unit, "shape", None) for unit in self.units}
+        return f"Visual({len(self.units)} units of {' or '.join(map(str, sizes))})"
+
     @functools.cached_property
     def digest(self) -> str:
         """Digest of the pixels: a single image's is `image_digest`."""
         return visual_digest([image_digest(unit) for unit in self.units])
 
 
-# What a visual is made of: a path, a file's content, an image, ... An array is one prepared unit [size, size, 3] or
-# several [k, size, size, 3], uint8.
+# What a visual is made of: a path, a file's content, an image, ... An array is uint8 RGB [height, width, 3], or several
+# such images [k, height, width, 3]; of the model's own size they are prepared units.
 VisualSource = str | Path | bytes | Image.Image | np.ndarray | Video | Frames | Visual
 # What one frame is made of; an array is uint8 RGB [height, width, 3].
 FrameSource = str | Path | bytes | Image.Image | np.ndarray
@@ -88,9 +92,11 @@ def prepare_visual(source: VisualSource, size: int, fit: Fit) -> Visual:
     Raises:
       ImageError: it can't be used.
     """
-    if isinstance(source, Visual | np.ndarray):
+    if isinstance(source, Visual):
         return Visual(_checked(source, size))
     units: tuple[np.ndarray, ...]
+    if isinstance(source, np.ndarray):
+        return Visual(_units_of_array(source, size, fit))
     if isinstance(source, Video | Frames):
         units = tuple(prepare_frame(frame, size, fit) for frame in _frames(source))
     elif isinstance(source, Image.Image):
@@ -157,13 +163,27 @@ def listed(sources: VisualSource | Sequence[VisualSource]) -> list[VisualSource]
     return [sources] if is_one else list(sources)  # type: ignore[arg-type, list-item]
 
 
-def _checked(source: Visual | np.ndarray, size: int) -> tuple[np.ndarray, ...]:
-    """Returns units that are prepared already, if they are."""
-    units = source.units if isinstance(source, Visual) else tuple(source) if source.ndim == 4 else (source,)
+def _units_of_array(array: np.ndarray, size: int, fit: Fit) -> tuple[np.ndarray, ...]:
+    """Returns the units of one image or of several in an array; those of the model's own size are taken as they are."""
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3 or not array.size:
+        raise ImageError("array", "must be uint8 RGB [height, width, 3], or several such images [k, height, width, 3], "
+                         f"got {array.dtype}{list(array.shape)}: convert it (0 to 255, channels last), or pass a PIL "
+                         "image", "no image")
+    images = tuple(array) if array.ndim == 4 else (array,)
+    if array.shape[-3:] == (size, size, 3):
+        return images
+    if array.ndim == 3:
+        return prepare_units(Image.fromarray(array), size, fit)
+    return tuple(prepare_frame(Image.fromarray(image), size, fit) for image in images)
+
+
+def _checked(visual: Visual, size: int) -> tuple[np.ndarray, ...]:
+    """Returns a visual's units if they are those of a model with images of this size."""
+    units = visual.units
     if not all(isinstance(unit, np.ndarray) for unit in units):
         raise ImageError("units", "must be arrays", "unprepared image")
     if not units or any(unit.shape != (size, size, 3) or unit.dtype != np.uint8 for unit in units):
         found = sorted({f"{unit.dtype}{list(unit.shape)}" for unit in units}) or "none"
-        raise ImageError("array", f"must be one or several uint8 [{size}, {size}, 3], got {found}: pass the image "
-                         "itself, or prepare it with Assistant.load_images", "unprepared image")
+        raise ImageError("a Visual", f"must hold one or several uint8 [{size}, {size}, 3], got {found}: pass the image "
+                         "itself", "unprepared image")
     return units

@@ -16,6 +16,8 @@ from vocojax.layout import UnitShape, lay_out_sample
 from vocojax.pretrained.source import open_source
 from vocojax.runs.card import ModelCard
 
+ImageSource = str | Path | bytes | Image.Image  # a file, its content, or an image
+
 
 @dataclass(frozen=True)
 class Processor:
@@ -57,11 +59,11 @@ class Processor:
         """Returns the processor of a model with this card."""
         return cls(card.tokenizer, card.model.vision.image_size, card.unit, template(card.template), card.fit)
 
-    def load_images(self, images: Sequence[str | Path | Image.Image]) -> list[np.ndarray]:
+    def load_images(self, images: ImageSource | Sequence[ImageSource]) -> list[np.ndarray]:
         """Loads images and makes them square.
 
         Args:
-          images: files or PIL images.
+          images: one or several files, contents of files, or PIL images.
 
         Returns:
           uint8 [image_size, image_size, 3], RGB, of each image.
@@ -69,16 +71,17 @@ class Processor:
         Raises:
           ImageError: a file can't be used.
         """
+        several = [images] if isinstance(images, ImageSource) else images
         return [prepare(to_rgb(image), self.image_size, self.fit) if isinstance(image, Image.Image)
-                else load_image(image, self.image_size, self.fit) for image in images]
+                else load_image(image, self.image_size, self.fit) for image in several]
 
     def __call__(
-        self, images: Sequence[str | Path | Image.Image], conversation: str | Conversation, max_length: int = 2048
+        self, images: ImageSource | Sequence[ImageSource], conversation: str | Conversation, max_length: int = 2048
     ) -> Item:
         """Lays out one sample.
 
         Args:
-          images: the sample's images; each becomes a unit.
+          images: the sample's image, or its images; each becomes a unit.
           conversation: a question, or turns whose answers are targets.
           max_length: the sample's maximum of tokens; further text is dropped.
 
@@ -90,7 +93,8 @@ class Processor:
           LayoutError: the text can't be used, or the units are too long.
         """
         turns = (Turn("user", conversation),) if isinstance(conversation, str) else conversation
-        spans = self.template.spans(turns, self.tokenizer.eos_token, bool(images))
-        layout = lay_out_sample(turns[-1].text if turns else "", len(images), [spans], self.tokenizer, self.unit,
-                                max_length, self.template.question(turns, bool(images)))
-        return Item(layout, tuple(self.load_images(images)))
+        units = tuple(self.load_images(images))
+        spans = self.template.spans(turns, self.tokenizer.eos_token, bool(units))
+        layout = lay_out_sample(turns[-1].text if turns else "", len(units), [spans], self.tokenizer, self.unit,
+                                max_length, self.template.question(turns, bool(units)))
+        return Item(layout, units)
