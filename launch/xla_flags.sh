@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Compiler flags per generation of accelerator, all in one place. Source it before Python starts:
 #
-#   . launch/xla_flags.sh v5e          # v4, v5e, v5p, v6e, h100
+#   . launch/xla_flags.sh v5e          # v4, v5e, v5p, v6e, tpu7x, h100
 #
 # TPU flags go to LIBTPU_INIT_ARGS, GPU flags to XLA_FLAGS. Flags that are set already come last, so they win. A flag that
 # the installed libtpu or jaxlib does not know ends the process at its start; tests/launch holds every line against the
@@ -55,6 +55,11 @@ xla_flags_v6e() {
         --xla_tpu_scoped_vmem_limit_kib=98304)
 }
 
+xla_flags_tpu7x() {
+    # Only what hides collectives: no other flag has been tried on this generation.
+    tpu=("${overlap[@]}" "${data_parallel[@]}")
+}
+
 xla_flags_h100() {
     # The scheduler that starts collectives early; gathers, reduce-scatters and sums pipelined over the iterations of
     # the loop over layers, which double buffering gives the room for; small collectives combined into large ones,
@@ -73,8 +78,8 @@ xla_flags_h100() {
 
 tpu=() gpu=()
 case "${1:-}" in
-    v4 | v5e | v5p | v6e | h100) "xla_flags_$1" ;;
-    *) echo "xla_flags.sh: the generation must be v4, v5e, v5p, v6e or h100, got '${1:-}'" >&2; return 2 ;;
+    v4 | v5e | v5p | v6e | tpu7x | h100) "xla_flags_$1" ;;
+    *) echo "xla_flags.sh: the generation must be v4, v5e, v5p, v6e, tpu7x or h100, got '${1:-}'" >&2; return 2 ;;
 esac
 if [ ${#tpu[@]} -gt 0 ]; then export LIBTPU_INIT_ARGS="${tpu[*]}${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"; fi
 if [ ${#gpu[@]} -gt 0 ]; then export XLA_FLAGS="${gpu[*]}${XLA_FLAGS:+ $XLA_FLAGS}"; fi

@@ -123,6 +123,10 @@ GPUS = {
                 128, 450e9),
 }
 
+# Generations that libtpu compiles for, and of whose units no cycles are known: no report can be made. Cloud TPU's page
+# says 2,307 TFLOP/s for a TPU7x chip, which JAX shows as two devices.
+WITHOUT_CYCLES = {"tpu7x": ("TPU7x", 2307e12 / 2)}
+
 # Peak dense bfloat16 FLOP/s of the boards by their names in JAX; the first match counts. An H100 in a PCIe slot has
 # fewer cores than an SXM module, the NVL pair has a lower clock.
 _GPU_PEAKS = (
@@ -153,6 +157,8 @@ def peak_flops(device_kind: str) -> float | None:
     """Returns the peak bfloat16 FLOP/s of a device, None if the table does not have it."""
     if chip := tpu(device_kind):
         return chip.flops
+    if peak := next((peak for kind, peak in WITHOUT_CYCLES.values() if kind == device_kind), None):
+        return peak
     return next((peak for pattern, peak in _GPU_PEAKS if re.fullmatch(pattern, device_kind)), None)
 
 

@@ -1,13 +1,33 @@
 """The base of all errors that a user can mend, and those that several rooms raise."""
 
+import errno
 
 _LONGEST = 200  # characters of a value that a message repeats
+_REMEDIES = {
+    errno.ENOSPC: "free some there, or name another place",
+    errno.EDQUOT: "free some there, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.EACCES: "name a place that this user may use",
+    errno.EPERM: "name a place that this user may use",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path: a part of it is a file",
+    errno.EISDIR: "name a file",
+    errno.EEXIST: "name another place, or remove what is there",
+}
 
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of an exception's message, cut to 300 characters."""
     lines = str(error).splitlines()
     return lines[0][:300] if lines else ""
+
+
+def os_problem(error: OSError) -> str:
+    """Returns a failed system call as place, problem and remedy; the message alone if it names no place."""
+    if not error.filename or not error.strerror:
+        return str(error)
+    remedy = _REMEDIES.get(error.errno or 0, "")
+    return f"{error.filename}: {error.strerror}{f'; {remedy}' if remedy else ''}"
 
 
 def shown(value: object) -> str:

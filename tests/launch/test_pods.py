@@ -14,9 +14,9 @@ def test_pod_commands_are_those_of_the_golden_file():
     lines = []
     run = ["run", "--config=configs/voco.py", "--workdir=gs://b/voco", "--config.name=two words"]
     resume = ["resume", "--config=c", "--workdir=w"]
-    for arguments in (["create"], ["install"], run, ["tail"], ["stop"], resume, ["delete"]):
+    for arguments in (["create"], ["install"], run, ["tail"], ["stop"], resume, ["keep", *resume[1:]], ["delete"]):
         done = bash("launch/tpu_pod.sh", "--dry-run", *arguments, environment={
-            **POD, "PROJECT": "p", "SPOT": "1", "CREATE_ARGS": "--data-disk=source=d,mode=read-only --reserved",
+            **POD, "PROJECT": "p", "SPOT": "1", "CREATE_ARGS": "--data-disk=source=d,mode=read-only --labels=team=voco",
             "SETUP": "mountpoint -q /data || sudo mount /dev/sdb /data"})
         assert done.returncode == 0, done.stderr
         lines.append(f"# {' '.join(arguments)}\n{done.stdout}")
@@ -39,18 +39,20 @@ def test_pod_mistakes(arguments, changes, message):
     assert done.returncode != 0 and message in done.stderr and done.stdout == ""
 
 
+@pytest.mark.parametrize("variables", [{}, {"QUEUED": "1", "DATA_DISK": "d", "TPU_TYPE": "v6e-16"}])
 @pytest.mark.parametrize("arguments", [["create"], ["install"], ["tail"], ["stop"], ["delete"],
+                                       ["keep", "--config=c", "--workdir=w"],
                                        ["run", "--config=c", "--workdir=w"], ["resume", "--config=c", "--workdir=w"]])
-def test_a_dry_run_runs_nothing_wherever_it_is_asked_for(arguments, tmp_path):
+def test_a_dry_run_runs_nothing_wherever_it_is_asked_for(arguments, variables, tmp_path):
     """Whatever would reach the cloud is a program that leaves a trace."""
-    for program in ("gcloud", "git"):
+    for program in ("gcloud", "git", "ssh-add"):
         executable(tmp_path / "bin" / program, f"#!/usr/bin/env bash\necho {program} >> {tmp_path}/ran\n")
-    environment = {**POD, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    environment = {**POD, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables}
     printed = set()
     for place in range(len(arguments) + 1):
         words = [*arguments[:place], "--dry-run", *arguments[place:]]
         done = bash("launch/tpu_pod.sh", *words, environment=environment)
-        assert done.returncode == 0 and "gcloud compute tpus tpu-vm" in done.stdout, done.stderr
+        assert done.returncode == 0 and "gcloud compute tpus " in done.stdout, done.stderr
         printed.add(done.stdout)
     assert len(printed) == 1 and "--dry-run" not in printed.pop() and not (tmp_path / "ran").exists()
 
@@ -64,18 +66,39 @@ def test_a_stray_argument_is_an_error_and_nothing_is_done(verb, stray, tmp_path)
     assert done.returncode == 2 and stray in done.stderr and not (tmp_path / "ran").exists()
 
 
-# What runs where gcloud would: copies to and commands on a machine whose home is $HOME.
+# What runs where gcloud would: copies to and commands on a machine whose home is $HOME. It records each call, knows the
+# flags of each command, and says what state things are in from a list of answers, the last of which stays.
 GCLOUD = r"""#!/usr/bin/env bash
 echo "$*" >> "$HOME/calls"
+where="--zone --project"
+case "$3 $4" in
+    "tpu-vm create") known="--accelerator-type --version --spot --reserved --scopes --data-disk --internal-ips" ;;
+    "queued-resources create") known="--node-id --node-count --node-prefix --accelerator-type --runtime-version --spot \
+--reserved --scopes --data-disk --internal-ips" ;;
+    "tpu-vm ssh") known="--worker --command --tunnel-through-iap --internal-ip" ;;
+    "tpu-vm scp") known="--worker --tunnel-through-iap --internal-ip" ;;
+    *" list") known="--filter --format" ;;
+    "tpu-vm delete") known="--quiet" ;;
+    "queued-resources delete") known="--quiet --force" ;;
+    *) [ "$1 $2 $3" = "compute disks describe" ] || { echo "gcloud: unknown command $*" >&2; exit 2; }
+       known="--format" ;;
+esac
+for word in "$@"; do
+    [[ $word != --* || " $where $known " == *" ${word%%=*} "* ]] || { echo "gcloud: unknown $word" >&2; exit 2; }
+done
 case "$4" in
     scp) cp "$5" "$HOME/${6#*:}" ;;
-    list) cat "$HOME/state" 2>/dev/null || true ;;
-    create) echo READY > "$HOME/state" ;;
-    delete) rm -r "$HOME/state" "$HOME/vocojax" ;;
+    list) head -n 1 "$HOME/state" 2>/dev/null
+          [ "$(wc -l < "$HOME/state" 2>/dev/null || echo 0)" -lt 2 ] || sed 1d "$HOME/state" > "$HOME/next"
+          [ ! -f "$HOME/next" ] || mv "$HOME/next" "$HOME/state" ;;
+    create) [ -f "$HOME/state" ] || echo READY > "$HOME/state" ;;
+    delete) rm -rf "$HOME/vocojax"; [ -f "$HOME/scripted" ] || rm "$HOME/state" ;;
     ssh) cd "$HOME"; for word in "$@"; do case $word in --command=*) exec bash -c "${word#--command=}" ;; esac; done ;;
 esac
+[ "$2" != disks ] || cat "$HOME/disk"
 """
 GIT = r"""#!/usr/bin/env bash
+if [ "$1" = status ]; then cat "$HOME/changes" 2>/dev/null || true; exit; fi
 exec tar -czf "${3#--output=}" launch
 """
 # The worker's Python: pip and uv do nothing but make .venv, training writes down what it got and waits to be stopped.
@@ -83,29 +106,44 @@ PYTHON = r"""#!/usr/bin/env bash
 case "$*" in
     "-m uv venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
     "-m "*) ;;
-    *)  trap 'sleep 1; echo saved; exit 0' TERM; printf '<%s>' "$@"; echo " $LIBTPU_INIT_ARGS"
+    *)  trap 'sleep 1; echo saved; exit 75' TERM; printf '<%s>' "$@"; echo " $LIBTPU_INIT_ARGS"
+        if [ -f "$HOME/endings" ]; then
+            ending=$(head -n 1 "$HOME/endings"); sed 1d "$HOME/endings" > "$HOME/left"; mv "$HOME/left" "$HOME/endings"
+            exit "$ending"
+        fi
         while :; do sleep 0.1; done ;;
 esac
 """
 
 
-def test_a_pod_from_nothing_to_a_resumed_run(tmp_path):
+@pytest.fixture
+def pod(tmp_path):
+    """Runs tpu_pod.sh with the stand-ins, in a cloud whose only machine has the directory as its home."""
+    for name, text in (("gcloud", GCLOUD), ("git", GIT), ("python3", PYTHON), ("ssh-add", "#!/usr/bin/env bash\n")):
+        executable(tmp_path / "bin" / name, text)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    return lambda *arguments, **variables: bash(LAUNCH / "tpu_pod.sh", *arguments, environment={
+        **POD, "SETUP": "touch mounted", "HOME": str(tmp_path), "PATH": path, "POLL": "0.1", **variables})
+
+
+def calls(home):
+    return [line.removeprefix("compute ") for line in (home / "calls").read_text().splitlines()]
+
+
+def verbs_of(home):
+    return [line.split()[2] for line in calls(home)]
+
+
+def test_a_pod_from_nothing_to_a_resumed_run(tmp_path, pod):
     """The remote commands themselves, run where they would run but for gcloud and Python."""
-    executable(tmp_path / "bin" / "gcloud", GCLOUD)
-    executable(tmp_path / "bin" / "git", GIT)
-    executable(tmp_path / "bin" / "python3", PYTHON)
-    environment = {**POD, "SETUP": "touch mounted", "HOME": str(tmp_path),
-                   "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    pod = lambda *arguments: bash(LAUNCH / "tpu_pod.sh", *arguments, environment=environment)
     log, pid = tmp_path / "vocojax" / "run.log", tmp_path / "vocojax" / "run.pid"
     assert pod("resume", "--config=c.py", "--workdir=gs://b", "--config.name=it's two").returncode == 0
     assert (tmp_path / "vocojax" / "mounted").exists()
-    verbs = [line.split()[3] for line in (tmp_path / "calls").read_text().splitlines()]
-    assert verbs == ["list", "create", "scp", "ssh", "ssh"]
+    assert verbs_of(tmp_path) == ["list", "create", "scp", "ssh", "ssh"]
     try:
         wait_for(lambda: log.exists() and log.read_text())
         assert log.read_text().startswith("<launch/train.py><--config=c.py><--workdir=gs://b>"
-                                          "<--config.name=it's two> --xla_enable_async_all_gather=true")
+                                          "<--config.name=it's two><--stopped_status=75> --xla_enable_async_all_")
         assert "--xla_jf_spmd_threshold_for_windowed_einsum_mib=100000" in log.read_text()
         again = pod("run", "--config=c.py", "--workdir=gs://b")
         assert again.returncode == 1 and "a run is on already" in again.stderr
@@ -118,14 +156,87 @@ def test_a_pod_from_nothing_to_a_resumed_run(tmp_path):
             (tmp_path / "state").write_text(f"{state}\n")
             refused = pod("resume", "--config=c.py", "--workdir=gs://b")
             assert refused.returncode == 1 and f"voco is {state}, nothing was done" in refused.stderr
-            assert log.exists() and (tmp_path / "calls").read_text().splitlines()[-1].split()[3] == "list"
+            assert log.exists() and verbs_of(tmp_path)[-1] == "list"
         (tmp_path / "state").write_text("PREEMPTED\n")
         assert pod("resume", "--config=c.py", "--workdir=gs://b").returncode == 0
-        verbs = [line.split()[3] for line in (tmp_path / "calls").read_text().splitlines()][-6:]
-        assert verbs == ["list", "delete", "create", "scp", "ssh", "ssh"]
+        assert verbs_of(tmp_path)[-6:] == ["list", "delete", "create", "scp", "ssh", "ssh"]
         assert (tmp_path / "vocojax" / "mounted").exists()
-        wait_for(lambda: log.exists() and "<--config=c.py><--workdir=gs://b> " in log.read_text())
+        wait_for(lambda: log.exists() and "<--config=c.py><--workdir=gs://b><--stopped_status=75> " in log.read_text())
     finally:
         if int(pid.read_text()) != os.getpid():
-            os.kill(int(pid.read_text()), signal.SIGTERM)
+            os.killpg(int(pid.read_text()), signal.SIGTERM)
     wait_for(lambda: "saved" in log.read_text())
+
+
+TRAIN = ("--config=c.py", "--workdir=gs://b")
+
+
+def test_a_queue_is_waited_for_and_a_preempted_pod_is_made_again_until_the_run_has_ended(tmp_path, pod):
+    states = ["", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE",  # created, waited for, installed, run
+              "ACTIVE",  # the run has ended with 75: it was told to stop
+              "SUSPENDED", "SUSPENDED", "ACTIVE",  # preempted: seen, looked at again, made again
+              "ACTIVE"]  # the run has ended with 0
+    (tmp_path / "state").write_text("\n".join(states) + "\n")
+    (tmp_path / "scripted").touch()
+    (tmp_path / "endings").write_text("75\n75\n0\n")
+    done = pod("keep", *TRAIN, QUEUED="1", SPOT="1", POLL="0.5")
+    assert done.returncode == 0, done.stderr
+    assert "voco is WAITING_FOR_RESOURCES, waiting" in done.stderr and "the run has ended" in done.stderr
+    assert "the run was told to stop and has saved; it is started again" in done.stderr
+    made = [line for line in calls(tmp_path) if " create " in line]
+    assert made == 2 * ["tpus queued-resources create voco --zone=us-west4-a --node-id=voco "
+                        "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot "
+                        "--scopes=https://www.googleapis.com/auth/cloud-platform"]
+    assert [line for line in calls(tmp_path) if " delete " in line] == [
+        "tpus queued-resources delete voco --zone=us-west4-a --force --quiet"]
+
+
+def test_a_run_that_fails_is_not_started_again(tmp_path, pod):
+    (tmp_path / "state").write_text("READY\n")
+    pod("install")
+    (tmp_path / "endings").write_text("1\n0\n")
+    done = pod("keep", *TRAIN, POLL="0.5")
+    assert done.returncode == 1 and "the run has failed: bash launch/tpu_pod.sh tail shows why" in done.stderr
+    assert (tmp_path / "endings").read_text() == "0\n"
+
+
+def test_several_slices_are_one_queued_resource(tmp_path, pod):
+    (tmp_path / "state").write_text("ACTIVE\n")
+    assert pod("create", SLICES="2", RESERVED="1", INTERNAL_IPS="1").returncode == 0
+    assert "--node-count=2 --node-prefix=voco " in calls(tmp_path)[0]
+    assert "--reserved --internal-ips --scopes=" in calls(tmp_path)[0]
+    assert pod("install", SLICES="2", SSH="iap").returncode == 0
+    assert [line.split()[3:5] for line in calls(tmp_path) if " ssh " in line] == [
+        ["voco-0", "--zone=us-west4-a"], ["voco-1", "--zone=us-west4-a"]]
+    assert all("--tunnel-through-iap" in line for line in calls(tmp_path) if " ssh " in line or " scp " in line)
+    refused = pod("run", *TRAIN, SLICES="2")
+    assert refused.returncode == 2 and "run with SLICES=2 needs --config.mesh.slice=2" in refused.stderr
+
+
+def test_what_an_installation_needs_is_looked_at_first(tmp_path, pod):
+    (tmp_path / "changes").write_text(" M vocojax/layout.py\n?? own.py\n")
+    assert ("2 files are not committed and stay here (the first: vocojax/layout.py): commit them to install them"
+            in pod("install").stderr)
+    executable(tmp_path / "bin" / "ssh-add", "#!/usr/bin/env bash\nexit 2\n")
+    before = calls(tmp_path)
+    refused = pod("install")
+    assert refused.returncode == 2 and 'eval "$(ssh-agent)"; ssh-add ~/.ssh/google_compute_engine' in refused.stderr
+    assert calls(tmp_path) == before
+    disk = {"TPU_TYPE": "v6e-16", "DATA_DISK": "projects/p/zones/z/disks/data"}
+    for kind, status in (("diskTypes/pd-ssd", 2), ("diskTypes/hyperdisk-ml", 0)):
+        (tmp_path / "disk").write_text(f"https://www.googleapis.com/{kind}\n")
+        done = pod("create", **disk)
+        assert done.returncode == status, done.stderr
+        assert status == 0 or "is a pd-ssd, and v6e takes Hyperdisks alone" in done.stderr
+    assert "--data-disk=source=projects/p/zones/z/disks/data,mode=read-only" in calls(tmp_path)[-1]
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({"TPU_TYPE": "tpu7x-16"}, "TPU7x is on GKE alone, not a TPU VM: use launch/gke_jobset.yaml or XPK"),
+    ({"SLICES": "two"}, "SLICES must be a whole number, got two"),
+    ({"SSH": "tunnel"}, "SSH must be iap or internal, got tunnel"),
+    ({"SPOT": "1", "RESERVED": "1"}, "machines are either SPOT=1 or RESERVED=1"),
+])
+def test_wrong_variables_are_named(pod, tmp_path, variables, message):
+    done = pod("create", **variables)
+    assert done.returncode == 2 and message in done.stderr and not (tmp_path / "calls").exists()

@@ -70,11 +70,45 @@ def test_jobset():
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     # A pod that ends restarts all of them, not itself.
     assert (job["completionMode"], job["backoffLimit"], pod["restartPolicy"]) == ("Indexed", 0, "Never")
+    # A mistake ends the whole set; every other failure starts it again.
+    (on_mistake,) = job["podFailurePolicy"]["rules"]
+    assert on_mistake["onExitCodes"] == {"containerName": "train", "operator": "In",
+                                         "values": [int(variables["VOCOJAX_MISTAKE_STATUS"])]}
+    assert on_mistake["action"] == "FailJob" and manifest["spec"]["failurePolicy"]["rules"] == [
+        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    assert "kueue.x-k8s.io/queue-name" in manifest["metadata"]["labels"]
+    annotations = job["template"]["metadata"]["annotations"]
+    assert {f"gke-gcsfuse/{limit}-limit" for limit in ("cpu", "memory", "ephemeral-storage")} <= annotations.keys()
+    (bucket,) = (volume["csi"] for volume in pod["volumes"] if "csi" in volume)
+    assert bucket["volumeAttributes"]["mountOptions"] == "implicit-dirs"
     head = (LAUNCH / "gke_jobset.yaml").read_text().split("apiVersion")[0]
     assert f"kubectl delete jobset {name}" in head and f"jobset-name={name}," in head
     assert "serviceAccountName" in pod and "service account" in head
     assert container["command"] == ["bash", "-c"]
     assert shellcheck("#!/usr/bin/env bash\n" + container["args"][0]) == ""
+
+
+def test_the_dockerfile_is_sound():
+    """Known instructions, a pinned base, files that are there, and everything that training needs."""
+    lines = [line for line in (LAUNCH / "Dockerfile").read_text().splitlines() if line and not line.startswith("#")]
+    instructions = [tuple(line.split(maxsplit=1)) for line in lines]
+    assert {word for word, _ in instructions} <= {"FROM", "WORKDIR", "COPY", "RUN", "ENV"}
+    assert instructions[0][0] == "FROM" and re.fullmatch(r"python:3\.1\d\.\d+-slim-\w+", instructions[0][1])
+    copied = [word for kind, rest in instructions if kind == "COPY" for word in rest.split()[:-1]]
+    assert all((ROOT / name).exists() for name in copied)
+    assert {"requirements.lock", "setup.py", "README.md", "vocojax", "configs", "launch"} <= set(copied)
+    for kind, rest in instructions:
+        if kind == "RUN":
+            assert shellcheck(f"#!/bin/sh\n{rest}\n") == ""
+            assert "--no-cache-dir" in rest and "--constraint requirements.lock" in rest
+
+
+def test_scripts_of_ones_own_machine_run_with_macos_tools():
+    """macOS has bash 3.2 and BSD's tools."""
+    newer = (r"@Q\}|declare -[Ag]|local -n|mapfile|readarray|,,\}|\^\^\}|wait -n|;;&|"  # bash
+             r"--suffix|sed -i|readlink -f|grep -P|date -d")  # GNU
+    for name in ("tpu_pod.sh", "quickstart.sh", "test.sh", "local_multiprocess.sh"):
+        assert not re.findall(newer, (LAUNCH / name).read_text()), name
 
 
 # launch/train.py as the scripts around it see it: it runs until SIGTERM, saves, and ends with the status asked for.
@@ -230,7 +264,7 @@ def test_own_flags_come_last():
     assert flags("v5p", "XLA_FLAGS", XLA_FLAGS="--mine=1") == ["--mine=1"]
     assert flags("h100", "XLA_FLAGS", XLA_FLAGS="--mine=1")[-1] == "--mine=1"
     refused = bash("-c", ". launch/xla_flags.sh v3; echo on")
-    assert "the generation must be v4, v5e, v5p, v6e or h100, got 'v3'" in refused.stderr
+    assert "the generation must be v4, v5e, v5p, v6e, tpu7x or h100, got 'v3'" in refused.stderr
 
 
 def jax_with(code, **environment):
@@ -256,7 +290,8 @@ print("compiled")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("generation", "topology"),
-                         [("v4", "v4:2x2x1"), ("v5e", "v5e:2x2"), ("v5p", "v5p:2x2x1"), ("v6e", "v6e:2x2")])
+                         [("v4", "v4:2x2x1"), ("v5e", "v5e:2x2"), ("v5p", "v5p:2x2x1"), ("v6e", "v6e:2x2"),
+                          ("tpu7x", "tpu7x:2x2x1")])
 def test_the_tpu_flags_are_libtpus(generation, topology):
     pytest.importorskip("libtpu")
     ours = " ".join(flags(generation, "LIBTPU_INIT_ARGS"))

@@ -10,7 +10,8 @@ from absl import app, flags
 def refuse_arguments(arguments: Sequence[str], hint: str = "") -> None:
     """Raises `UsageError` if there are arguments that are no flags."""
     if arguments:
-        raise app.UsageError(f"unexpected arguments{hint}: {' '.join(arguments[:4])}{' ...' * (len(arguments) > 4)}")
+        raise app.UsageError(f"unexpected arguments{hint}: {' '.join(arguments[:4])}{' ...' * (len(arguments) > 4)}; "
+                             "every setting is a flag, and --help lists them")
 
 
 def refuse_empty(*names: str) -> None:

@@ -30,6 +30,8 @@ VERBS = {  # verb -> its module in `vocojax.cli`
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `vocojax VERB [FLAGS]` and exits."""
     arguments = list(sys.argv if argv is None else argv)[1:]
+    if arguments[:1] == ["help"] and len(arguments) == 2:
+        arguments = [arguments[1], "--help"]
     verb = arguments[0].replace("-", "_") if arguments and not arguments[0].startswith("-") else ""
     if verb in VERBS:
         runner.run(command(verb), [f"vocojax {verb}", *arguments[1:]])

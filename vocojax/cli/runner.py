@@ -7,12 +7,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 
 from vocojax.cli import config_flag
-from vocojax.errors import VocojaxError
+from vocojax.config.reader import ConfigError
+from vocojax.errors import InputError, VocojaxError, os_problem
 
 HELP_FLAGS = {"-h", "-help", "--help", "-?", "--helpshort", "--helpfull"}
 
@@ -45,7 +47,7 @@ def _prepare_config(arguments: Sequence[str]) -> None:
             sys.exit()
         config_flag.define_keys(arguments)
     except (VocojaxError, flags.Error) as error:
-        sys.exit(f"error: {one_line(error)}")
+        _end_by_mistake(one_line(error))
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
@@ -78,15 +80,28 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        sys.exit(f"error: {one_line(error)} (--help lists the flags)")
+        _end_by_mistake(f"{one_line(error)} (--help lists the flags)")
+
+
+def _end_by_mistake(message: str) -> NoReturn:
+    """Ends the process after a mistake in flags, the config or what it names, which no second start mends.
+
+    The status is 1, or VOCOJAX_MISTAKE_STATUS: whatever starts runs again can tell a mistake from a failure by it.
+    """
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(int(os.environ.get("VOCOJAX_MISTAKE_STATUS") or 1))
 
 
 def _run_main(command: ModuleType, arguments: list[str]) -> None:
     show_own_messages()
     try:
         command.main(arguments)
-    except (VocojaxError, OSError, app.UsageError) as error:
+    except (ConfigError, InputError, app.UsageError) as error:
+        _end_by_mistake(one_line(error))
+    except VocojaxError as error:
         sys.exit(f"error: {one_line(error)}")
+    except OSError as error:
+        sys.exit(f"error: {' '.join(os_problem(error).split())}")
     except (RuntimeError, AssertionError) as error:
         asked_for = os.environ.get("JAX_PLATFORMS", "")
         if not asked_for or not _raised_by_backends(error):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vocojax.config import ConfigError
-from vocojax.devices import GPUS, TPUS, Gpu
+from vocojax.devices import GPUS, TPUS, WITHOUT_CYCLES, Gpu
 from vocojax.parallel.mesh import MeshConfig
 
 # What libtpu has to be told on a machine without a TPU, where several processes compile.
@@ -35,6 +35,10 @@ class Topology:
     name: str
 
     def __post_init__(self) -> None:
+        if self.kind.lower() in WITHOUT_CYCLES:
+            raise ConfigError("topology", f"{self.name!r} is of a generation whose costs are unknown: libtpu compiles "
+                              "for it, but vocojax/devices.py has no cycles of its units; use one of "
+                              f"{', '.join(TPUS)}")
         number = r"[1-9]\d*"
         shape = number if self.is_gpu else rf"{number}(x{number})*(\*{number})?"
         is_known = self.is_gpu or self.kind in TPUS

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from vocojax.errors import os_problem
 from vocojax.files import is_remote, write_atomically
 from vocojax.liveness import ProcessName, this_process
 from vocojax.parallel import processes
@@ -59,7 +60,8 @@ def owned(workdir: str | os.PathLike) -> Iterator[None]:
         try:
             _claim(path)
         except Exception as error:  # object stores have exceptions of their own, and other processes wait
-            problem, in_use = str(error) or type(error).__name__, isinstance(error, RunInUse)
+            text = os_problem(error) if isinstance(error, OSError) else str(error)
+            problem, in_use = text or type(error).__name__, isinstance(error, RunInUse)
     problem, in_use = processes.from_first("owner", (problem, in_use))
     if problem:
         raise (RunInUse if in_use else CheckpointError)(problem)
