@@ -10,6 +10,7 @@ from vocojax.config.model import (
     RopeScalingConfig,
     VisionConfig,
     VocoConfig,
+    VocoInit,
 )
 from vocojax.config.presets import PRESETS, preset
 from vocojax.config.reader import (
@@ -25,6 +26,6 @@ from vocojax.config.reader import (
 
 __all__ = [
     "PRESETS", "SEEDS", "CompressorConfig", "ConfigError", "DecoderConfig", "LoraConfig", "ModelConfig", "Positions",
-    "ProjectorConfig", "RopeScalingConfig", "VisionConfig", "VocoConfig", "build", "config_to_dict", "differing_keys",
-    "preset", "require", "require_positive", "require_seed",
+    "ProjectorConfig", "RopeScalingConfig", "VisionConfig", "VocoConfig", "VocoInit", "build", "config_to_dict",
+    "differing_keys", "preset", "require", "require_positive", "require_seed",
 ]

@@ -145,6 +145,7 @@ class DecoderConfig:
 
 
 Positions = Literal["compact", "sequential"]
+VocoInit = Literal["learned", "pool"]
 
 
 @dataclass(frozen=True)
@@ -157,15 +158,26 @@ class VocoConfig:
       positions: rotary positions of several units (images, frames). `compact`: unit t has those of the first one, t * N
         higher, so the VoCo tokens of all units are consecutive, and a context is spent on them alone. `sequential`: all
         tokens are numbered one after the other, as if nothing were compressed.
+      init: the input embedding of a VoCo token. `learned`: its row of the vocabulary, as in the paper. `pool`: that row
+        plus the mean of the projected vision tokens in the VoCo token's window, so that the model begins as pooling.
+        The N windows are a grid over the image's patches, as square as N allows; VoCo token n has window n, row after
+        row. Runs and caches keep the choice. Exports to published layouts refuse `pool`.
     """
 
     num_vocos: int = 1
     token_id: int = 32000
     positions: Positions = "compact"
+    init: VocoInit = "learned"
 
     def __post_init__(self) -> None:
         require_positive(self, "num_vocos")
         require(self.token_id >= 0, "token_id", "must be >= 0", self.token_id)
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """Rows and columns of the windows that `init="pool"` gives the VoCo tokens."""
+        rows = max(side for side in range(1, math.isqrt(self.num_vocos) + 1) if self.num_vocos % side == 0)
+        return rows, self.num_vocos // rows
 
 
 @dataclass(frozen=True)
@@ -293,6 +305,11 @@ class ModelConfig:
                 f"must be below {self.decoder.num_tokens}, the decoder's vocab_size without padding",
                 self.voco.token_id)
         kind, tokens, vision = self.compressor.kind, self.compressor.num_tokens, self.vision
+        if self.voco.init == "pool" and kind == "none":
+            rows, columns = self.voco.windows
+            require(columns <= vision.grid, "voco.num_vocos", f"has {rows} x {columns} windows for voco.init 'pool', "
+                    f"more than the tower's {vision.grid} patches on a side; take another number",
+                    self.voco.num_vocos)
         if kind in ("downsample", "random"):
             require(tokens <= vision.num_patches, "compressor.num_tokens",
                     f"must be <= {vision.num_patches}, the tower's patches, for {kind}", tokens)

@@ -1,10 +1,12 @@
 """VoCo-LLaMA: a vision tower, a projector and a decoder that compresses vision tokens by its attention mask."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
@@ -103,8 +105,23 @@ class VocoLlama(nnx.Module):
         questions_UT = None if questions_BUT is None else rearrange(questions_BUT, "b u t -> (b u) t")
         tokens_UPE = self.encode_images(images_UHWC, step, questions_UT)
         tokens_BTE = tokens_UPE.reshape(num_rows, -1, tokens_UPE.shape[-1])
+        if self.config.voco.init == "pool" and self.config.unit_vocos:
+            x_BSE = x_BSE + self._pooled(rows, tokens_UPE)
         placed_BSE = jnp.take_along_axis(tokens_BTE, jnp.maximum(rows.vision_BS, 0)[..., None], axis=1)
         return jnp.where(rows.vision_BS[..., None] >= 0, placed_BSE, x_BSE)
+
+    def _pooled(self, rows: Rows, tokens_UPE: jax.Array) -> jax.Array:
+        """Returns [B, S, E]: at a VoCo token the mean of the vision tokens in its window, 0 elsewhere."""
+        means_UNE = window_means(tokens_UPE, *self.config.voco.windows)
+        means_BTE = means_UNE.reshape(len(rows.ids_BS), -1, means_UNE.shape[-1])
+        index_S = jnp.arange(rows.ids_BS.shape[1])
+        is_voco_BS = rows.ids_BS == self.config.voco.token_id
+        # The latest vision token before a VoCo token is one of its own unit; the latest other token, the one before N.
+        unit_BS = jax.lax.cummax(rows.vision_BS, axis=1) // tokens_UPE.shape[1]
+        number_BS = index_S - jax.lax.cummax(jnp.where(is_voco_BS, -1, index_S), axis=1) - 1
+        window_BS = jnp.where(is_voco_BS, unit_BS * self.config.voco.num_vocos + number_BS, 0)
+        placed_BSE = jnp.take_along_axis(means_BTE, window_BS[..., None], axis=1)
+        return jnp.where(is_voco_BS[..., None], placed_BSE, 0)
 
     def __call__(
         self,
@@ -125,6 +142,24 @@ class VocoLlama(nnx.Module):
             self.embed(rows, step), rows.positions_BS, rows.mask, prefix=prefix, keep=keep, attention=attention,
             remat=remat,
         )
+
+
+def window_means(tokens_UPE: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Returns [U, rows * columns, E], the means of images' tokens in a grid of windows, row after row.
+
+    Windows differ by one patch in height or width where rows or columns do not divide the patches of a side.
+
+    Args:
+      tokens_UPE: tokens of square images.
+      rows: windows above one another, at most the patches of a side.
+      columns: windows side by side, likewise.
+    """
+    side = math.isqrt(tokens_UPE.shape[1])
+    patch = np.arange(side)
+    window_P = ((patch * rows // side)[:, None] * columns + patch * columns // side).reshape(-1)
+    shares_NP = (window_P == np.arange(rows * columns)[:, None]).astype(np.float32)
+    shares_NP /= shares_NP.sum(axis=1, keepdims=True)
+    return jnp.einsum("np,upe->une", shares_NP.astype(tokens_UPE.dtype), tokens_UPE)
 
 
 def append_voco_row(decoder: Decoder, token_id: int) -> None:

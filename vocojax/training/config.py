@@ -285,6 +285,11 @@ class StageConfig:
             require(not self.distill.teacher, "distill.teacher", "must be '' for plan 'two_stage': a teacher sees all "
                     "vision tokens, so use 'single_pass'", self.distill.teacher)
 
+    @property
+    def teacher_model(self) -> ModelConfig:
+        """The model of `distill.teacher`: the stage's, with `voco.init` as in the paper."""
+        return dataclasses.replace(self.model, voco=dataclasses.replace(self.model.voco, init="learned"))
+
 
 def require_regex(key: str, pattern: str) -> None:
     """Raises `ConfigError` unless the pattern is a regular expression."""
@@ -295,7 +300,7 @@ def require_regex(key: str, pattern: str) -> None:
 
 
 def _require_files(data: DataConfig | ValidationConfig, key: str) -> None:
-    if not data.source.startswith("easy_vqa"):
+    if not data.source.startswith(("easy_vqa", "mosaic")):
         require(bool(data.path), f"{key}.path", f"must name the file of a {data.source} source", data.path)
         require(bool(data.image_root) or data.source == "tfds", f"{key}.image_root",
                 f"must name the directory of a {data.source} source's images or videos", data.image_root)

@@ -68,7 +68,8 @@ def make_program(config: StageConfig, mesh: Mesh) -> Program:
     """
     _check_batch(config, mesh)
     model = abstract(lambda: make_model(config, nnx.Rngs(0)))
-    teacher = abstract(lambda: VocoLlama(config.model, nnx.Rngs(0), config.dtype)) if config.distill.teacher else None
+    teacher = abstract(lambda: VocoLlama(config.teacher_model, nnx.Rngs(0), config.dtype)) if (
+        config.distill.teacher) else None
     multipliers = learning_rate_multipliers(variables_of(model), config.learning_rates)
     _check_lora(config, model, multipliers)
     optimizer = with_multipliers(make_optimizer(config.optimizer, config.steps), multipliers)

@@ -199,7 +199,7 @@ def _check_teacher(config: StageConfig) -> None:
     if not config.distill.teacher:
         return
     teacher = _saved_config(config.distill.teacher)
-    mine = {part: values for part, values in config_to_dict(config.model).items() if part in teacher}
+    mine = {part: values for part, values in config_to_dict(config.teacher_model).items() if part in teacher}
     if odd := [key for key in differing_keys(teacher, mine) if key not in SHAPES]:
         raise ConfigError("distill.teacher", f"must be of the same model, but {config.distill.teacher} differs in "
                           f"{', '.join(odd)}")

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vocojax.config import Positions
+from vocojax.config import Positions, VocoInit
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.layout import Role, lay_out_unit, unit_shape
 from vocojax.models.parameters import parameters_of
 from vocojax.models.voco import VocoLlama
 
 COMPACT: Positions = "compact"
+LEARNED: VocoInit = "learned"
 _WORDS = 4  # 32-bit words of a parameter's checksum
 
 
@@ -27,11 +28,12 @@ class Fingerprint:
     """Identity of a model: two models with the same fingerprint can read each other's caches.
 
     The number of VoCo tokens is left out: a unit's first n VoCo tokens are the same whatever follows them, so it is a
-    property of the cache.
+    property of the cache. With `voco.init="pool"` they are not: the number decides their windows, and it is in.
 
     Attributes:
-      config: the model's config without `voco.num_vocos` (and without `voco.positions` if they are compact), the dtype
-        it computes in, and the ids that its tokenizer puts around an image's vision tokens, as canonical JSON.
+      config: the model's config, the dtype it computes in, and the ids that its tokenizer puts around an image's vision
+        tokens, as canonical JSON. Left out are `voco.num_vocos` (unless `voco.init` is `pool`), and what has the value
+        that models before the entry had: `voco.init` if it is `learned`, `voco.positions` if they are compact.
       parameters: digest of names, dtypes, shapes and values of all parameters.
     """
 
@@ -45,7 +47,8 @@ class Fingerprint:
 
     def differences(self, other: "Fingerprint") -> str:
         """Returns how `other` differs from this one, for errors: `decoder.depth is 2 there, 3 here`."""
-        here, there = ({"voco.positions": COMPACT, **_flat(json.loads(f.config))} for f in (self, other))
+        default = {"voco.positions": COMPACT, "voco.init": LEARNED}
+        here, there = ({**default, **_flat(json.loads(f.config))} for f in (self, other))
         odd = [f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
                for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
         if not odd and self.parameters != other.parameters:
@@ -65,7 +68,8 @@ def fingerprint(model: VocoLlama, tokenizer: Tokenizer) -> Fingerprint:
     """
     unit = lay_out_unit("unit", tokenizer, unit_shape(model.config))
     config = dataclasses.asdict(model.config)
-    del config["voco"]["num_vocos"]
+    if config["voco"]["init"] == LEARNED:
+        del config["voco"]["num_vocos"], config["voco"]["init"]
     if config["voco"]["positions"] == COMPACT:  # fingerprints of models without the entry mean this
         del config["voco"]["positions"]
     if not model.config.compressor.reads_text:  # and without these two

@@ -67,7 +67,7 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], model: Mapping[str,
         shapes[path] = list(values.shape) if depth is None else [depth, *values.shape]
         dtypes[path] = str(tensor.dtype).removeprefix("torch.")
     text = "".join(f"{path} {dtypes[path]} {shapes[path]} {(sums[path] % 2**32).tolist()}\n" for path in sorted(sums))
-    default = {"num_vocos": model["voco"]["num_vocos"], "positions": "compact"}  # these are left out
+    default = {"num_vocos": model["voco"]["num_vocos"], "positions": "compact", "init": "learned"}  # these are left out
     config = {**model, "voco": {key: value for key, value in model["voco"].items() if value != default.get(key)},
               "dtype": dtypes["decoder/embedding"], "unit_ids": unit_ids}
     return Fingerprint(json.dumps(config, sort_keys=True), hashlib.sha256(text.encode()).hexdigest())
