@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv, installs vocojax, trains every row of the retention table on easy-VQA and prints it; with --video, of the
-# table about time.
-#   bash launch/quickstart.sh [--seeds 0,1,2] [--full | --video] [--json] [--workdir DIR]
+# table about time; with --mosaic, of the tables of a harder task.
+#   bash launch/quickstart.sh [--seeds 0,1,2] [--full] [--video | --mosaic] [--json] [--workdir DIR]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-python3}"

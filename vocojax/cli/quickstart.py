@@ -1,7 +1,8 @@
-"""Trains every row of the retention table on easy-VQA and reports it; with --video, those of the table about time.
+"""Trains every row of the retention table on easy-VQA and reports it.
 
     bash launch/quickstart.sh [--seeds=0,1,2] [--full]
-    bash launch/quickstart.sh --video [--seeds=0,1,2]
+    bash launch/quickstart.sh --video [--seeds=0,1,2]              the table about time
+    bash launch/quickstart.sh --mosaic [--seeds=0,1,2] [--full]    the paper's tables on a task that is not saturated
 
 installs what it needs and runs it. What is finished in the work directory is not repeated.
 """
@@ -18,6 +19,7 @@ from vocojax.cli.flag_checks import refuse_arguments
 from vocojax.errors import MissingPackage
 
 if TYPE_CHECKING:
+    from vocojax.experiments.mosaic import Mosaic
     from vocojax.experiments.quickstart import Quickstart
     from vocojax.experiments.video import VideoQuickstart
 
@@ -29,7 +31,9 @@ def define_flags() -> None:
     flags.DEFINE_list("seeds", ["0"], "Seeds; everything is trained once for each.")
     flags.DEFINE_bool("full", False, "Add VoCo-2, VoCo-8 and all baselines.")
     flags.DEFINE_bool("video", False, "Train the video stage on clips instead: is the order of frames learnt?")
-    flags.DEFINE_string("workdir", None, "Directory of runs and results; runs/quickstart, or runs/quickstart_video.")
+    flags.DEFINE_bool("mosaic", False, "Train the paper's tables on mosaics instead; --full adds the recipes.")
+    flags.DEFINE_string("workdir", None, "Directory of runs and results; runs/quickstart, runs/quickstart_video or "
+                        "runs/mosaic.")
     flags.DEFINE_bool("json", False, "Print the results' JSON as well.")
 
 
@@ -38,6 +42,8 @@ def main(arguments: Sequence[str]) -> None:
     refuse_arguments(arguments)
     if not all(seed.isdecimal() for seed in FLAGS.seeds):
         raise app.UsageError(f"--seeds must be whole numbers such as 0,1,2, got {','.join(FLAGS.seeds)}")
+    if FLAGS.video and FLAGS.mosaic:
+        raise app.UsageError("--video and --mosaic are two experiments: choose one")
     if FLAGS.video and FLAGS.full:
         raise app.UsageError("--full adds rows to the retention table, which --video does not make: leave one out")
     from vocojax.parallel.preemption import Preempted
@@ -54,14 +60,14 @@ def main(arguments: Sequence[str]) -> None:
     print(experiment.workdir / "report.html")
 
 
-def _experiment(seeds: Sequence[int]) -> "Quickstart | VideoQuickstart":
+def _experiment(seeds: Sequence[int]) -> "Quickstart | VideoQuickstart | Mosaic":
     """Returns the experiment that the flags choose.
 
     Raises:
       MissingPackage: its config file is not there.
     """
     try:
-        from configs import quickstart, quickstart_video
+        from configs import mosaic, quickstart, quickstart_video
     except ImportError as error:
         raise MissingPackage("configs/quickstart.py is not in the wheel: run bash launch/quickstart.sh in a checkout "
                              "of the repository") from error
@@ -69,6 +75,11 @@ def _experiment(seeds: Sequence[int]) -> "Quickstart | VideoQuickstart":
         from vocojax.experiments.video import VideoQuickstart
 
         return VideoQuickstart(quickstart_video.get_config, Path(FLAGS.workdir or "runs/quickstart_video"), seeds)
+    if FLAGS.mosaic:
+        from vocojax.experiments.mosaic import RECIPES, Mosaic
+
+        recipes = RECIPES if FLAGS.full else ()
+        return Mosaic(mosaic.get_config, Path(FLAGS.workdir or "runs/mosaic"), seeds, recipes=recipes)
     from vocojax.experiments.quickstart import Quickstart
 
     return Quickstart(quickstart.get_config, Path(FLAGS.workdir or "runs/quickstart"), seeds, FLAGS.full)

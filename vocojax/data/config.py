@@ -8,8 +8,8 @@ from vocojax.data.conversation import TEMPLATES
 from vocojax.data.frame_choice import Sampling
 from vocojax.data.images import Fit
 
-SourceName = Literal["llava", "easy_vqa", "easy_vqa_captions", "easy_vqa_clips", "webvid", "video_chatgpt",
-                     "shikra_rec", "shikra_reg", "shikra_pointqa", "tfds"]
+SourceName = Literal["llava", "easy_vqa", "easy_vqa_captions", "easy_vqa_clips", "mosaic", "mosaic_captions", "webvid",
+                     "video_chatgpt", "shikra_rec", "shikra_reg", "shikra_pointqa", "tfds"]
 Split = Literal["train", "validation", "test"]
 Plan = Literal["single_pass", "two_stage"]  # rows hold whole samples, or their text after a prefix of compressed units
 
@@ -43,17 +43,17 @@ class DataConfig:
     """Where samples come from and how they become rows.
 
     Attributes:
-      source: the kind of source. All but `easy_vqa`, `easy_vqa_captions`, `easy_vqa_clips` and `tfds` read a file
-        (`path`) and the images or videos that it names (below `image_root`).
+      source: the kind of source. Those whose names begin with `easy_vqa` or `mosaic` come from the package `easy-vqa`,
+        `tfds` from a directory. All others read a file (`path`) and the images or videos that it names (below
+        `image_root`).
       mixture: several sources with weights, in place of `source` and its fields.
-      split: split to read, for `easy_vqa`, `easy_vqa_captions`, `easy_vqa_clips` (from the package `easy-vqa`) and
-        `tfds`.
+      split: split to read, for the sources from the package `easy-vqa` and for `tfds`.
       path: a JSON of LLaVA's or Video-ChatGPT's form, WebVid's CSV or Shikra's jsonl; for `tfds` the directory that
         `vocojax prepare_data` wrote.
       image_root: directory that the file names of images and videos are relative to.
       tokenizer: directory of a Hugging Face tokenizer, or `hf://org/name`.
-      threads_per_sample: for `easy_vqa`, the most questions about an image in one sample; None for no limit. For
-        `easy_vqa_clips`, the number of questions about a clip; None for 24.
+      threads_per_sample: for `easy_vqa` and the mosaics, the most questions about an image in one sample; None for no
+        limit. For `easy_vqa_clips`, the number of questions about a clip; None for 24.
       template: how a conversation becomes text. `vicuna_v1`: system prompt, USER: question ASSISTANT: answer</s>, as
         LLaVA-1.5. `released`: the same as VoCo-LLaMA's released code writes it, which deletes newlines. `short`: as
         `vicuna_v1` without a system prompt. `bare`: question and answer without roles. `plain`: the answer alone, a

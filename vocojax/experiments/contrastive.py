@@ -5,10 +5,10 @@ targets are spread evenly over the captions that equal its own. The text tower i
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -135,24 +135,75 @@ def pretrain_vision(
       workdir: the run's directory.
       bar_position: the terminal line of the progress bar.
     """
-    model = abstract(lambda: ContrastiveModel(config, nnx.Rngs(0)))
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    stream = _CaptionStream(source, config, tokenizer)
 
-    @jax.jit
-    def create(key: jax.Array) -> TrainState:
-        parameters = parameters_of(ContrastiveModel(config, nnx.Rngs(key)))
-        return TrainState(jnp.int32(0), parameters, {}, optimizer.init(parameters), {})
-
-    def loss(parameters: Parameters, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits_BB = with_parameters(model, parameters)(batch["images"], batch["captions"])
+    def loss(model: ContrastiveModel, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits_BB = model(batch["images"], batch["captions"])
         best_B = logits_BB.argmax(1)
         hits = (batch["captions"][best_B] == batch["captions"]).all(-1).mean()
         return contrastive_loss(logits_BB, batch["captions"]), hits
 
+    make = lambda rngs: ContrastiveModel(config, rngs)
+    pretrain(config, make, _CaptionStream(source, config, tokenizer), loss, workdir, bar_position)
+
+
+class Pretraining(Protocol):
+    """What `pretrain` needs to know of a config."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def log_every(self) -> int: ...
+
+
+class ImageStream(Protocol):
+    """Endless batches that can be resumed."""
+
+    def __next__(self) -> Mapping[str, np.ndarray]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def pretrain(
+    config: Pretraining, make: Callable[[nnx.Rngs], Model], stream: ImageStream,
+    loss: Callable[[Model, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]], workdir: str | Path,
+    bar_position: int = 0,
+) -> None:
+    """Trains all parameters of a model that has a vision tower as its attribute `vision`.
+
+    Args:
+      config: of the pretraining; it is the run's config.
+      make: returns the model.
+      stream: the batches.
+      loss: of a model and a batch; returns the loss and the accuracy.
+      workdir: the run's directory.
+      bar_position: the terminal line of the progress bar.
+    """
+    model = abstract(lambda: make(nnx.Rngs(0)))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+
+    @jax.jit
+    def create(key: jax.Array) -> TrainState:
+        parameters = parameters_of(make(nnx.Rngs(key)))
+        return TrainState(jnp.int32(0), parameters, {}, optimizer.init(parameters), {})
+
+    def of_parameters(parameters: Parameters, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return loss(with_parameters(model, parameters), batch)
+
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        (value, hits), grads = jax.value_and_grad(loss, has_aux=True)(state.trained, batch)
+        (value, hits), grads = jax.value_and_grad(of_parameters, has_aux=True)(state.trained, batch)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
         metrics = {"loss": value, "accuracy": hits, "grad_norm": optax.tree.norm(grads)}
         trained = optax.apply_updates(state.trained, updates)

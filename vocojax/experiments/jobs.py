@@ -18,6 +18,7 @@ from vocojax.config import ModelConfig, build
 from vocojax.data.sources.easy_vqa import EasyVqaCaptions
 from vocojax.data.tokenizer import Tokenizer, word_tokenizer
 from vocojax.experiments.contrastive import ContrastiveConfig, pretrain_vision
+from vocojax.experiments.mosaic_tower import TileTowerConfig, pretrain_tower
 from vocojax.training.config import StageConfig, stage_config
 from vocojax.training.stage import train
 
@@ -36,7 +37,7 @@ class Job:
     """
 
     name: str
-    config: StageConfig | ContrastiveConfig
+    config: StageConfig | ContrastiveConfig | TileTowerConfig
     workdir: Path
     tokenizer: Path
 
@@ -47,6 +48,8 @@ def run_job(job: Job, position: int = 0) -> float:
     if isinstance(job.config, ContrastiveConfig):
         tokenizer = Tokenizer.from_directory(job.tokenizer)
         pretrain_vision(job.config, EasyVqaCaptions("train"), tokenizer, job.workdir, position)
+    elif isinstance(job.config, TileTowerConfig):
+        pretrain_tower(job.config, job.workdir, position)
     else:
         train(job.config, job.workdir, position)
     return time.perf_counter() - started
@@ -99,18 +102,27 @@ class Runs:
         config = dataclasses.replace(config, steps=self.steps.get(VISION, config.steps))
         return Job(VISION, config, self.directory(seed, VISION), self.tokenizer)
 
-    def stage_job(self, seed: int, stage: str, init_from: str) -> Job:
+    def tower_job(self, seed: int, stage: str) -> Job:
+        """Returns the job that pretrains the vision tower of a stage's model on mosaics."""
+        config = TileTowerConfig(self.model(stage).vision, seed=seed)
+        config = dataclasses.replace(config, steps=self.steps.get(VISION, config.steps))
+        return Job(VISION, config, self.directory(seed, VISION), self.tokenizer)
+
+    def stage_job(self, seed: int, stage: str, init_from: str, teacher: str = "") -> Job:
         """Returns a stage's job.
 
         Args:
           seed: of the run.
           stage: its name.
           init_from: the stage of the same seed that it starts from.
+          teacher: the stage of the same seed that it is distilled from; '' for none.
         """
         values = self.get_config(stage)
         values.seed = seed
         values.data.tokenizer = str(self.tokenizer)
         values.init_from = str(self.directory(seed, init_from))
+        if teacher:
+            values.distill.teacher = str(self.directory(seed, teacher))
         values.steps = self.steps.get(stage, values.steps)
         return Job(stage, stage_config(values, self.config_file), self.directory(seed, stage), self.tokenizer)
 

@@ -12,6 +12,7 @@ from vocojax.data.sources.easy_vqa import EasyVqaCaptions, EasyVqaSource
 from vocojax.data.sources.easy_vqa_clips import EasyVqaClips
 from vocojax.data.sources.llava import LlavaSource
 from vocojax.data.sources.mixture import MixtureSource
+from vocojax.data.sources.mosaic import MosaicSource
 from vocojax.data.sources.shikra import ShikraSource
 from vocojax.data.sources.video_chatgpt import VideoChatGptSource
 from vocojax.data.sources.webvid import WebVidSource
@@ -60,6 +61,8 @@ def _open_as(name: str, part: DataConfig | PartConfig, files: tuple[str, str], d
         return EasyVqaSource(part.split, part.threads_per_sample)
     if name == "easy_vqa_clips":
         return EasyVqaClips(part.split, part.threads_per_sample, data.frames)
+    if name in ("mosaic", "mosaic_captions"):
+        return MosaicSource(part.split, part.threads_per_sample, captions=name == "mosaic_captions")
     if name == "webvid":
         return WebVidSource(*files)
     if name == "video_chatgpt":

@@ -1,0 +1,234 @@
+"""The paper's tables on mosaics, an embedded task on which compression costs something."""
+
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vocojax.data.conversation import Turn, template
+from vocojax.data.sources.easy_vqa import Split
+from vocojax.data.sources.mosaic import CAPTION, MosaicSource, bits_per_image
+from vocojax.data.tokenizer import Tokenizer
+from vocojax.evaluation import report
+from vocojax.evaluation.benchmarks.base import Benchmark, Item
+from vocojax.evaluation.metrics import accuracy_by_kind, exact_match
+from vocojax.evaluation.retention import Score
+from vocojax.experiments.jobs import VISION, Runs, share_compilations
+from vocojax.experiments.mosaic_report import worst, write_mosaic_report
+from vocojax.experiments.mosaic_tables import LOWER, UPPER, SeedRow, format_tables, rows_by_seed
+from vocojax.files import write_atomically
+from vocojax.inference.assistant import Assistant
+from vocojax.inference.decoding.sampling import SamplingConfig
+from vocojax.inference.many import answer_many
+from vocojax.layout import Visibility, lay_out_sample, unit_shape
+
+ALIGNMENT, UPPER_STAGE = "alignment", "upper_bound"
+BEST = "pool"  # the recipe that does best on the validation split, see docs/science.md
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the tables.
+
+    Attributes:
+      name: shown in them.
+      stage: whose run is read.
+      visibility: the mask that it is read through.
+      num_vocos: how many VoCo tokens are read; None for all.
+    """
+
+    name: str
+    stage: str
+    visibility: Visibility
+    num_vocos: int | None = None
+
+
+def voco(number: int, recipe: str = "") -> Arm:
+    """Returns the row of a model that was trained with so many VoCo tokens, plainly or by a recipe."""
+    name = f"VoCo-{number}" + (f" + {recipe}" if recipe else "")
+    return Arm(name, f"voco_{number}" + (f"+{recipe}" if recipe else ""), "voco")
+
+
+ARMS = (
+    Arm(UPPER, UPPER_STAGE, "causal"),
+    *(voco(number) for number in (1, 2, 4, 8)),
+    *(voco(number, BEST) for number in (1, 2, 4, 8)),
+    Arm("Avg. Pool + Linear", "avg_pool", "causal"),
+    Arm("Q-Former", "qformer", "causal"),
+    Arm("LLaMA-VID", "llama_vid", "causal"),
+    Arm("Downsampled image", "downsample", "causal"),
+    Arm("Random", "random", "causal"),
+    Arm(LOWER, UPPER_STAGE, "voco"),
+)
+# Each alone, and the best together, on one VoCo token; compared on the validation split.
+RECIPES = tuple(voco(1, recipe) for recipe in ("", "pool", "kl", "captions", "pool+kl", "pool+captions"))
+# Table 4: trained with 8 VoCo tokens, read with fewer.
+ELASTIC = tuple(Arm(f"VoCo-8, {number} read", "voco_8", "voco", number) for number in (8, 4, 2, 1))
+
+
+class MosaicBenchmark(Benchmark):
+    """The questions about the canvases of a split.
+
+    Args:
+      split: of `MosaicSource`.
+      canvases: the first so many; None for all.
+    """
+
+    name = "mosaic"
+    sampling: ClassVar[SamplingConfig] = SamplingConfig(max_new_tokens=4)
+
+    def __init__(self, split: Split, canvases: int | None = None):
+        self.source, self.split = MosaicSource(split), split
+        self._canvases = range(len(self.source.tiles))[:canvases]
+
+    @functools.cached_property
+    def items(self) -> list[Item]:
+        """The questions; an id is `CANVAS/NUMBER`."""
+        images = {canvas: self.source.image(canvas) for canvas in self._canvases}
+        return [Item(f"{canvas}/{number}", question.text, (images[canvas],), question.answer, question.kind)
+                for canvas in self._canvases
+                for number, question in enumerate(self.source.questions(canvas))]
+
+    def mark(self, item: Item, text: str, convention: str) -> float:
+        """Returns 1 for an exact match."""
+        return float(exact_match(text, item.gold))
+
+
+@dataclass
+class Mosaic:
+    """The trainings and evaluations of the tables.
+
+    Attributes:
+      get_config: returns a stage's config by its name (`configs/mosaic.py`).
+      workdir: for runs, answers and tables; what is finished in it is not repeated.
+      seeds: everything is trained once for each.
+      arms: the rows.
+      recipes: models with one VoCo token that are compared on the validation split; none by default.
+      steps: number of steps by stage, in place of the configs'; also of `vision`.
+      canvases: how many to ask about; None for all.
+    """
+
+    get_config: Callable[[str], ConfigDict]
+    workdir: Path
+    seeds: Sequence[int] = (0,)
+    arms: Sequence[Arm] = ARMS
+    recipes: Sequence[Arm] = ()
+    steps: Mapping[str, int] = field(default_factory=dict)
+    canvases: int | None = None
+    RESULT: ClassVar[str] = "tables.json"
+
+    def __post_init__(self) -> None:
+        self._runs = Runs(self.get_config, "configs/mosaic.py", self.workdir, self.steps)
+
+    def align(self) -> None:
+        """Makes the tokenizer, and trains the tower and the alignment that all rows of a seed start from."""
+        share_compilations(self.workdir)
+        runs = self._runs
+        source = MosaicSource("train")
+        texts = {f"{q.text} {q.answer}" for canvas in range(len(source.tiles)) for q in source.questions(canvas)}
+        runs.make_tokenizer([*texts, CAPTION, *map(str, range(source.grid**2 + 1))])
+        runs.train([runs.tower_job(seed, UPPER_STAGE) for seed in self.seeds])
+        runs.train([runs.stage_job(seed, ALIGNMENT, VISION) for seed in self.seeds])
+
+    def train(self) -> None:
+        """Trains every row's stage, each once per seed."""
+        runs = self._runs
+        stages = dict.fromkeys([UPPER_STAGE, *(arm.stage for arm in (*self.arms, *self.recipes))])
+        teachers = {stage: UPPER_STAGE if "+kl" in stage else "" for stage in stages}
+        for taught in (False, True):  # teachers first
+            runs.train([runs.stage_job(seed, stage, ALIGNMENT, teacher) for seed in self.seeds
+                        for stage, teacher in teachers.items() if bool(teacher) == taught])
+
+    def run(self) -> dict[str, Any]:
+        """Trains, evaluates, prints the tables and writes them with their report; returns the content of tables.json.
+
+        The test split is read once, after all training. Recipes are compared on the validation split.
+        """
+        started = time.perf_counter()
+        self.align()
+        self.train()
+        if self.recipes:
+            self._compare_recipes()
+        benchmark = MosaicBenchmark("test", self.canvases)
+        elastic = ELASTIC if any(arm.stage == ELASTIC[0].stage for arm in self.arms) else ()
+        rows = self._rows(benchmark, (*self.arms, *elastic))
+        self._runs.seconds["total"] = time.perf_counter() - started
+        result: dict[str, Any] = {
+            "rows": {arm.name: rows[arm.name] for arm in self.arms},
+            "table_4": {arm.name: rows[arm.name] for arm in elastic},
+            "bits_per_image": bits_per_image(benchmark.source.grid),
+            "vision_tokens": self._runs.model(UPPER_STAGE).unit_tokens,
+            "questions": len(benchmark.items),
+            "split": benchmark.split,
+            "seeds": list(self.seeds),
+            "seconds": {name: round(seconds, 1) for name, seconds in self._runs.seconds.items()},
+        }
+        write_atomically(self.workdir / self.RESULT, json.dumps(result, indent=2) + "\n")
+        self._write_report(result, benchmark)
+        print(format_tables(result))
+        return result
+
+    def _compare_recipes(self) -> None:
+        """Writes recipes.json, the rows of all recipes on the validation split."""
+        benchmark = MosaicBenchmark("validation", self.canvases)
+        bounds = [arm for arm in self.arms if arm.name in (UPPER, LOWER)]
+        rows = self._rows(benchmark, [*bounds, *self.recipes])
+        content = {"rows": rows, "split": benchmark.split, "questions": len(benchmark.items),
+                   "seeds": list(self.seeds)}
+        write_atomically(self.workdir / "recipes.json", json.dumps(content, indent=2) + "\n")
+
+    def _rows(self, benchmark: MosaicBenchmark, arms: Sequence[Arm]) -> dict[str, SeedRow]:
+        with self._runs.timed("evaluation"):
+            return rows_by_seed({arm.name: [self.score(benchmark, arm, seed) for seed in self.seeds] for arm in arms})
+
+    def _write_report(self, result: Mapping[str, Any], benchmark: MosaicBenchmark) -> None:
+        runs, seed, items = self._runs, self.seeds[0], benchmark.items
+        curves: dict[str, dict[int, SeedRow]] = {}
+        for arm in self.arms:
+            if arm.stage.startswith("voco_"):
+                number, _, recipe = arm.stage.removeprefix("voco_").partition("+")
+                curves.setdefault(recipe or "plain", {})[int(number)] = result["rows"][arm.name]
+        answers = {arm.name: self.answers(benchmark, arm, seed) for arm in self.arms}
+        shown = worst([item.gold for item in items], answers, UPPER, self.arms[1].name, 12)
+        examples = []
+        for index in shown:
+            file = self.workdir / "examples" / f"{items[index].id.replace('/', '_')}.png"
+            file.parent.mkdir(exist_ok=True)
+            canvas = int(items[index].id.partition("/")[0])
+            Image.fromarray(benchmark.source.pixels(canvas)).save(file)
+            examples.append(report.Example(file, items[index].prompt, items[index].gold,
+                                           {name: texts[index] for name, texts in answers.items()}))
+        tokenizer = Tokenizer.from_directory(runs.tokenizer)
+        write = template("bare").spans
+        asked = [write((Turn("user", item.prompt), Turn("assistant", item.gold)), tokenizer.eos_token)
+                 for item in items[:2]]
+        sample = lay_out_sample("drawn", 1, asked, tokenizer, unit_shape(runs.model(self.arms[1].stage)), 1000)
+        versions = json.loads((runs.directory(seed, UPPER_STAGE) / "versions.json").read_text())
+        write_mosaic_report(self.workdir / "report.html", result, curves, sample, examples, versions)
+
+    def score(self, benchmark: MosaicBenchmark, arm: Arm, seed: int) -> Score:
+        """Returns a row's accuracy for one seed; answers are kept in WORKDIR/answers."""
+        texts = self.answers(benchmark, arm, seed)
+        marks = [mark or 0.0 for mark in benchmark.score(texts).marks]
+        return Score(sum(marks) / len(marks), accuracy_by_kind(marks, [item.kind for item in benchmark.items]))
+
+    def answers(self, benchmark: MosaicBenchmark, arm: Arm, seed: int) -> list[str]:
+        """Returns a row's answers for one seed, in the order of the questions."""
+        name = f"{arm.stage}_{arm.visibility}" + (f"_{arm.num_vocos}_read" if arm.num_vocos else "")
+        path = self.workdir / "answers" / benchmark.split / f"seed_{seed}" / f"{name}.json"
+        if path.exists():
+            kept: list[str] = json.loads(path.read_text())
+            if len(kept) == len(benchmark.items):
+                return kept
+        assistant = Assistant.from_run(self._runs.directory(seed, arm.stage), arm.visibility)
+        answers = answer_many(assistant, benchmark.requests(), batch_size=256, num_vocos=arm.num_vocos, progress=name)
+        texts = [answer.text for answer in answers]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(texts) + "\n")
+        return texts
