@@ -30,6 +30,27 @@ def test_both_ways_of_naming_branches_are_read():
         assert module.runs == {"main": 1, "yes": 1, "no": 1}
 
 
+OPEN_LOOP = """
+%body (x: s32[]) -> s32[] {
+  ROOT %x = s32[] parameter(0)
+}
+
+%condition (y: s32[]) -> pred[] {
+  %y = s32[] parameter(0)
+  ROOT %less = pred[] compare(%y, %y), direction=LT
+}
+
+ENTRY %main (a: s32[]) -> s32[] {
+  %a = s32[] parameter(0)
+  ROOT %w = s32[] while(%a), condition=%condition, body=%body, metadata={op_name="jit(step)/jvp(head)/while"}
+}
+"""
+
+
+def test_turns_of_a_loop_that_depend_on_the_data_are_told_by_scope():
+    assert [hlo.parse(OPEN_LOOP, loops).runs["body"] for loops in (None, {"vision": 3}, {"head": 4})] == [1, 1, 4]
+
+
 def test_shapes_and_groups():
     assert hlo.array_bytes("(bf16[2,3]{1,0}, f32[4]{0:T(128)S(1)}, pred[])") == 12 + 16 + 1
     assert hlo.array_bytes("(bf16[2,3]{1,0}, f32[4]{0:T(128)S(1)})", hbm_only=True) == 12

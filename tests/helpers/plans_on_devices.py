@@ -20,6 +20,7 @@ from vocojax.models.gathering import cut
 from vocojax.models.parameters import abstract
 from vocojax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh, shard_batch
 from vocojax.parallel.shardings import over_devices, parameter_shardings, parts_of
+from vocojax.training import objectives
 from vocojax.training.plan import deal
 from vocojax.training.program import make_model
 from vocojax.training.step import TrainState, make_objective, numbered
@@ -70,6 +71,7 @@ def differences_with_dropout(stage, words, mesh):
 def main(stage_file, tokenizer, data, fsdp, tensor, task=""):
     stage, words = pickle.loads(Path(stage_file).read_bytes()), Tokenizer.from_directory(tokenizer)
     stage = dataclasses.replace(stage, batch_size=8)
+    objectives.CPU_CHUNK = 2  # devices have targets in different numbers of chunks
     mesh, report = make_mesh(MeshConfig(data=int(data), fsdp=int(fsdp), tensor=int(tensor))), {"moved": {}}
     if task == "dropout":
         print(json.dumps({"dropout": differences_with_dropout(stage, words, mesh)}))

@@ -52,7 +52,7 @@ def brute_force(decoder, hidden, index, ids, teacher=None, temperature=1.0):
 
 @pytest.mark.parametrize("chunk", [128, 12])  # in one piece, and in chunks that don't divide the targets
 def test_sums_are_the_definition(decoders, monkeypatch, chunk):
-    monkeypatch.setattr(objectives, "CHUNK", chunk)
+    monkeypatch.setattr(objectives, "CPU_CHUNK", chunk)
     hidden, index, ids = batch()
     guide = Teacher(decoders[1], 1.5 * hidden, 2.0, 0.5)
     got = target_sums(decoders[0], hidden, index, ids, guide)
@@ -77,7 +77,7 @@ def plain_loss(decoder, hidden, index, ids, teacher):
 @pytest.mark.parametrize("chunk", [128, 12])
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_are_those_of_automatic_differentiation(decoders, monkeypatch, chunk, tied):
-    monkeypatch.setattr(objectives, "CHUNK", chunk)
+    monkeypatch.setattr(objectives, "CPU_CHUNK", chunk)
     config = dataclasses.replace(decoders[0].config, tie_embeddings=tied, vocab_size=13, vocab_padding=2)
     graphdef, state = nnx.split(Decoder(config, nnx.Rngs(2)))
     hidden, index, ids = batch()
@@ -90,6 +90,46 @@ def test_gradients_are_those_of_automatic_differentiation(decoders, monkeypatch,
     ]
     assert float(jnp.abs(grads[1][0]["norm"]["scale"][...]).max()) > 0.1
     jax.tree.map(lambda got, expected: np.testing.assert_allclose(got, expected, atol=2e-5), *grads)
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_slots_after_the_last_target_change_no_bit_and_are_not_read(decoders, monkeypatch, taught):
+    """Chunks of 4 slots of 3 rows: 6 slots are two chunks; with 34 empty slots more there are eight empty chunks.
+
+    The slots of the empty chunks point to a state that is NaN, which would spoil every gradient in the head.
+    """
+    monkeypatch.setattr(objectives, "CPU_CHUNK", 12)
+    hidden, index, ids = batch()
+    more_index = jnp.pad(jnp.pad(index, ((0, 0), (0, 2))), ((0, 0), (0, 32)), constant_values=10)
+    more_ids = jnp.pad(ids, ((0, 0), (0, 34)), constant_values=IGNORE)
+    hidden = jnp.concatenate([hidden, jnp.full((3, 1, 8), jnp.nan)], axis=1)
+
+    def loss(decoder, hidden, index, ids):
+        guide = Teacher(decoders[1], 1.5 * hidden, 2.0, 0.5) if taught else None
+        sums = target_sums(decoder, hidden, index, ids, guide)
+        return sums.loss, sums
+
+    few, many = (jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(decoders[0], hidden, *targets)
+                 for targets in ((index, ids), (more_index, more_ids)))
+    for got, expected in zip(jax.tree.leaves(many), jax.tree.leaves(few), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert int(few[0][1].num_targets) == 9 and float(jnp.abs(few[1][1]).max()) > 0.1
+
+
+def test_a_target_after_empty_chunks_counts(decoders, monkeypatch):
+    monkeypatch.setattr(objectives, "CPU_CHUNK", 3)
+    hidden, index, ids = batch()
+    last_only = jnp.full_like(ids, IGNORE).at[1, -1].set(ids[1, -1])
+    got = target_sums(decoders[0], hidden, index, last_only)
+    assert int(got.num_targets) == 1
+    np.testing.assert_allclose(got.loss, brute_force(decoders[0], hidden, index, last_only)[0], rtol=1e-5)
+
+
+def test_a_batch_without_a_target_sums_to_zero(decoders, monkeypatch):
+    monkeypatch.setattr(objectives, "CPU_CHUNK", 3)
+    hidden, index, ids = batch()
+    loss = lambda hidden: target_sums(decoders[0], hidden, index, jnp.full_like(ids, IGNORE)).loss
+    assert jax.value_and_grad(loss)(hidden)[0] == 0 and not jax.grad(loss)(hidden).any()
 
 
 def test_logits_are_made_once_per_step(decoders):
@@ -122,7 +162,7 @@ def test_gradients_of_bf16_models_are_summed_in_fp32(in_parts, monkeypatch):
     With both weights zero every token of 4 is as likely: the target's column of the head moves by -(1 - 1/4) times the
     normed state, the others' by 1/4 of it, off by no more than the one rounding to bf16 before the sum over devices.
     """
-    monkeypatch.setattr(objectives, "CHUNK", 1)
+    monkeypatch.setattr(objectives, "CPU_CHUNK", 1)
     config = DecoderConfig(vocab_size=4, width=8, depth=1, num_heads=2, num_kv_heads=2, head_width=4, mlp_width=8)
     decoder = Decoder(config, nnx.Rngs(0))
     decoder.head.kernel[...] *= 0
@@ -161,4 +201,4 @@ def test_logits_exist_only_at_targets(decoders):
     """No array of the compiled program has a row of the vocabulary for every token."""
     hidden, index, ids = jnp.zeros((2, 500, 8)), jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3), jnp.int32)
     text = jax.jit(lambda h: target_sums(decoders[0], h, index, ids).loss).lower(hidden).as_text()
-    assert "500x11x" not in text and "1000x11x" not in text and "2x3x11x" in text
+    assert "500x11x" not in text and "1000x11x" not in text and "6x11x" in text

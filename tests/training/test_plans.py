@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -25,7 +26,6 @@ from vocojax.evaluation.report import loss_curve
 from vocojax.layout import IGNORE, Span, lay_out_sample, lay_out_unit, unit_shape
 from vocojax.models.parameters import abstract, parameters_of, with_parameters
 from vocojax.training.config import CheckpointConfig, DistillConfig
-from vocojax.training.objectives import gather_targets
 from vocojax.training.plan import deal, hidden_states
 from vocojax.training.program import make_model
 from vocojax.training.step import TrainState, make_objective
@@ -77,7 +77,8 @@ def compiled(config):
         state = TrainState(None, {}, frozen, (), {})
         loss, sums = objective(trained, state, batch)
         whole = with_parameters(model, {**trained, **frozen})
-        states_BTE = gather_targets(hidden_states(whole, batch, config), batch["target_index"])
+        states_BTE = jnp.take_along_axis(
+            hidden_states(whole, batch, config), batch["target_index"][..., None], axis=1)
         return loss, (sums, jax.lax.stop_gradient(whole.decoder.logits(states_BTE)))
 
     return jax.jit(jax.value_and_grad(run, has_aux=True))

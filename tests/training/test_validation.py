@@ -20,7 +20,6 @@ from vocojax.parallel.mesh import MeshConfig
 from vocojax.parallel.preemption import Preempted, StopRequest
 from vocojax.runs.parameters import load_model
 from vocojax.training.config import CheckpointConfig, ValidationConfig, stage_config
-from vocojax.training.objectives import gather_targets
 from vocojax.training.stage import train
 from vocojax.training.validation import validation_data
 
@@ -43,7 +42,7 @@ def loss_of(workdir, stage, validation):
     data = dataclasses.replace(stage.data, path=validation.path)
     stream = BatchStream(stage.model, data, stage.batch_size, stage.seed, "voco")
     logits = jax.jit(lambda batch: model.decoder.logits(
-        gather_targets(model(rows_from_batch(batch, ""))[0], batch["target_index"])))
+        jnp.take_along_axis(model(rows_from_batch(batch, ""))[0], batch["target_index"][..., None], axis=1)))
     losses, hits = [], []
     for batch in itertools.islice(stream, validation.batches):
         batch = {name: jnp.asarray(array) for name, array in batch.items()}

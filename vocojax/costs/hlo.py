@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 ITEM_BYTES = {
@@ -108,6 +108,10 @@ class Instruction:
         match = _SCOPE.search(self.text)
         return match[1] if match else ""
 
+    def is_in(self, name: str) -> bool:
+        """Returns whether it comes from a `jax.named_scope` of that name."""
+        return re.search(rf"[/(]{name}[/)]", self.scope) is not None
+
 
 @dataclass(frozen=True)
 class Module:
@@ -129,8 +133,13 @@ class Module:
     callers: dict[str, str]
 
 
-def parse(text: str) -> Module:
+def parse(text: str, open_loops: Mapping[str, int] | None = None) -> Module:
     """Reads a module from an HLO dump (`*after_optimizations*.txt`, `*after_codegen.txt`).
+
+    Args:
+      text: the dump.
+      open_loops: how often loops run whose number of turns depends on the data, by the named scope that they are in.
+        Loops in other scopes count once.
 
     Raises:
       ValueError: the text is no HLO dump.
@@ -156,22 +165,25 @@ def parse(text: str) -> Module:
     fused = {called for instruction in instructions if instruction.op not in ("while", "conditional", "call")
              for called in instruction.called}
     runs: Counter[str] = Counter()
-    _count_runs(computations, entry, 1, runs)
+    _count_runs(computations, entry, 1, runs, open_loops or {})
     return Module(computations, entry, runs, fused, callers)
 
 
-def _count_runs(computations: dict[str, list[Instruction]], name: str, times: int, runs: Counter[str]) -> None:
+def _count_runs(
+    computations: dict[str, list[Instruction]], name: str, times: int, runs: Counter[str], open_loops: Mapping[str, int]
+) -> None:
     """Adds to `runs` that a computation runs so many times, with all that it calls. Every branch of a conditional
     counts."""
     runs[name] += times
     for instruction in computations.get(name, ()):
-        inner = times * _trips(computations, instruction) if instruction.op == "while" else times
+        inner = times * _trips(computations, instruction, open_loops) if instruction.op == "while" else times
         for called in instruction.called:
-            _count_runs(computations, called, inner, runs)
+            _count_runs(computations, called, inner, runs, open_loops)
 
 
-def _trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int:
-    """Returns how often a loop runs: as XLA notes, or else the largest constant that its condition compares with."""
+def _trips(computations: dict[str, list[Instruction]], loop: Instruction, open_loops: Mapping[str, int]) -> int:
+    """Returns how often a loop runs: as XLA notes, or else the largest constant that its condition compares with. An
+    open loop has neither."""
     if loop.known_trips is not None:
         return loop.known_trips
     condition = re.search(r"condition=%([\w.\-]+)", loop.text)
@@ -181,7 +193,7 @@ def _trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int
         if instruction.op == "constant"
         for number in re.findall(r"^(\d+)\)", instruction.text)
     ]
-    return max(constants, default=1)
+    return max(constants, default=next((trips for scope, trips in open_loops.items() if loop.is_in(scope)), 1))
 
 
 def _with_callees(computations: dict[str, list[Instruction]], name: str) -> Iterator[Instruction]:

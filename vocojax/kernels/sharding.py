@@ -68,6 +68,13 @@ def _dividing(axes: list[str], sizes: dict[str, int], count: int, what: str) -> 
     return kept
 
 
+def device_kind() -> str:
+    """Returns the kind of device that the program is built for: the mesh's, which may be another machine's, else that
+    of the local ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
+
+
 @functools.cache
 def _warn(message: str) -> None:
     logging.getLogger(__name__).warning("%s; each of them does all of the work", message)

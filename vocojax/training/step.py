@@ -63,7 +63,7 @@ def make_objective(
                                    dropout=dropout)
         decoder, hidden_BSE = scatter_gradients_first(student.decoder, hidden_BSE)
         head = gathered(decoder, stacked=False)
-        sums = target_sums(head, hidden_BSE, batch["target_index"], batch["target_ids"], taught_by)
+        sums = target_sums(head, hidden_BSE, batch["target_index"], batch["target_ids"], taught_by, axes)
         return sums.loss, sums
 
     return objective

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import tempfile
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from vocojax.kernels.interval_attention.block_info import FULL, PARTIAL, block_k
 from vocojax.kernels.rotary import pallas_tpu as rotary_tpu
 from vocojax.layout import Visibility, lay_out_unit, unit_shape
 from vocojax.parallel.mesh import MeshConfig
+from vocojax.training import objectives
 from vocojax.training.config import StageConfig
 from vocojax.training.flops import visible_pairs
 
@@ -38,6 +40,13 @@ def stage_rows(config: StageConfig, visibility: Visibility) -> Rows:
 def stage_targets(config: StageConfig, rows: Rows) -> float:
     """Returns the targets of a mean row: its text, which is the most that a conversation has, if there are slots."""
     return min(config.data.target_slots, rows.text)
+
+
+def head_chunks(config: StageConfig, rows: int) -> tuple[int, int]:
+    """Returns how many chunks of target slots so many typical rows of one device fill, and how many there are."""
+    slots = (row_counts(config).targets, config.data.target_slots)
+    filled, all_of_them = (math.ceil(rows * each / objectives.CHUNK) for each in slots)
+    return filled, all_of_them
 
 
 class RowCounts(NamedTuple):

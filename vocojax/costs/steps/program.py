@@ -84,10 +84,10 @@ def add_up(module: Module, devices: int) -> Costs:
 
 def scope_of(instruction: Instruction, module: Module) -> str:
     """Returns the named scope of an instruction, or of the first instruction inside it that has one."""
-    inside = [i.scope for called in instruction.called for i in module.computations.get(called, ())]
-    for path in (instruction.scope, *inside):
+    inside = [i for called in instruction.called for i in module.computations.get(called, ())]
+    for candidate in (instruction, *inside):
         for scope in SCOPES:
-            if re.search(rf"[/(]{scope}[/)]", path):
+            if candidate.is_in(scope):
                 return scope
     return "other"
 

@@ -68,6 +68,8 @@ def compile_report(config: StageConfig, topology: Topology, *, fast: bool = Fals
       between_slices_bytes: by kind.
       seconds: by resource; `interconnect` at the rate of a collective over the whole torus.
       scope_seconds: by part of the model.
+      head_chunks: chunks of target slots that typical rows fill, in a part of the batch. The head is priced by them.
+      target_chunks: chunks that all target slots of these rows make.
       error: what the compiler said if it gave up.
 
     Raises:
@@ -85,7 +87,7 @@ def compile_report(config: StageConfig, topology: Topology, *, fast: bool = Fals
     ways = compiled.devices // config.mesh.tensor
     rows = config.batch_size // config.accumulate // ways
     tokens = int(config.batch_size * attention.row_counts(config).tokens) // compiled.devices
-    report = known | {
+    report: dict[str, Any] = known | {
         "devices": compiled.devices, "device_kind": compiled.device_kind, "rows_per_device": rows,
         "tokens_per_device": tokens, "hbm_limit": device.memory, "error": compiled.error,
         "compiler": {"cpu_seconds": compiled.cpu_seconds, "memory_gib": compiled.memory_gib, "fast": fast},
@@ -93,7 +95,8 @@ def compile_report(config: StageConfig, topology: Topology, *, fast: bool = Fals
     }
     if not compiled.hlo:
         return report | {"estimated_seconds": None, "mfu_bound": None, "collective_bytes": {}}
-    costs = add_up(hlo.parse(compiled.hlo), compiled.devices)
+    report["head_chunks"], report["target_chunks"] = attention.head_chunks(config, rows)
+    costs = add_up(hlo.parse(compiled.hlo, {"head": report["head_chunks"]}), compiled.devices)
     attention_seconds = _attention(config, topology, costs, device, rows)
     return report | estimate(costs, device, compiled, tokens, attention_seconds, topology.slices)
 

@@ -32,6 +32,8 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"    {kind:24} {size / GB:8.2f} GB {report['synchronous_bytes'].get(kind, 0) / GB:8.2f} GB")
     lines += [f"    {kind + ', between slices':24} {size / GB:8.2f} GB {size / GB:8.2f} GB"
               for kind, size in report["between_slices_bytes"].items()]
+    lines.append(f"head        {report['head_chunks']:8} of {report['target_chunks']} chunks of target slots: those "
+                 "that typical rows fill")
     traffic = report["hbm_traffic_bytes"] / GB
     lines.append(f"products    {report['flops'] / 1e12:8.1f} TFLOP, HBM traffic {traffic:.0f} GB")
     compiler = report["compiler"]

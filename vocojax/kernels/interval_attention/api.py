@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vocojax.kernels.interval_attention.mask import IntervalMask
 from vocojax.kernels.interval_attention.reference import reference_attention
-from vocojax.kernels.sharding import per_shard
+from vocojax.kernels.sharding import device_kind, per_shard
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
 
@@ -132,25 +132,18 @@ def _kernel(implementation: str) -> Kernel:
     if implementation == "pallas_tpu":
         from vocojax.kernels.interval_attention import pallas_tpu, tpu_blocks
 
-        generation = tpu_blocks.generation(_device_kind())
+        generation = tpu_blocks.generation(device_kind())
         bound = lambda function: functools.partial(function, generation=generation)
         return Kernel(bound(pallas_tpu.forward), bound(pallas_tpu.backward))
     if implementation == "pallas_gpu":
         from vocojax.kernels.interval_attention import gpu_blocks, pallas_gpu
 
-        architecture = gpu_blocks.architecture(_device_kind())
+        architecture = gpu_blocks.architecture(device_kind())
         bound = lambda function: functools.partial(function, architecture=architecture)
         return Kernel(bound(pallas_gpu.forward), bound(pallas_gpu.backward))
     from vocojax.kernels.interval_attention import chunked
 
     return Kernel(chunked.forward, chunked.backward)
-
-
-def _device_kind() -> str:
-    """Returns the device kind the program is built for: that of the mesh in force, which may be another machine's, else
-    the local one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
 @functools.cache
