@@ -22,6 +22,7 @@ VERBS = {  # verb -> its module in `vocojax.cli`
     "agreement": "agreement",
     "kernel_report": "kernel_report",
     "data_report": "data_report",
+    "step_report": "step_report",
     "prepare_data": "prepare_data",
     "quickstart": "quickstart",
 }
