@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from vocojax.cli.flag_checks import refuse_arguments, refuse_empty
+from vocojax.cli.program_cache import keep_programs
 from vocojax.errors import InputError
 from vocojax.files import json_line
 
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     from vocojax.inference.visuals import Video
     from vocojax.parallel.mesh import parse_mesh
 
+    keep_programs()
     sampling = SamplingConfig(FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.top_k, FLAGS.top_p,
                               FLAGS.repetition_penalty, tuple(FLAGS.stop))
     questions = read_questions(FLAGS.questions, FLAGS.seed) if FLAGS.questions else []

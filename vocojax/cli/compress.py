@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from vocojax.cli.flag_checks import refuse_arguments, refuse_empty, require_writable
+from vocojax.cli.program_cache import keep_programs
 from vocojax.errors import InputError
 
 FLAGS = flags.FLAGS
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     from vocojax.parallel import cluster, processes
     from vocojax.parallel.mesh import parse_mesh
 
+    keep_programs()
     cluster.initialize(cluster.find_cluster(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id))
     share = (jax.process_index(), jax.process_count())
     paths = find_files(FLAGS.images, *share) if FLAGS.images else []

@@ -24,6 +24,7 @@ from absl import app, flags
 
 from vocojax.cli import comparison
 from vocojax.cli.flag_checks import refuse_arguments, refuse_empty, require_writable
+from vocojax.cli.program_cache import keep_programs
 
 if TYPE_CHECKING:
     from vocojax.evaluation.benchmarks.base import Benchmark, Item, Result
@@ -133,6 +134,7 @@ def _ask(benchmarks: "Sequence[Benchmark]") -> "list[Result]":
     from vocojax.parallel import cluster, processes
     from vocojax.parallel.mesh import parse_mesh
 
+    keep_programs()
     cluster.initialize(cluster.find_cluster(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id))
     assistant = Assistant.from_pretrained(FLAGS.checkpoint, visibility=FLAGS.visibility, mesh=parse_mesh(FLAGS.mesh),
                                           dtype=FLAGS.dtype)
