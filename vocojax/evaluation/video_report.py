@@ -40,7 +40,8 @@ def write_report(
       strips: clips with answers.
       versions: of the packages that the run used, by their names.
     """
-    rows, frames = result["rows"], [str(number) for number in result["frames"]]
+    rows = result["rows"]
+    lengths = next(iter(rows.values()))["by_frames"]
     body = [
         "<h1>vocojax quickstart: time</h1>",
         f"<p class=note>Clips of easy-VQA's {html.escape(result['split'])} images, {result['questions']:,} questions; "
@@ -49,7 +50,7 @@ def write_report(
         f"<p class=note>Means over clips of all lengths and over seeds. The order of frames decides the answers of: "
         f"{html.escape(', '.join(result['ordered_types']))}.</p>",
     ]
-    for number in frames:
+    for number in lengths:
         body += [f"<h2>Clips of {number} frames</h2>",
                  _table({name: _figures(row["by_frames"][number]) for name, row in rows.items()})]
     body += ["<h2>Clips and answers</h2>", *map(_strip, strips),

@@ -19,7 +19,7 @@ from vocojax.errors import InputError
 
 SEED = 2406_12275
 LENGTHS = (8, 16, 32, 64)  # frames of a clip, each twice the one before
-CLIPS = {"train": 150_000, "validation": 300, "test": 450}
+CLIPS = {"train": 150_000, "validation": 150, "test": 150}
 STEADY = 1 / 3  # share of clips in which the shape never changes
 QUESTIONS = 24  # about a clip, where nothing else is asked for
 # Kinds of questions and the share of each. Answers of the first five depend on the order of the frames.
