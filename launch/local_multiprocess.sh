@@ -17,7 +17,7 @@ fi
 number=$1
 shift
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
-    echo "local_multiprocess.sh: needs bash >= 5.1, this is $BASH_VERSION" >&2
+    echo "local_multiprocess.sh: needs bash >= 5.1, this is $BASH_VERSION (on macOS: brew install bash)" >&2
     exit 2
 fi
 port=$("${PYTHON:-python3}" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')

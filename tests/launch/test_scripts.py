@@ -107,8 +107,10 @@ def test_scripts_of_ones_own_machine_run_with_macos_tools():
     """macOS has bash 3.2 and BSD's tools."""
     newer = (r"@Q\}|declare -[Ag]|local -n|mapfile|readarray|,,\}|\^\^\}|wait -n|;;&|"  # bash
              r"--suffix|sed -i|readlink -f|grep -P|date -d")  # GNU
-    for name in ("tpu_pod.sh", "quickstart.sh", "test.sh", "local_multiprocess.sh"):
+    for name in ("tpu_pod.sh", "quickstart.sh", "test.sh"):
         assert not re.findall(newer, (LAUNCH / name).read_text()), name
+    assert "needs bash >= 5.1, this is $BASH_VERSION (on macOS: brew install bash)" in (
+        LAUNCH / "local_multiprocess.sh").read_text()
 
 
 # launch/train.py as the scripts around it see it: it runs until SIGTERM, saves, and ends with the status asked for.

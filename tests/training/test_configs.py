@@ -133,5 +133,6 @@ def test_the_list_of_keys_shows_what_is_in_force(monkeypatch):
     assert "* batch_size = 8\n      a whole number; default 128\n      rows per optimizer step." in text
     assert "  data.row_length = 2048\n      a whole number\n      tokens per row;" in text
     assert config_flag.answer(["--config=voco"]) == ""
+    assert json.loads(config_flag.answer(["voco", "--config.steps=5", "--print_config"]))["steps"] == 5
     printed = json.loads(config_flag.answer(["--print_config", "--config=voco:tiny", "--config.steps=3"]))
     assert printed["steps"] == 3 and printed["model"]["decoder"]["width"] == 64 == PRESETS["tiny"].decoder.width

@@ -25,11 +25,11 @@ def define_flags() -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Lists the keys of the stage that the first argument names, or those that begin with the second one."""
-    refuse_arguments(arguments[2:])
-    if arguments:
-        FLAGS["config"].value = arguments[0]
-    if FLAGS.config:
-        print(config_flag.reference(FLAGS, *arguments[1:2]))
+    words = [*([FLAGS.config] if FLAGS.config else []), *arguments]
+    refuse_arguments(words[2:])
+    if words:
+        FLAGS["config"].value = words[0]
+        print(config_flag.reference(FLAGS, *words[1:]))
     else:
         print(config_flag.stages_there_are())
         print("`vocojax config STAGE` lists the keys of one; STAGE:PRESET is the same stage with another model")

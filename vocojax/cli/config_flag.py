@@ -118,6 +118,8 @@ def answer(arguments: Sequence[str]) -> str:
     own = [word for word, before in zip(arguments, ["", *arguments], strict=False)
            if word.lstrip("-").startswith(("config", PRINT)) or re.fullmatch(r"--?config[^=]*", before)]
     values(["config", *own])
+    if values["config"].value is None and arguments and not arguments[0].startswith("-"):
+        values["config"].value = arguments[0]  # vocojax config STAGE
     if asks_for_help:
         return reference(values)
     if values["config"].value is None:

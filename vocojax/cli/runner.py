@@ -100,6 +100,9 @@ def _run_main(command: ModuleType, arguments: list[str]) -> None:
         _end_by_mistake(one_line(error))
     except VocojaxError as error:
         sys.exit(f"error: {one_line(error)}")
+    except BrokenPipeError:  # who reads the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         sys.exit(f"error: {' '.join(os_problem(error).split())}")
     except (RuntimeError, AssertionError) as error:
