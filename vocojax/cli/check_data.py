@@ -56,6 +56,8 @@ def main(arguments: Sequence[str]) -> None:
     report = check(stream, FLAGS.threads or data.num_threads, FLAGS.decode, FLAGS.limit)
     write_atomically(output / "report.json", report.to_json())
     write_atomically(output / "bad.csv", report.to_csv())
+    if not report.usable:
+        raise InputError(f"none of the {report.records} records can be used: {output / 'bad.csv'} says why")
     write_atomically(output / "rows.html", page(first_rows(stream, FLAGS.rows), stream.shape, stream.tokenizer))
     print(report)
     print(f"wrote {output / 'report.json'}, {output / 'bad.csv'} and {output / 'rows.html'}")
@@ -63,5 +65,3 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"{len(report.bad)} of {report.records} records can't be used, more than "
                          f"data.max_skipped_share {data.max_skipped_share:g} allows a run: {output / 'bad.csv'} names "
                          "them")
-    if not report.usable:
-        raise InputError(f"none of the {report.records} records can be used: {output / 'bad.csv'} says why")
