@@ -1,4 +1,4 @@
-"""Reads every record of a stage's data and reports what is wrong with it and how it fills the rows.
+"""Reads every record of a stage's data and reports what is wrong and how it fills rows.
 
     vocojax check_data --config=voco --config.data.path=mix.json --config.data.image_root=images \\
         --config.data.tokenizer=vicuna-7b-v1.5 --output=data_check

@@ -1,4 +1,4 @@
-"""Answers benchmarks with one model or several and scores the answers; or scores a file of answers.
+"""Answers benchmarks with one model or several and scores them, or scores a file of answers.
 
     vocojax evaluate --benchmarks=pope,gqa --data_root=data --checkpoint=runs/voco --output=results
     vocojax evaluate --benchmarks=pope --data_root=data --predictions=answers.jsonl
