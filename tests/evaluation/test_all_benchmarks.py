@@ -14,7 +14,7 @@ from vocojax.evaluation.benchmarks.registry import BENCHMARKS, open_benchmark
 from vocojax.evaluation.predictions import read_predictions
 from vocojax.evaluation.running import ANSWERS, PARTS
 
-FEW = ("mmbench_en", "refcoco_val", "nextqa")  # an image in a table, two processes' own images, a video
+FEW = ("refcoco_val", "nextqa")  # images that two processes share, and a video
 KILLS = 3
 
 
@@ -69,9 +69,7 @@ def check(names, data_root, checkpoint, tmp_path, kills):
     assert [name for name in expected if found[name] != expected[name]] == []
     assert answered(killed) == questions  # no question was asked twice
     for benchmark in benchmarks:
-        texts = read_predictions(killed / benchmark.name / ANSWERS, benchmark).texts
-        if any(item.gold is not None for item in benchmark.items):
-            benchmark.score(texts)
+        assert None not in read_predictions(killed / benchmark.name / ANSWERS, benchmark).texts
 
 
 def test_a_few_benchmarks_killed_and_resumed_by_two_processes(data_root, checkpoint, tmp_path):

@@ -21,7 +21,7 @@ from vocojax.training.config import StageConfig
 from vocojax.training.stage import train
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.helpers.run_processes"])
+CONTEXT.set_forkserver_preload(["tests.helpers.run_processes", "tests.helpers.evaluation_work"])
 CACHE = Path(__file__).parents[2] / ".jax_cache"
 HEARTBEAT = 10
 
