@@ -61,8 +61,8 @@ def test_lmms_evals_command_and_scores(python, data_root, tmp_path):
     checkpoint = save_yes_no_model(tmp_path / "model")
     root = shutil.copytree(data_root, tmp_path / "data")
     path = root / "mme/MME_Benchmark_release_version/artwork/questions_answers_YN/2.txt"
-    path.write_text(path.read_text().translate(str.maketrans({"Y": "N", "N": "Y"})).replace("Nes", "No").replace(
-        "Yo", "Yes"))  # the model would answer all right
+    path.write_text("Is there a dog? Please answer yes or no.\tNo\n"  # the model would answer all right
+                    "Is there a cat in 2? Please answer yes or no.\tYes\n")
     benchmarks = {name: open_benchmark(name, root) for name in NAMES}
     questions = {name: [{
         "question_id": item.id.partition("#")[0], "category": item.kind, "answer": item.record.get("gold", item.gold),
