@@ -31,6 +31,7 @@ from vocojax.data.images import ImageError, VideoError
 from vocojax.errors import InputError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.store import Store
+from vocojax.inference.collection import find_videos
 from vocojax.inference.decoding.sampling import SamplingConfig
 from vocojax.inference.visuals import Video
 from vocojax.models.parameters import parameters_of, with_parameters
@@ -238,6 +239,36 @@ def clips(tmp_path, real_files, monkeypatch):
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "playlist.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{good}\n")
     return folder
+
+
+def test_directories_of_frames_are_videos(assistant, tmp_path, monkeypatch, capsys):
+    """Their images are no videos of their own; a directory without images is named if it is asked for itself."""
+    monkeypatch.setattr(Assistant, "from_pretrained", lambda *_, **__: assistant)
+    for clip in ("one", "two"):
+        (tmp_path / "clips" / clip).mkdir(parents=True)
+        for number in (1, 2, 10):
+            pixels = np.full((8, 8, 3), 20 * number + len(clip + "x" * (clip == "two")), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "clips" / clip / f"frame_{number}.png")
+    (tmp_path / "clips" / "notes").mkdir()
+    one = tmp_path / "clips" / "one"
+    assert find_videos([f"{tmp_path}/clips/**"]) == find_videos([f"{tmp_path}/clips/*/"]) == [
+        str(one), str(tmp_path / "clips" / "two")]
+    assert find_videos([f"{one}/"]) == [str(one)]
+    with pytest.raises(FileNotFoundError, match=r"no video and no directory of frames matches .*none"):
+        find_videos([f"{tmp_path}/none"])
+    common = "--checkpoint=c", f"--store={tmp_path}/caches"
+    run(compress, *common, f"--videos={tmp_path}/clips/*", f"--videos={tmp_path}/clips/notes",
+        f"--json={tmp_path}/counts.json")
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert (counts["compressed"], list(counts["bad"])) == (2, [f"{tmp_path}/clips/notes"])
+    capsys.readouterr()
+    run(answer, *common, f"--video={one}", f"--question={QUESTION}", "--max_new_tokens=4")
+    frames = [np.asarray(Image.open(one / f"frame_{number}.png")) for number in (1, 2, 10)]
+    session = assistant.video()
+    session.add_frames(frames)
+    assert capsys.readouterr().out == session.answer(QUESTION, SHORT) + "\n"
+    run(compress, *common, f"--videos={one}")
+    assert "0 compressed, 1 there already, 0 bad" in capsys.readouterr().out
 
 
 GOOD = {"h264.mp4", "vp9.webm", "b_frames.avi", "variable.mp4", "rotated.mp4"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pickle
@@ -171,17 +172,39 @@ def test_a_mesh_with_a_tensor_axis_agrees(stage, words, tmp_path):
     on_eight_devices(stage, words, tmp_path, 2, 2, 2)
 
 
-def test_a_killed_run_in_two_stages_resumes_with_the_same_losses(stage, tmp_path):
+def train_and_note_batches(config, workdir, notes):
+    """Trains, and adds a line with the digest of every batch that is put on the devices to a file."""
+    from vocojax.training import plan, stage
+
+    place = plan.place
+
+    def noted(batch, *rest):
+        content = b"".join(name.encode() + np.asarray(batch[name]).tobytes() for name in sorted(batch))
+        with open(notes, "a") as file:
+            file.write(hashlib.sha256(content).hexdigest() + "\n")
+        return place(batch, *rest)
+
+    plan.place = noted
+    stage.train(config, workdir)
+
+
+def test_a_killed_run_in_two_stages_resumes_with_the_same_batches_and_losses(stage, tmp_path):
     """Rows of up to four units and twelve tokens of text, which no row of whole samples would hold."""
+    start = lambda name, notes: runs.start_work(functools.partial(
+        train_and_note_batches, stage, str(tmp_path / name), str(tmp_path / notes)), tmp_path / name)
     data = dataclasses.replace(stage.data, row_length=12, images_per_row=4)
     stage = dataclasses.replace(stage, data=data, plan="two_stage", unit_chunk=2, batch_size=2, steps=12, log_every=1,
                                 checkpoint=CheckpointConfig(every=2, keep=2))
-    runs.run(stage, tmp_path / "whole")
-    (child,) = runs.start(stage, tmp_path / "killed")
+    assert runs.finish(start("whole", "all")) == [0], runs.logs(tmp_path / "whole")
+    (child,) = start("killed", "before")
     runs.wait_until(lambda: (tmp_path / "killed" / "checkpoints" / "4").exists(), child)
     runs.kill(child)
     assert runs.finish([child]) == [-signal.SIGKILL], runs.logs(tmp_path / "killed")
-    runs.run(stage, tmp_path / "killed")
+    assert runs.finish(start("killed", "after")) == [0], runs.logs(tmp_path / "killed")
+    batches, before, after = ((tmp_path / name).read_text().splitlines() for name in ("all", "before", "after"))
+    assert len(batches) == len(set(batches)) == 12
+    assert len(before) >= 4 and before == batches[:len(before)]
+    assert len(after) <= 8 and after == batches[-len(after):]
     assert loss_curve(tmp_path / "killed") == loss_curve(tmp_path / "whole")
     assert [step for step, _ in loss_curve(tmp_path / "whole")] == list(range(1, 13))
 

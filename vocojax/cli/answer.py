@@ -4,11 +4,11 @@
     vocojax answer --checkpoint=runs/voco --store=caches --video=a.mp4 --frames=64 --question='What happens?'
     vocojax answer --checkpoint=runs/voco --store=caches --questions=questions.jsonl > answers.jsonl
 
-An image or a frame that is not in the store is compressed and added. A line of the last form is
-{"image": PATH or [PATHS], "question": TEXT}, or "video" for "image"; with both, the images come first. Further keys are
-kept, and "seed" is the question's seed. Answers come in the order of the questions. The answer to a single question is
-printed while it is generated. A model that was not trained with the VoCo mask (an upper bound, a baseline, plain LLaVA)
-reads whole images, and the store is not used.
+A video is a file, or a directory of images that are its frames, in the order of their names. An image or a frame that
+is not in the store is compressed and added. A line of the last form is {"image": PATH or [PATHS], "question": TEXT}, or
+"video" for "image"; with both, the images come first. Further keys are kept, and "seed" is the question's seed. Answers
+come in the order of the questions. The answer to a single question is printed while it is generated. A model that was
+not trained with the VoCo mask (an upper bound, a baseline, plain LLaVA) reads whole images, and the store is not used.
 """
 
 import dataclasses
@@ -31,7 +31,8 @@ def define_flags() -> None:
     flags.DEFINE_string("store", None, "Directory of the store, local or gs://.", required=True)
     flags.DEFINE_enum("storage", "exact", ["exact", "int8"], "Kind of entry to read and write.")
     flags.DEFINE_multi_string("image", [], "Image of the question; repeat it for several, in their order.")
-    flags.DEFINE_multi_string("video", [], "Video of the question, after its images; repeat it for several.")
+    flags.DEFINE_multi_string("video", [], "Video of the question, a file or a directory of "
+                              "frames, after its images; repeat it for several.")
     flags.DEFINE_integer("frames", 8, "The most frames of a video that are read.", lower_bound=1)
     flags.DEFINE_enum("frame_sampling", "uniform", ["uniform", "segments", "fps"], "Which frames of a video.")
     flags.DEFINE_string("question", None, "The question.")

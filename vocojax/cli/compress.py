@@ -2,11 +2,12 @@
 
     vocojax compress --images='photos/**/*.jpg' --checkpoint=runs/voco --store=caches
     vocojax compress --videos='clips/*.mp4' --frames=64 --frame_sampling=fps --checkpoint=runs/voco --store=caches
+    vocojax compress --videos='frames/*' --frames=64 --checkpoint=runs/voco --store=caches
 
-Run the same command after an interruption: what is in the store is skipped. `vocojax answer` finds a video's frames if
-it is given the same --frames and --frame_sampling. On several hosts the same command
-runs on each, with the flags of `vocojax train` where the cluster is not detected; every process takes its share of the
-files.
+The last form takes directories of images. Each is one video, its frames in the order of their names. Run the same
+command after an interruption: what is in the store is skipped. `vocojax answer` finds a video's frames if it is given
+the same --frames and --frame_sampling. On several hosts the same command runs on each, with the flags of
+`vocojax train` where the cluster is not detected; every process takes its share of the files.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ PATIENCE = 7 * 24 * 3600.0  # seconds that a process waits for slower ones: they
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_multi_string("images", [], "Glob of image files; repeatable.")
-    flags.DEFINE_multi_string("videos", [], "Glob of video files; repeatable.")
+    flags.DEFINE_multi_string("videos", [], "Glob of video files or of directories of frames; repeatable.")
     flags.DEFINE_integer("frames", 8, "The most frames of a video that are read.", lower_bound=1)
     flags.DEFINE_enum("frame_sampling", "uniform", ["uniform", "segments", "fps"], "Which frames of a video.")
     flags.DEFINE_string("checkpoint", None, "Weights in any layout, or a run of training.", required=True)
@@ -56,7 +57,14 @@ def main(arguments: Sequence[str]) -> None:
 
     from vocojax.inference.assistant import Assistant
     from vocojax.inference.caches.store import Store
-    from vocojax.inference.collection import Outcome, compress_files, compress_videos, find_files, int8_loss
+    from vocojax.inference.collection import (
+        Outcome,
+        compress_files,
+        compress_videos,
+        find_files,
+        find_videos,
+        int8_loss,
+    )
     from vocojax.parallel import cluster, processes
     from vocojax.parallel.mesh import parse_mesh
 
@@ -64,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     cluster.initialize(cluster.find_cluster(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id))
     share = (jax.process_index(), jax.process_count())
     paths = find_files(FLAGS.images, *share) if FLAGS.images else []
-    videos = find_files(FLAGS.videos, *share) if FLAGS.videos else []
+    videos = find_videos(FLAGS.videos, *share) if FLAGS.videos else []
     assistant = Assistant.from_pretrained(FLAGS.checkpoint, mesh=parse_mesh(FLAGS.mesh), dtype=FLAGS.dtype)
     if not assistant.reads_caches:
         raise InputError(f"{FLAGS.checkpoint}: was not trained with the VoCo mask, so it has no VoCo tokens to store; "

@@ -18,13 +18,25 @@ def frame_files(path: str | Path) -> tuple[Path, ...]:
     if not os.path.isdir(path):
         return ()
     try:
-        found = [entry for entry in Path(path).iterdir()
-                 if entry.suffix.lower() in FRAME_SUFFIXES and not entry.name.startswith(".")]
+        found = list(filter(is_frame, Path(path).iterdir()))
     except OSError as error:
         raise VideoError(str(path), f"cannot be read: {error.strerror}", "missing video") from error
     if not found:
         raise VideoError(str(path), f"is a directory without images ({', '.join(FRAME_SUFFIXES)})", "missing video")
     return tuple(sorted(found, key=_natural))
+
+
+def has_frames(path: str | Path) -> bool:
+    """Returns whether a directory holds images; True for one that can't be read, so that its reader reports it."""
+    try:
+        return any(map(is_frame, Path(path).iterdir()))
+    except OSError:
+        return True
+
+
+def is_frame(path: Path) -> bool:
+    """Returns whether a file's name is that of a frame."""
+    return path.suffix.lower() in FRAME_SUFFIXES and not path.name.startswith(".")
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

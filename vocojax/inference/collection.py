@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vocojax.data.frame_choice import Sampling
+from vocojax.data.frame_files import has_frames, is_frame
 from vocojax.data.images import ImageError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.cache import VocoCache
@@ -76,13 +77,39 @@ def find_files(patterns: Sequence[str], index: int = 0, count: int = 1) -> list[
     Raises:
       FileNotFoundError: there is none at all; a share may be empty.
     """
-    # A name is no pattern where there is a file of that name: photo[1].png.
-    matching = (path for pattern in patterns
-                for path in ([pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)))
-    found = sorted({path for path in matching if Path(path).is_file()})
+    found = sorted({path for path in _matching(patterns) if Path(path).is_file()})
     if not found:
         raise FileNotFoundError(f"no file matches {' '.join(patterns)}")
     return found[index::count]
+
+
+def find_videos(patterns: Sequence[str], index: int = 0, count: int = 1) -> list[str]:
+    """Returns the videos that one of several processes works on: files, and directories of frames.
+
+    A directory counts if it holds images, or if it is named itself; its images are then no videos of their own.
+
+    Args:
+      patterns: see `find_files`.
+      index: of the process.
+      count: see `find_files`.
+
+    Raises:
+      FileNotFoundError: there is none at all; a share may be empty.
+    """
+    matching = {path.rstrip("/") or path for path in _matching(patterns)}
+    directories = {path for path in matching if Path(path).is_dir() and (path in patterns or has_frames(path))}
+    homes = set(map(Path, directories))
+    files = {path for path in matching if Path(path).is_file()
+             and not (Path(path).parent in homes and is_frame(Path(path)))}
+    if not directories | files:
+        raise FileNotFoundError(f"no video and no directory of frames matches {' '.join(patterns)}")
+    return sorted(directories | files)[index::count]
+
+
+def _matching(patterns: Sequence[str]) -> Iterator[str]:
+    """Yields the paths that match. A name is no pattern where there is something of that name: photo[1].png."""
+    for pattern in patterns:
+        yield from [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
 
 
 def compress_files(
@@ -143,7 +170,7 @@ def compress_videos(
     Args:
       assistant: compresses.
       store: is filled.
-      paths: of the video files.
+      paths: of the video files and of the directories of frames.
       frames: see `Video`.
       frame_sampling: see `Video`.
       batch_size: frames that are decoded and compressed at once.
