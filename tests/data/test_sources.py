@@ -173,7 +173,9 @@ def test_shikra_s_three_tasks(tmp_path):
              {"file_path": "i.png", "question": "what is", "answer": "dog", "bbox": None, "point": [50, 25]},
              {"img_path": "i.png", "expression": "", "bbox": [1, 2, 3, 4]}, {"img_path": "i.png", "expression": "x"},
              {"img_path": "none.png", "expression": "x", "bbox": [1, 2, 3, 4]},
-             {"file_path": "i.png", "general_question": "how many", "answer": "3", "bbox": None, "point": [50, 25]}]
+             {"file_path": "i.png", "general_question": "how many", "answer": "3", "bbox": None, "point": [50, 25]},
+             *[{"file_path": "i.png", "obj_question": "a", "super_question": "b", "general_question": "c",
+                "answer": "3", "bbox": [0, 0, 100, 50], "point": [50, 25], "number": number} for number in range(6)]]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
     make = lambda task: ShikraSource(tmp_path / "x.jsonl", tmp_path, task, "square")
     said = lambda task, index: [turn.text for turn in make(task)[index].threads[0]]
@@ -184,6 +186,9 @@ def test_shikra_s_three_tasks(tmp_path):
     asked = "<image>\nPlease quickly answer this question: {}[0.500,0.500] in a simple manner."
     assert said("pointqa", 1) == [asked.format("what is"), "The answer is dog ."]
     assert said("pointqa", 5) == [asked.format("how many"), "The answer is 3 ."]
+    turns = {said("pointqa", index)[0].split(": ")[1] for index in range(6, 12)}
+    assert turns == {f"{word}{place} in a simple manner." for word in "abc"
+                     for place in ("[0.500,0.500]", "[0.000,0.000,1.000,1.000]")}
     for index, reason in ((2, "empty answer"), (3, "malformed record"), (4, "missing image")):
         with pytest.raises(LayoutError) as error:
             make("rec")[index]

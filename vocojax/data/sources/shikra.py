@@ -20,6 +20,7 @@ Task = Literal["rec", "reg", "pointqa"]
 # One of Shikra's templates for each task. The benchmarks ask with the same ones (vocojax/evaluation/benchmarks).
 REC_QUESTION = "Where is {expression}?"
 REG_QUESTION = "Please generate a distinguishing description for the region {box} in the image."
+POINT_QUESTION_KEYS = ("question", "obj_question", "super_question", "general_question")
 POINT_QUESTION = "Please quickly answer this question: {question}{place} in a simple manner."
 
 
@@ -28,10 +29,11 @@ class ShikraSource:
 
     Args:
       path: the file, with the keys `img_path`, `expression`, `bbox` for `rec` and `reg`; `file_path`, `question` (or
-        `general_question`, as in the files of PointQA Twice), `answer`, `bbox`, `point` for `pointqa`. Boxes are x, y,
-        x, y in pixels.
+        some of `POINT_QUESTION_KEYS`, as in the files of PointQA Twice), `answer`, `bbox`, `point` for `pointqa`. Boxes
+        are x, y, x, y in pixels.
       image_root: directory of the images.
-      task: `rec` asks for the box of an expression, `reg` for the expression of a box, `pointqa` about a point or box.
+      task: `rec` asks for the box of an expression, `reg` for the expression of a box, `pointqa` about a point or box;
+        of records with both, every other one about its box.
       fit: how images become square. With `pad` and `pad_white` boxes are relative to the padded image, with `square`
         to the image itself.
 
@@ -55,10 +57,12 @@ class ShikraSource:
             raise LayoutError(name, "names no image", "malformed record")
         path = self._root.file(name, image)
         if self._task == "pointqa":
-            place = "point" if record.get("point") else "bbox"
-            key = "question" if "question" in record else "general_question"
-            question = POINT_QUESTION.format(question=_text(name, record, key),
-                                             place=self._place(name, path, record.get(place)))
+            # Records with a point and a box, or with several questions, take turns, so that all kinds are seen.
+            places = [key for key in ("point", "bbox") if record.get(key)] or ["bbox"]
+            questions = [key for key in POINT_QUESTION_KEYS if key in record] or ["question"]
+            question = POINT_QUESTION.format(
+                question=_text(name, record, questions[index % len(questions)]),
+                place=self._place(name, path, record.get(places[index % len(places)])))
             answer = f"The answer is {_text(name, record, 'answer')} ."
         else:
             box, expression = self._place(name, path, record.get("bbox")), _text(name, record, "expression")

@@ -114,6 +114,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "table1": ("gqa", "mmbench_en", "mme", "pope", "seed_image", "scienceqa_image", "vqav2_test_dev"),
     "rec": tuple(REC_FILES),
     "reg": tuple(f"reg_{name}" for name in REC_FILES),
+    "pointqa": tuple(name for name in BENCHMARKS if name.startswith("pointqa_") and name.endswith("_test")),
     "video": ("msvd_qa", "msrvtt_qa", "activitynet_qa"),
 }
 
