@@ -1,4 +1,4 @@
-"""Reports what a training step, a prefill and a compression cost on this CPU and in PyTorch.
+"""Reports what a step, a prefill and a compression cost on this CPU, beside PyTorch.
 
     vocojax step_report --json=report.json
 

@@ -8,6 +8,7 @@ that neither's threads count as the other's and a change of the machine's speed 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -83,6 +84,9 @@ def step_report(repeats: int, model: ModelConfig | None = None) -> dict[str, Any
 def _start(side: Side, model: ModelConfig) -> None:
     """Prepares a side's process."""
     global _parts
+    # PyTorch's OpenMP threads would spin while they wait for each other. On a machine with other work these spins are
+    # most of its CPU seconds. OpenMP reads this when PyTorch is loaded.
+    os.environ["OMP_WAIT_POLICY"] = "passive"
     _parts = own_parts(model) if side == "vocojax" else peer_parts(model)
 
 
