@@ -29,9 +29,6 @@ MAX_ASPECT = 200  # longer side to shorter one: `crop` enlarges the shorter one 
 MAX_BYTES = 2**28
 BAND = 2**22  # pixels of a padded image that are in memory at once
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
-# Freed blocks of pixels, of one image each, that Pillow keeps for the next images: otherwise every image is written to
-# new pages of memory, which takes a third of its time.
-Image.core.set_blocks_max(8)
 # LLaVA-1.6's grids of tiles, (rows, columns), in the order in which ties are decided.
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
