@@ -7,6 +7,7 @@ VoCo mask, are the lower bound as well), `voco_N`, and the baselines `avg_pool`,
 and `random`. A recipe follows after a plus sign: `voco_1+pool`; several are joined (`voco_1+pool+kl`):
 
 * `pool`: `model.voco.init = "pool"`.
+* `embedding_lr`: the embeddings, the VoCo token's row among them, learn five times as fast.
 * `captions`: each row also writes out all tiles in reading order.
 * `kl`: distillation from the upper bound. `experiments/mosaic.py` names the teacher.
 """
@@ -19,7 +20,7 @@ from vocojax.config import ConfigError, DecoderConfig, VisionConfig, VocoConfig,
 from vocojax.training.config import all_keys
 
 VOCABULARY = 38  # words of the questions and captions, special tokens and <voco>
-STEPS = 300
+STEPS = 200
 
 
 def get_config(stage: str = "voco_1") -> ConfigDict:
@@ -85,6 +86,9 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
             config.data.source = "mosaic_captions"
             config.data.row_length += 12
             config.data.max_targets += 9
+        elif recipe == "embedding_lr":
+            config.learning_rates = [("decoder/embedding", 5.0), *config.learning_rates]
         elif recipe != "kl":
-            raise ConfigError("stage", f"{stage!r} names the unknown recipe {recipe!r}: pool, kl or captions")
+            raise ConfigError("stage", f"{stage!r} names the unknown recipe {recipe!r}: pool, kl, captions or "
+                              "embedding_lr")
     return config

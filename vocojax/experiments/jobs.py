@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 from ml_collections import ConfigDict
@@ -22,6 +23,8 @@ from vocojax.experiments.mosaic_tower import TileTowerConfig, pretrain_tower
 from vocojax.training.config import StageConfig, stage_config
 from vocojax.training.stage import train
 
+Item = TypeVar("Item")
+Value = TypeVar("Value")
 VISION = "vision"  # the stage that pretrains the vision tower
 
 
@@ -127,15 +130,23 @@ class Runs:
         return Job(stage, stage_config(values, self.config_file), self.directory(seed, stage), self.tokenizer)
 
     def train(self, jobs: Sequence[Job]) -> None:
-        """Runs the jobs, two at a time on a CPU: such small models keep one core busy, not two."""
-        if len(jobs) == 1 or jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
-            seconds = [run_job(job) for job in jobs]
-        else:
-            fresh = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(2, fresh, share_compilations, (self.workdir,)) as pool:
-                seconds = list(pool.map(run_job, jobs, range(len(jobs))))
+        """Runs the jobs, two at a time on a CPU."""
+        seconds = self.each(run_job, jobs)
         for job, taken in zip(jobs, seconds, strict=True):
             self.seconds[job.name] = self.seconds.get(job.name, 0.0) + taken
+
+    def each(self, function: Callable[[Item, int], Value], items: Sequence[Item]) -> list[Value]:
+        """Returns the function's values, from two processes on a CPU: such small models keep one core busy, not two.
+
+        Args:
+          function: of an item and the line of its progress bar; of a module, as is the item's class.
+          items: what it is applied to, in order.
+        """
+        if len(items) == 1 or jax.default_backend() != "cpu" or (os.cpu_count() or 1) < 2:
+            return [function(item, 0) for item in items]
+        fresh = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(2, fresh, share_compilations, (self.workdir,)) as pool:
+            return list(pool.map(function, items, range(len(items))))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

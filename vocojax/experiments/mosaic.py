@@ -61,13 +61,14 @@ ARMS = (
     *(voco(number, BEST) for number in (1, 2, 4, 8)),
     Arm("Avg. Pool + Linear", "avg_pool", "causal"),
     Arm("Q-Former", "qformer", "causal"),
-    Arm("LLaMA-VID", "llama_vid", "causal"),
     Arm("Downsampled image", "downsample", "causal"),
     Arm("Random", "random", "causal"),
+    Arm("LLaMA-VID", "llama_vid", "causal"),
     Arm(LOWER, UPPER_STAGE, "voco"),
 )
 # Each alone, and the best together, on one VoCo token; compared on the validation split.
-RECIPES = tuple(voco(1, recipe) for recipe in ("", "pool", "kl", "captions", "pool+kl", "pool+captions"))
+RECIPES = tuple(voco(1, recipe) for recipe in ("", "pool", "kl", "captions", "embedding_lr", "pool+kl", "pool+captions",
+                                                 "pool+kl+captions"))
 # Table 4: trained with 8 VoCo tokens, read with fewer.
 ELASTIC = tuple(Arm(f"VoCo-8, {number} read", "voco_8", "voco", number) for number in (8, 4, 2, 1))
 
@@ -185,6 +186,7 @@ class Mosaic:
 
     def _rows(self, benchmark: MosaicBenchmark, arms: Sequence[Arm]) -> dict[str, SeedRow]:
         with self._runs.timed("evaluation"):
+            self._runs.each(ask, [self._asking(benchmark, arm, seed) for seed in self.seeds for arm in arms])
             return rows_by_seed({arm.name: [self.score(benchmark, arm, seed) for seed in self.seeds] for arm in arms})
 
     def _write_report(self, result: Mapping[str, Any], benchmark: MosaicBenchmark) -> None:
@@ -213,22 +215,49 @@ class Mosaic:
         write_mosaic_report(self.workdir / "report.html", result, curves, sample, examples, versions)
 
     def score(self, benchmark: MosaicBenchmark, arm: Arm, seed: int) -> Score:
-        """Returns a row's accuracy for one seed; answers are kept in WORKDIR/answers."""
-        texts = self.answers(benchmark, arm, seed)
-        marks = [mark or 0.0 for mark in benchmark.score(texts).marks]
+        """Returns a row's accuracy for one seed."""
+        marks = [mark or 0.0 for mark in benchmark.score(self.answers(benchmark, arm, seed)).marks]
         return Score(sum(marks) / len(marks), accuracy_by_kind(marks, [item.kind for item in benchmark.items]))
 
     def answers(self, benchmark: MosaicBenchmark, arm: Arm, seed: int) -> list[str]:
         """Returns a row's answers for one seed, in the order of the questions."""
-        name = f"{arm.stage}_{arm.visibility}" + (f"_{arm.num_vocos}_read" if arm.num_vocos else "")
-        path = self.workdir / "answers" / benchmark.split / f"seed_{seed}" / f"{name}.json"
-        if path.exists():
-            kept: list[str] = json.loads(path.read_text())
-            if len(kept) == len(benchmark.items):
-                return kept
-        assistant = Assistant.from_run(self._runs.directory(seed, arm.stage), arm.visibility)
-        answers = answer_many(assistant, benchmark.requests(), batch_size=256, num_vocos=arm.num_vocos, progress=name)
-        texts = [answer.text for answer in answers]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(texts) + "\n")
+        texts: list[str] = json.loads(self._asking(benchmark, arm, seed).answers.read_text())
         return texts
+
+    def _asking(self, benchmark: MosaicBenchmark, arm: Arm, seed: int) -> "Asking":
+        name = f"{arm.stage}_{arm.visibility}" + (f"_{arm.num_vocos}_read" if arm.num_vocos else "")
+        answers = self.workdir / "answers" / benchmark.split / f"seed_{seed}" / f"{name}.json"
+        return Asking(arm, self._runs.directory(seed, arm.stage), benchmark.split, self.canvases, answers)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The questions that one model is asked.
+
+    Attributes:
+      arm: the row.
+      run: the model's run.
+      split: of the canvases.
+      canvases: how many; None for all.
+      answers: the file that keeps the answers.
+    """
+
+    arm: Arm
+    run: Path
+    split: Split
+    canvases: int | None
+    answers: Path
+
+
+def ask(asking: Asking, position: int) -> None:
+    """Asks a model unless its answers to as many questions are kept; `position` is the line of the progress bar."""
+    del position
+    benchmark = MosaicBenchmark(asking.split, asking.canvases)
+    if asking.answers.exists() and len(json.loads(asking.answers.read_text())) == len(benchmark.items):
+        return
+    assistant = Assistant.from_run(asking.run, asking.arm.visibility)
+    answers = answer_many(assistant, benchmark.requests(), batch_size=256, num_vocos=asking.arm.num_vocos,
+                          progress=None)
+    texts = [answer.text for answer in answers]
+    asking.answers.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(asking.answers, json.dumps(texts) + "\n")
