@@ -20,6 +20,7 @@ VERBS = {  # verb -> its module in `vocojax.cli`
     "report": "compile_report",
     "efficiency": "efficiency",
     "agreement": "agreement",
+    "calibrate": "calibrate",
     "kernel_report": "kernel_report",
     "data_report": "data_report",
     "step_report": "step_report",

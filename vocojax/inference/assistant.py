@@ -4,6 +4,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,7 @@ from vocojax.inference.decoding.decode import Generation
 from vocojax.inference.decoding.sampling import GREEDY, SamplingConfig, one_each
 from vocojax.inference.decoding.text import FinishedText
 from vocojax.inference.prompts import lay_out_prompt, prompt_text
+from vocojax.inference.refining import Calibration, Refined, checked, read_calibration, refine
 from vocojax.inference.requests import Questions, asked_about, conversations_of
 from vocojax.inference.runner import Runner, not_about
 from vocojax.inference.video import Policy, VideoSession, compress_video
@@ -57,6 +59,7 @@ class Assistant:
         for 2,048, to which cached tokens are added up to the decoder's `max_positions`.
       mesh: the devices that the model's parameters lie on; None for one device.
       runner: runs laid-out prompts.
+      calibration: the rule of `vocos="auto"`, if there is one beside the checkpoint.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Assistant:
         self.visibility: Visibility = visibility
         self.max_length = max_length
         self.runner = Runner(model, tokenizer, template.stop, visibility, mesh)
+        self.calibration: Calibration | None = None
 
     @classmethod
     def from_run(
@@ -113,7 +117,9 @@ class Assistant:
         card = source.card
         written = find_template(template or card.template)
         model = model_of(source, directory, mesh=mesh, dtype=dtype)
-        return cls(model, card.tokenizer, written, visibility or card.visibility, card.fit, mesh=mesh)
+        assistant = cls(model, card.tokenizer, written, visibility or card.visibility, card.fit, mesh=mesh)
+        assistant.calibration = read_calibration(directory)
+        return assistant
 
     def with_model(self, model: VocoLlama) -> "Assistant":
         """Returns an assistant that answers with another model, and is the same otherwise."""
@@ -287,6 +293,7 @@ class Assistant:
         units: Sequence[Sequence[int]] | None = None,
         sampling: SamplingConfig = GREEDY,
         seeds: Sequence[int] | None = None,
+        vocos: int | Literal["auto"] | None = None,
     ) -> list[str]:
         """Answers questions about cached images.
 
@@ -296,6 +303,7 @@ class Assistant:
           units: for each question the units it is about, in order; by default all of them. One list for one question.
           sampling: how the answers' tokens are chosen.
           seeds: for each question the seed of its draws; by default `sampling.seed` plus its index.
+          vocos: how many VoCo tokens of each unit are read; None for all, "auto" for `refine`.
 
         Returns:
           One answer per question.
@@ -305,8 +313,39 @@ class Assistant:
           InputError: a question is about no unit, or about one that is not in the cache.
           LayoutError: a question is too long.
         """
+        if vocos == "auto":
+            return self.refine(cache, questions, units, sampling).texts
+        cache = cache if vocos is None else cache.truncate(vocos)
         units, asked = asked_about(cache, questions, units)
         return self.texts(self.generate_behind(cache, asked, units, sampling, seeds), sampling)
+
+    def refine(
+        self, cache: VocoCache, questions: Questions, units: Sequence[Sequence[int]] | None = None,
+        sampling: SamplingConfig = GREEDY,
+    ) -> Refined:
+        """Answers from few of a cache's tokens, and from more where the answer's entropy says so.
+
+        Args:
+          cache: of the images, with all VoCo tokens.
+          questions: see `read`.
+          units: see `read`.
+          sampling: see `read`; greedy.
+
+        Returns:
+          The answers, and how many tokens of each unit each was read from.
+
+        Raises:
+          InputError: the checkpoint has no calibration for this model, this cache or this sampling; or see `read`.
+        """
+        units, asked = asked_about(cache, questions, units)
+        calibration = checked(self.calibration, self.fingerprint.digest, cache.tokens_per_unit, sampling)
+
+        def ask(places: Sequence[int], vocos: int) -> tuple[list[str], np.ndarray]:
+            generation = self.generate_behind(cache.truncate(vocos), [asked[place] for place in places],
+                                              [units[place] for place in places], sampling)
+            return self.texts(generation, sampling), np.asarray(generation.logits_BV)
+
+        return refine(ask, len(asked), calibration)
 
     def stream(
         self,
