@@ -88,6 +88,9 @@ def test_what_is_missing_is_named_and_no_mean_hides_it():
     assert written.endswith("\n* no row has a figure for VQAv2; the means are over the other 2 columns\n"
                             "* A_1 failed on pope: no disk\n")
     assert r"A\_1" in latex(table) and "% A_1 failed on pope: no disk" in latex(table)
+    scored = dataclasses.replace(table, conventions={"gqa": "official", "pope": "lmms-eval"})
+    assert [column["convention"] for column in scored.as_json()["columns"]] == ["official", "lmms-eval", ""]
+    assert scored.remarks[:2] == ("convention official: gqa", "convention lmms-eval: pope")
     without = dataclasses.replace(table, rows=rows[1:3])
     assert "upper" not in markdown(without) and "mean" not in markdown(without).splitlines()[2]
     assert without.as_json()["rows"][0]["mean_retention"] is None

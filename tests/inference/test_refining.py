@@ -89,6 +89,12 @@ def test_a_question_left_out_disagrees_no_oftener_than_asked_for(traces, agreeme
     assert wrong <= rank <= (1 - agreement) * len(traces) + 1e-9
 
 
+def test_entropies_of_tokens_that_can_not_be_drawn():
+    """Of two even choices, of one sure one, and where a token can't be drawn."""
+    found = entropies(np.array([[0.0, 0.0, -np.inf], [500.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
+    np.testing.assert_allclose(found, [np.log(2), 0.0, np.log(3)], atol=1e-12)
+
+
 def test_too_few_questions_are_refused():
     traces = [Trace((0.1,), (True,))] * 98
     with pytest.raises(InputError, match=r"an agreement of 0.99 needs at least 99 held-out questions, got 98"):

@@ -120,7 +120,8 @@ def _write(
     from vocojax.files import write_atomically
 
     rows = tuple(_row(layout, source, answers, scores) for source, answers, scores in found)
-    table = Table(layout, with_given(rows, layout, given, FLAGS.figures or ""), _notes(found))
+    conventions = {name: result.convention for _, _, scores in found for name, result in scores.items()}
+    table = Table(layout, with_given(rows, layout, given, FLAGS.figures or ""), _notes(found), conventions)
     content = json.dumps(table.as_json(), indent=2, ensure_ascii=False) + "\n"
     output = Path(FLAGS.output)
     for suffix, text in (("md", markdown(table)), ("tex", latex(table)), ("json", content)):
@@ -149,14 +150,10 @@ def _row(layout: "Layout", source: "RowSource", answers: "RowAnswers", scores: "
 
 
 def _notes(found: "Sequence[tuple[RowSource, RowAnswers, Mapping[str, Result]]]") -> tuple[str, ...]:
-    """Returns what a reader must know: the conventions, the limit, given figures, the benchmarks' own notes."""
-    by_convention: dict[str, dict[str, None]] = {}
-    notes: dict[str, None] = {}
-    for _, _, scores in found:
-        for name, result in scores.items():
-            by_convention.setdefault(result.convention, {})[name] = None
-            notes |= {f"{name}: {note}": None for note in result.notes}
-    reported = [f"convention {convention}: {', '.join(names)}" for convention, names in by_convention.items()]
+    """Returns what a reader must know: the limit, given figures, and the benchmarks' own notes, each once."""
+    notes = dict.fromkeys(f"{name}: {note}" for _, _, scores in found for name, result in scores.items()
+                          for note in result.notes)
+    reported = []
     if FLAGS.limit:
         reported.append(f"the first {FLAGS.limit:,} questions of each benchmark only")
     if FLAGS.figures:

@@ -60,10 +60,11 @@ def levels_of(num_vocos: int) -> tuple[int, ...]:
 
 
 def entropies(logits_BV: np.ndarray) -> np.ndarray:
-    """Returns the entropy [B] of each row's distribution, in nats."""
+    """Returns the entropy [B] of each row's distribution, in nats; tokens with the logit -inf can't be drawn."""
     shifted = np.asarray(logits_BV, np.float64) - np.max(logits_BV, axis=-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return -(np.exp(log_p) * log_p).sum(-1)
+    p = np.exp(log_p)
+    return -(p * np.where(p > 0, log_p, 0.0)).sum(-1)
 
 
 def refine(ask: Ask, count: int, calibration: Calibration) -> Refined:

@@ -1,7 +1,7 @@
 """A table of several models' figures, with what each keeps of the upper bound's."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vocojax.errors import InputError
@@ -37,11 +37,13 @@ class Table:
       layout: its columns.
       rows: from top to bottom.
       notes: what a reader must know.
+      conventions: the definition that each benchmark was scored by; a benchmark of given figures alone has none.
     """
 
     layout: Layout
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    conventions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -60,13 +62,17 @@ class Table:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The notes, what the means leave out, and why figures are missing."""
+        """The conventions, the notes, what the means leave out, and why figures are missing."""
+        by_convention: dict[str, list[str]] = {}
+        for name, convention in self.conventions.items():
+            by_convention.setdefault(convention, []).append(name)
+        scored = tuple(f"convention {convention}: {', '.join(names)}" for convention, names in by_convention.items())
         unknown = [column.title for column in self.layout.columns if not column.is_optional and column
                    not in self.in_mean]
         left_out = (f"no row has a figure for {', '.join(unknown)}; the means are over the other "
                     f"{len(self.in_mean)} columns",) if unknown and self.in_mean else ()
         failed = tuple(f"{row.name} failed on {name}: {problem}" for row in self.rows for name, problem in row.problems)
-        return (*self.notes, *left_out, *failed)
+        return (*scored, *self.notes, *left_out, *failed)
 
     def retention(self, row: Row) -> MeanRetention:
         """Returns a row's retention in both definitions, by the columns' titles, with the means over `in_mean`."""
@@ -79,7 +85,8 @@ class Table:
         """Returns what the table's JSON file holds."""
         return {
             "table": self.layout.name, "caption": self.layout.caption,
-            "columns": [{"title": c.title, "benchmark": c.benchmark, "metric": c.metric} for c in self.columns],
+            "columns": [{"title": column.title, "benchmark": column.benchmark, "metric": column.metric,
+                         "convention": self.conventions.get(column.benchmark, "")} for column in self.columns],
             "rows": [self._row_as_json(row) for row in self.rows],
             "notes": list(self.remarks),
         }
