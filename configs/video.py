@@ -14,7 +14,7 @@ The data is `SOURCES` below: files and folders of these names in the current dir
 
 Frames are taken once per second, `data.frames` of them at most; longer videos are sampled evenly. Every frame is a
 unit. Units run alone (`plan="two_stage"`), so memory hardly depends on the number of frames, as
-launch/compile_report.py --frames shows (README.md has a table). Positions are compact;
+launch/compile_report.py --frames shows (docs/video.md has a table). Positions are compact;
 `--config.model.voco.positions=sequential` numbers all tokens.
 
 What trains: the projector and the decoder, as in the voco stage. The vision tower is frozen. The paper names the data,

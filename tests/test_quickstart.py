@@ -121,9 +121,9 @@ def test_the_command_line_names_what_is_wrong(tmp_path, arguments, message):
     assert message == "lr" or (done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr)
 
 
-def test_every_key_the_readme_names_can_be_set():
-    """The flags of the README, parsed as launch/train.py parses them."""
-    flags = re.findall(r"--config\.([a-z_.]+)=('[^']+'|[^\s`\\]+)", (ROOT / "README.md").read_text())
+def test_every_key_the_training_page_names_can_be_set():
+    """The flags of docs/train.md, parsed as launch/train.py parses them."""
+    flags = re.findall(r"--config\.([a-z_.]+)=('[^']+'|[^\s`\\]+)", (ROOT / "docs/train.md").read_text())
     assert {"mesh.fsdp", "accumulate", "distill.teacher", "model.voco.num_vocos", "init_from"} <= {k for k, _ in flags}
     values = voco.get_config()
     for key, value in flags:

@@ -74,7 +74,7 @@ def test_report_is_one_self_contained_page(finished):
 
 def test_answers_that_are_there_are_not_asked_for_again(finished):
     workdir, _ = finished
-    path = workdir / "seed_0" / "video_2" / "answers_test.json"
+    path = workdir / "seed_0" / "video_2" / "answers_test_2.json"
     answers = json.loads(path.read_text())
     assert len(answers) == 48
     path.write_text(json.dumps(["nothing"] * 48))

@@ -129,7 +129,7 @@ class VideoQuickstart:
     def _answers(self, arm: Arm, seed: int, clips: Sequence[Clip]) -> list[str]:
         """Returns an arm's answers; those that are in the run's directory already are not asked for again."""
         run = self._runs.directory(seed, arm.stage)
-        path = run / f"answers_{self.split}{'_shuffled' if arm.shuffled else ''}.json"
+        path = run / f"answers_{self.split}_{len(clips)}{'_shuffled' if arm.shuffled else ''}.json"
         if path.is_file():
             return json.loads(path.read_text())
         answers = answer_clips(Assistant.from_run(run), clips, arm.shuffled)
