@@ -9,8 +9,11 @@ from jax.sharding import PartitionSpec
 
 from vocojax.config import DecoderConfig
 from vocojax.layout import IGNORE
+from vocojax.models import gathering
 from vocojax.models.gathering import Parts, cut, gathered
 from vocojax.models.llama import Decoder
+from vocojax.models.parameters import abstract
+from vocojax.models.voco import VocoLlama
 from vocojax.training import objectives
 from vocojax.training.objectives import Teacher, target_sums
 
@@ -184,6 +187,13 @@ def test_gradients_of_bf16_models_are_summed_in_fp32(in_parts, monkeypatch):
     assert head.dtype == embedding.dtype == jnp.float32
     np.testing.assert_allclose(head, np.full((8, 4), 1000) * [0.25, 0.25, -0.75, 0.25], rtol=2**-8)
     np.testing.assert_array_equal(embedding[:, 0], [0, 0, 1000, 0])
+
+
+def test_a_cut_model_is_a_copy(tiny_config):
+    model = abstract(lambda: VocoLlama(tiny_config, nnx.Rngs(0)))
+    part = cut(model, {"decoder/embedding": Parts("fsdp", -2, (2,))}, jnp.bfloat16)
+    # The program's own model also runs outside of `shard_map`.
+    assert gathering.in_parts(part) and not gathering.in_parts(model)
 
 
 def test_kl_to_itself_is_zero_and_the_teacher_gets_no_gradient(decoders):

@@ -62,8 +62,8 @@ class Parts:
 
 
 def cut(model: Model, parts: Mapping[str, Parts], dtype: DTypeLike) -> Model:
-    """Returns the (abstract) model with the named variables marked as parts, which are gathered in `dtype`."""
-    graphdef, state = nnx.split(model)
+    """Returns a copy of the (abstract) model whose named variables are parts, which are gathered in `dtype`."""
+    graphdef, state = nnx.split(nnx.clone(model))  # a split shares its variables with the model
     flat = nnx.to_flat_state(state)
     for path, variable in flat:
         if part := parts.get("/".join(map(str, path))):

@@ -67,8 +67,11 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], model: Mapping[str,
         shapes[path] = list(values.shape) if depth is None else [depth, *values.shape]
         dtypes[path] = str(tensor.dtype).removeprefix("torch.")
     text = "".join(f"{path} {dtypes[path]} {shapes[path]} {(sums[path] % 2**32).tolist()}\n" for path in sorted(sums))
-    default = {"num_vocos": model["voco"]["num_vocos"], "positions": "compact", "init": "learned"}  # these are left out
+    # These are left out, as vocojax leaves them out: an exported model has no compressor that reads text.
+    default = {"num_vocos": model["voco"]["num_vocos"], "positions": "compact", "init": "learned"}
+    of_text = ("num_queries", "question_tokens")
     config = {**model, "voco": {key: value for key, value in model["voco"].items() if value != default.get(key)},
+              "compressor": {key: value for key, value in model["compressor"].items() if key not in of_text},
               "dtype": dtypes["decoder/embedding"], "unit_ids": unit_ids}
     return Fingerprint(json.dumps(config, sort_keys=True), hashlib.sha256(text.encode()).hexdigest())
 
