@@ -13,6 +13,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from tests.helpers.parity import assert_close, filled, randomise
 from vocojax.config import PRESETS, CompressorConfig, VisionConfig
 from vocojax.convert.tables import clip_rules
+from vocojax.data.conversation import template
+from vocojax.errors import InputError
+from vocojax.inference.assistant import Assistant
 from vocojax.models.clip import ClipVision
 from vocojax.models.compressors import AveragePool, RandomTokens
 from vocojax.models.voco import VocoLlama
@@ -82,3 +85,13 @@ def test_random_tokens_depend_on_the_image_and_the_step_alone():
     one_pixel = images[:1].copy()
     one_pixel[0, 5, 5, 1] ^= 1
     assert (np.asarray(draw(one_pixel, 0)) != drawn[:1]).any()
+
+
+def test_a_baseline_s_refusal_of_a_cache_names_its_compressor(words, tiny_config):
+    """Its remedy is not the VoCo mask, which these models have no tokens for."""
+    config = dataclasses.replace(tiny_config, compressor=CompressorConfig("random", 1))
+    assistant = Assistant(VocoLlama(config, nnx.Rngs(0), jnp.float32), words, template("short"), "causal")
+    with pytest.raises(InputError) as error:
+        assistant.compress(some_images(1, 32)[0])
+    assert str(error.value) == ("a model with the compressor 'random' has no VoCo tokens to cache: ask by "
+                                "Assistant.answer or answer_many")

@@ -22,7 +22,7 @@ from vocojax.inference.caches.cache import VocoCache, cached_shape, require_mode
 from vocojax.inference.caches.files import DamagedCache
 from vocojax.inference.caches.fingerprint import Fingerprint, fingerprint
 from vocojax.inference.caches.store import MissingCache, Store
-from vocojax.inference.compress import BATCH, compress
+from vocojax.inference.compress import BATCH, compress, require_vocos
 from vocojax.inference.decoding.decode import Generation
 from vocojax.inference.decoding.sampling import GREEDY, SamplingConfig, one_each
 from vocojax.inference.decoding.text import FinishedText
@@ -144,6 +144,7 @@ class Assistant:
 
     def require_caches(self) -> None:
         """Raises `InputError` if the model does not answer from VoCo caches: compressing would be work for nothing."""
+        require_vocos(self.model.config)
         if not self.reads_caches:
             raise InputError("this model was trained without the VoCo mask, so it reads whole images: ask by "
                              "Assistant.answer or answer_many, or load it with visibility='voco' to use that mask")

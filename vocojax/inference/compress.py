@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vocojax.config import ModelConfig
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.errors import InputError
 from vocojax.inference.caches.cache import VocoCache
@@ -37,13 +38,19 @@ def compress(
     Raises:
       InputError: no image, an image of another shape, or a baseline's model, which has no VoCo tokens.
     """
-    if model.config.question_tokens:
-        raise InputError(f"a model with the compressor {model.config.compressor.kind!r} compresses an image for one "
-                         "question, so no cache serves others: answer in a single pass")
-    if model.config.unit_vocos == 0:
-        raise InputError(f"a model with the compressor {model.config.compressor.kind!r} has no VoCo tokens to cache: "
-                         "answer in a single pass")
+    require_vocos(model.config)
     return compress_keeping(model, tokenizer, images, model.config.unit_vocos, fingerprint, batch_size)
+
+
+def require_vocos(config: ModelConfig) -> None:
+    """Raises `InputError` for the model of a baseline, whose compressor makes no VoCo tokens to be cached."""
+    kind = config.compressor.kind
+    if config.question_tokens:
+        raise InputError(f"a model with the compressor {kind!r} compresses an image for one question, so no cache "
+                         "serves others: ask by Assistant.answer or answer_many")
+    if config.unit_vocos == 0:
+        raise InputError(f"a model with the compressor {kind!r} has no VoCo tokens to cache: ask by Assistant.answer "
+                         "or answer_many")
 
 
 def compress_keeping(
