@@ -1,4 +1,4 @@
-"""Calibrates vocos="auto": questions are read from few VoCo tokens, and from more where the answer is unsure.
+"""Calibrates vocos="auto": how unsure an answer from few VoCo tokens may be.
 
     vocojax calibrate --checkpoint=runs/voco_8 --benchmark=gqa --data_root=data --agreement=0.99
 
