@@ -92,7 +92,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_found(tmp_path):
 
 
 def test_an_image_is_answered_about_the_way_the_model_was_trained(assistant, images, cache):
-    """By caches, whole for a causal model; and without an image."""
+    """A VoCo model answers from caches, a causal one from whole images; both answer without an image."""
     question = "what color is the shape?"
     assert assistant.answer(images, question, FEW) == assistant.read(cache, question, sampling=FEW)
     causal = Assistant(assistant.model, assistant.tokenizer, assistant.template, "causal")

@@ -90,7 +90,7 @@ def test_a_question_left_out_disagrees_no_oftener_than_asked_for(traces, agreeme
 
 
 def test_entropies_of_tokens_that_can_not_be_drawn():
-    """Of two even choices, of one sure one, and where a token can't be drawn."""
+    """Two even choices, one certain choice and three even ones; a token with the logit -inf adds nothing."""
     found = entropies(np.array([[0.0, 0.0, -np.inf], [500.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
     np.testing.assert_allclose(found, [np.log(2), 0.0, np.log(3)], atol=1e-12)
 

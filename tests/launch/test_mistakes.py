@@ -206,7 +206,7 @@ def test_help_exits_with_0(vocojax, capsys):
 
 
 def test_a_mistake_has_a_status_of_its_own_where_it_is_asked_for(vocojax, root, monkeypatch):
-    """By it Kubernetes can tell a typo from a failure that another start mends."""
+    """Kubernetes reads it: a typo must not be restarted, other failures must."""
     monkeypatch.setenv("VOCOJAX_MISTAKE_STATUS", "64")
     for word in ("--config.step=4", "--wrkdir=x", "--config.steps=0", "--config.data.tokenizer=none", "now"):
         assert vocojax("train", f"--config={root}/tiny.py", f"--workdir={root}/run", word)[0] == 64

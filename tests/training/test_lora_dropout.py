@@ -59,7 +59,7 @@ def model_of(stage):
 
 
 def stepped(stage):
-    """What one step of SGD makes of the parameters that train."""
+    """Returns the trained parameters after one step of SGD."""
     step = make_step(model_of(stage), None, optax.sgd(1.0), stage)
     return jax.jit(step)(*state_and_batch(stage))[0].trained
 
