@@ -1,6 +1,6 @@
 """The package as its importers see it: names, their types, one base of its errors, and its old paths."""
 
-import importlib
+import importlib.util
 import os
 import pkgutil
 import subprocess
@@ -22,6 +22,9 @@ OTHERS = {
     "vocojax.data.sources.arrow_file.DamagedFile",
     "vocojax.files.NotAFile",
 }
+HARNESSES = "vocojax.evaluation.harnesses."
+FOREIGN = {f"{HARNESSES}lmms_eval": "lmms_eval", f"{HARNESSES}registration": "lmms_eval",
+           f"{HARNESSES}vlmevalkit": "vlmeval"}  # modules that are imported by a harness alone, and what they import
 USER = """
 import vocojax
 from vocojax import Assistant, Request
@@ -45,8 +48,10 @@ def python(*arguments, cwd=ROOT):
 
 
 def exceptions():
-    """Yields every exception class that a module of the package defines."""
+    """Yields every exception class that a module of the package defines; what a harness needs may not be installed."""
     for module in pkgutil.walk_packages(vocojax.__path__, "vocojax."):
+        if module.name in FOREIGN and importlib.util.find_spec(FOREIGN[module.name]) is None:
+            continue
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, type) and issubclass(value, BaseException) and value.__module__ == module.name:
                 yield value
