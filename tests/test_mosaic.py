@@ -1,7 +1,6 @@
 """The experiment on mosaics: its tables by hand, and a run of a few steps from images to the report."""
 
 import json
-from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -65,17 +64,15 @@ def test_augmentation_stays_in_its_tile():
 def test_a_run_of_a_few_steps(tmp_path):
     pytest.importorskip("easy_vqa")
     from configs.mosaic import get_config
-    from vocojax.experiments.mosaic import ARMS, Mosaic, voco
+    from tests.test_quickstart import Tiny
+    from vocojax.experiments.mosaic import ARMS, RECIPES, Mosaic
 
-    few = defaultdict(lambda: 2)
-    few.get = lambda name, default=None: 2
-    arms = (ARMS[0], voco(8), voco(1, "pool"), ARMS[-1])
-    result = Mosaic(get_config, tmp_path, arms=arms, recipes=(voco(1, "kl"),), steps=few, canvases=2).run()
-    assert list(result["rows"]) == ["Upper Bound", "VoCo-8", "VoCo-1 + pool", "Lower Bound"]
+    result = Mosaic(get_config, tmp_path, recipes=RECIPES, steps=Tiny(), canvases=2).run()
+    assert list(result["rows"]) == [arm.name for arm in ARMS]
     assert list(result["table_4"]) == ["VoCo-8, 8 read", "VoCo-8, 4 read", "VoCo-8, 2 read", "VoCo-8, 1 read"]
     assert result["table_4"]["VoCo-8, 8 read"] == result["rows"]["VoCo-8"]
     assert result["questions"] == 32
     assert json.loads((tmp_path / "tables.json").read_text())["rows"] == result["rows"]
-    assert set(json.loads((tmp_path / "recipes.json").read_text())["rows"]) == {
-        "Upper Bound", "Lower Bound", "VoCo-1 + kl"}
+    recipes = json.loads((tmp_path / "recipes.json").read_text())["rows"]
+    assert set(recipes) == {"Upper Bound", "Lower Bound", *(arm.name for arm in RECIPES)}
     assert "Retention over the number of VoCo tokens" in (tmp_path / "report.html").read_text()
