@@ -71,7 +71,8 @@ def test_a_run_that_never_trained_does_not_hold_its_config(stage, tmp_path):
 
 def test_a_bucket_needs_the_package_that_opens_it(stage, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
-    monkeypatch.delitem(_registry, "gs", raising=False)  # where another test has opened a bucket
+    for name in ("gs", "gcs"):  # where another test has opened a bucket
+        monkeypatch.delitem(_registry, name, raising=False)
     type(fsspec_backend)._get_filesystem.cache_clear()
     with pytest.raises(CheckpointError, match=r"workdir 'gs://bucket/run' can't be reached: .*vocojax\[gcs\]"):
         train(stage, "gs://bucket/run")
