@@ -13,6 +13,7 @@ VERBS = {  # verb -> its module in `vocojax.cli`
     "train": "train",
     "config": "config",
     "check_data": "check_data",
+    "checkpoints": "checkpoints",
     "answer": "answer",
     "compress": "compress",
     "convert": "convert",

@@ -29,6 +29,8 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     config_flag.define_config("The stage.")
     flags.DEFINE_string("workdir", None, "Directory of checkpoints and logs; a run in it is resumed.")
+    flags.DEFINE_bool("extend", False, "Train a finished run for more steps: those of the config. The learning rate "
+                      "is then that of a run of so many steps.")
     flags.DEFINE_bool("dry_run", False, "Open the data, make one batch, print what a start would do, and stop.")
     flags.DEFINE_list("profile", [], "FIRST,LAST: writes a trace of these steps to WORKDIR/profile.")
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where it is not detected.")
@@ -62,9 +64,9 @@ def main(arguments: Sequence[str]) -> None:
         cluster.initialize(found, FLAGS.start_seconds, FLAGS.heartbeat_seconds)
         _warn_of_cpu()
         if not FLAGS.dry_run:
-            stage.train(config, FLAGS.workdir, open_scorer=open_scorer)
+            stage.train(config, FLAGS.workdir, open_scorer=open_scorer, extend=FLAGS.extend)
             return
-        banner = stage.dry_run(config, FLAGS.workdir, open_scorer)
+        banner = stage.dry_run(config, FLAGS.workdir, open_scorer, FLAGS.extend)
         if processes.is_first():
             print(banner)
     except Preempted as stopped:

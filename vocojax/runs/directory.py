@@ -23,15 +23,19 @@ from vocojax.hub import local_copy
 from vocojax.parallel import processes
 from vocojax.runs.checkpoint_files import first_line, read_progress
 from vocojax.runs.earlier import upgraded
+from vocojax.runs.selection import split_name
 from vocojax.sums import FILE as SUMS
 from vocojax.sums import ChangedFile, read_sums, require_unchanged, write_sums
 
 LOG = logging.getLogger(__name__)
 
 PACKAGES = ("vocojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-# Keys of a stage's config that may change when a run resumes.
-MUTABLE_KEYS = ("log_every", "checkpoint", "validation", "run", "data.num_threads", "data.num_workers",
-                "data.keep_in_memory", "attention", "remat", "unit_chunk", "mesh")
+# Keys of a stage's config that may change when a run resumes. The last ones say where something is: the content of data
+# and tokenizer is compared by the stream's state, a teacher's by its checksums, and `init_from` has been read.
+MUTABLE_KEYS = ("name", "log_every", "checkpoint", "validation", "run", "data.num_threads", "data.num_workers",
+                "data.keep_in_memory", "attention", "remat", "unit_chunk", "mesh", "accumulate",
+                "data.path", "data.image_root", "data.tokenizer", "data.mixture.path", "data.mixture.image_root",
+                "init_from", "distill.teacher")
 # Keys that may differ between the processes of a run. Other differences would make processes wait for each other.
 HOST_KEYS = ("data.num_threads", "data.num_workers", "data.keep_in_memory")
 
@@ -39,12 +43,15 @@ HOST_KEYS = ("data.num_threads", "data.num_workers", "data.keep_in_memory")
 def run_path(workdir: str | os.PathLike) -> epath.Path:
     """Returns the path of a run's directory; a local one becomes absolute, one on the hub is downloaded.
 
+    Of the name of a checkpoint (RUN@STEP) it is that of the run; `selection.chosen_step` tells which checkpoint.
+
     Raises:
       CheckpointError: the file system can't be reached.
       InputError: see `hub.local_copy`.
     """
     workdir = local_copy(workdir)
     try:
+        workdir, _ = split_name(workdir)
         path = epath.Path(workdir)
         path.exists()
     except (KeyError, NotImplementedError):
@@ -92,11 +99,16 @@ def strip(values: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> d
 
     Args:
       values: the config, nested.
-      keys: dotted keys to leave out.
+      keys: dotted keys to leave out; of dicts in a list those of all of them.
       prefix: dotted path of `values` in the whole config, with a final dot.
     """
-    return {name: strip(value, keys, f"{prefix}{name}.") if isinstance(value, Mapping) else value
-            for name, value in values.items() if prefix + name not in keys}
+
+    def inside(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return strip(value, keys, f"{prefix}{name}.")
+        return [inside(name, part) for part in value] if isinstance(value, list | tuple) else value
+
+    return {name: inside(name, value) for name, value in values.items() if prefix + name not in keys}
 
 
 def fixed_keys(config: Any) -> dict[str, Any]:
@@ -104,7 +116,7 @@ def fixed_keys(config: Any) -> dict[str, Any]:
     return {} if config is None else strip(config_to_dict(config), MUTABLE_KEYS)
 
 
-def changed_keys(saved: Any, config: Any) -> list[str]:
+def changed_keys(saved: Any, config: Any, extend: bool = False) -> list[str]:
     """Returns the dotted keys that must not change and have changed since a run saved its config.
 
     A key that the saved config lacks has its default there. A key that no longer exists counts as changed.
@@ -112,21 +124,46 @@ def changed_keys(saved: Any, config: Any) -> list[str]:
     Args:
       saved: the config that the run saved, or `fixed_keys` of it.
       config: the present config, a dataclass.
+      extend: whether the present config may have more steps.
     """
     if config is None or isinstance(saved, str):  # the first checkpoints held a digest; config.json is compared instead
         return []
+    before, here = upgraded(saved), config_to_dict(config)
     try:
-        filled = build(type(config), upgraded(saved))
+        filled = build(type(config), _with_mutable(before, here))
     except ConfigError as error:
-        return [error.key]
-    return differing_keys(fixed_keys(filled), fixed_keys(config))
+        there, now = _flat(strip(before, MUTABLE_KEYS)), _flat(here)
+        return [key for key in there if key in now and now[key] != there[key]] or [error.key]
+    changed = differing_keys(fixed_keys(filled), fixed_keys(config))
+    return [key for key in changed if not (extend and key == "steps" and filled.steps < config.steps)]
+
+
+def _with_mutable(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a saved config with the present values of the keys that may change, which checkpoints do not hold.
+
+    Args:
+      saved: the saved config, nested.
+      here: the present config.
+      prefix: dotted path of both in the whole config, with a final dot.
+    """
+    values = dict(saved)
+    for name, value in here.items():
+        before = values.get(name, {})
+        if prefix + name in MUTABLE_KEYS:
+            values[name] = value
+        elif isinstance(value, Mapping) and isinstance(before, Mapping):
+            inner = _with_mutable(before, value, f"{prefix}{name}.")
+            values |= {name: inner} if inner or name in values else {}
+        elif name == "mixture" and len(value) == len(before):
+            values[name] = [_with_mutable(*parts, f"{prefix}{name}.") for parts in zip(before, value, strict=True)]
+    return values
 
 
 def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def write_run_files(workdir: str | Path, config: Any) -> None:
+def write_run_files(workdir: str | Path, config: Any, extend: bool = False) -> None:
     """Writes config.json and versions.json. If there are checkpoints, the config must be theirs.
 
     Process 0 writes; all processes must have the same config and see the same directory.
@@ -134,6 +171,7 @@ def write_run_files(workdir: str | Path, config: Any) -> None:
     Args:
       workdir: the run's directory.
       config: the run's config, a dataclass.
+      extend: whether a finished run may get more steps.
 
     Raises:
       CheckpointError: the directory holds a run with another config (the keys are named), or processes differ.
@@ -141,7 +179,7 @@ def write_run_files(workdir: str | Path, config: Any) -> None:
     path = checkpoint_path(workdir) / "config.json"
     problem = ""
     if processes.is_first():
-        problem = _changed(path, config)
+        problem = _changed(path, config, extend)
         if not problem:
             path.parent.mkdir(parents=True, exist_ok=True)
             versions = {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}}
@@ -164,20 +202,35 @@ def write_run_files(workdir: str | Path, config: Any) -> None:
                               "with the same flags")
 
 
-def _changed(path: epath.Path, config: Any) -> str:
-    checkpoints = path.parent / "checkpoints"
-    if not path.exists() or not checkpoints.is_dir() or not any(e.name.isdecimal() for e in checkpoints.iterdir()):
+def _changed(path: epath.Path, config: Any, extend: bool) -> str:
+    """Returns the problem if a run's config differs in what must not change; logs what else differs."""
+    newest = max(checkpoint_steps(path.parent), default=None)
+    if newest is None or not path.exists():
         return ""
     try:
         saved = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:  # the checkpoints have copies, which are compared when one is read
         LOG.warning("%s: is damaged, it is not JSON (%s); writing it again", path, first_line(error))
         return ""
-    changed = changed_keys(saved, config)
-    if not changed:
-        return ""
-    return (f"{path.parent} holds a run with another config (differing: {', '.join(changed)}): "
-            "use the run's own config, or another --workdir")
+    if changed := changed_keys(saved, config, extend):
+        if changed == ["steps"] and not extend and saved["steps"] < config.steps:
+            return (f"{path.parent} holds a run of {saved['steps']} steps, and the config has {config.steps}: pass "
+                    "--extend to train a finished run for more steps, or use the run's own config")
+        return (f"{path.parent} holds a run with another config (differing: {', '.join(changed)}): "
+                "use the run's own config, or another --workdir")
+    before, now = _flat(upgraded(saved)), _flat(config_to_dict(config))
+    if extend and newest < before["steps"] < config.steps:
+        return (f"{path.parent} is at step {newest} of {before['steps']}: run its own command to finish it before it "
+                "is extended")
+    for key in (key for key in before if key in now and now[key] != before[key]):
+        LOG.info("%s: resumes with another %s: %r, before %r", path.parent, key, now[key], before[key])
+    return ""
+
+
+def checkpoint_steps(path: epath.Path) -> list[int]:
+    """Returns the steps of the checkpoints in a run's directory, in order; [] if there are none."""
+    checkpoints = path / "checkpoints"
+    return sorted(int(e.name) for e in checkpoints.iterdir() if e.name.isdecimal()) if checkpoints.is_dir() else []
 
 
 def _version(package: str) -> str:
@@ -235,20 +288,23 @@ def require_run_files(workdir: str | Path, names: Sequence[str]) -> None:
 
 def signed(workdir: str | Path) -> dict[str, Any]:
     """Returns the content of the newest checkpoint's progress file; {} if there is none, or none that is sound."""
-    checkpoints = run_path(workdir) / "checkpoints"
-    steps = [int(e.name) for e in checkpoints.iterdir() if e.name.isdecimal()] if checkpoints.is_dir() else []
+    path = run_path(workdir)
     try:
-        return read_progress(checkpoints / str(max(steps, default=0)))
+        return read_progress(path / "checkpoints" / str(max(checkpoint_steps(path), default=0)))
     except Exception:  # a damaged file may have any content; who reads the checkpoint reports it
         return {}
 
 
 def _not_signed(values: Mapping[str, Any], saved: Any) -> list[str]:
-    """Returns the dotted keys of a checkpoint's config that a config lacks, or has with another value."""
+    """Returns the dotted keys of a checkpoint's config that a config lacks, or has with another value.
+
+    Left out are those that may change while a run has this checkpoint: its steps grow when it is extended.
+    """
     if not isinstance(saved, Mapping):  # a conversion has none, and the first checkpoints held a digest
         return []
-    here = _flat(values)
-    return [key for key, value in _flat(upgraded(saved)).items() if key not in here or here[key] != value]
+    left_out = (*MUTABLE_KEYS, "steps")
+    here, there = (_flat(strip(part, left_out)) for part in (values, upgraded(saved)))
+    return [key for key, value in there.items() if key not in here or here[key] != value]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

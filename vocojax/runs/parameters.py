@@ -23,14 +23,15 @@ from vocojax.parallel import processes
 from vocojax.runs.checkpoint_files import damaged, described, not_saved, read_arrays, read_progress, shortened
 from vocojax.runs.checksums import checksums
 from vocojax.runs.directory import CheckpointError, checkpoint_path, run_config
+from vocojax.runs.selection import BEST, chosen_step, split_name
 from vocojax.weights import misfit
 
 
 class SavedParameters:
-    """An index of the parameters in a run's newest checkpoint. No array is read.
+    """An index of the parameters in a checkpoint of a run, the newest by default. No array is read.
 
     Args:
-      workdir: the run's directory, local or remote.
+      workdir: the run's directory, local or remote, or the name of a checkpoint (RUN@STEP, RUN@best).
 
     Attributes:
       directory: the checkpoint's directory.
@@ -43,11 +44,9 @@ class SavedParameters:
     """
 
     def __init__(self, workdir: str | Path):
-        path = checkpoint_path(workdir)
-        steps = ocp.utils.checkpoint_steps(path / "checkpoints") if (path / "checkpoints").is_dir() else []
-        if not steps:
-            raise CheckpointError(f"{workdir} holds no complete checkpoint; check the path, or train first")
-        self.directory = path / "checkpoints" / str(max(steps))
+        path, (_, choice) = checkpoint_path(workdir), split_name(workdir)
+        step = chosen_step(path, choice, run_config(workdir) if choice == BEST else {})
+        self.directory = path / "checkpoints" / str(step)
         self.leaves: dict[str, Any] = {}
         self.homes: dict[str, epath.Path] = {}
         for directory in (path / "frozen", self.directory / "parameters"):

@@ -47,13 +47,15 @@ class Checkpoints:
       workdir: the run's directory.
       config: what to keep.
       run_config: the run's config, a dataclass; a checkpoint of another one is not restored.
+      extend: whether checkpoints of a run of fewer steps are.
 
     Attributes:
       config: as given.
     """
 
-    def __init__(self, workdir: str | Path, config: CheckpointConfig, run_config: Any = None):
-        self.config, self._run_config = config, run_config
+    def __init__(self, workdir: str | Path, config: CheckpointConfig, run_config: Any = None, extend: bool = False):
+        self.config, self._run_config, self._extend = config, run_config, extend
+        self._teacher_digest: str | None = None
         self._workdir = checkpoint_path(workdir)
         self._was_read_back = False
         self._frozen_checksums: dict[str, int] | None = None
@@ -145,7 +147,8 @@ class Checkpoints:
     ) -> None:
         self._save_frozen(state.frozen)
         sums = checksums({"parameters": state.trained, "optimizer": state.optimizer})
-        about = {**progress, "config": fixed_keys(self._run_config), "checksums": sums | (self._frozen_checksums or {})}
+        about = {**progress, "config": fixed_keys(self._run_config), "teacher": self._digest_of(state.teacher),
+                 "checksums": sums | (self._frozen_checksums or {})}
         about["sha256"] = sha256(about)
         name = self.config.best_metric
         best = {name: metrics[name]} if self.config.keep_best and metrics and name in metrics else {}
@@ -240,7 +243,7 @@ class Checkpoints:
             raise CheckpointError(f"{directory} can't be read: {unread}. Run the same command again")
         if problem := next(filter(None, processes.from_all("restore", problem)), ""):
             return problem, None
-        if changed := changed_keys(progress["config"], self._run_config):
+        if changed := changed_keys(progress["config"], self._run_config, self._extend):
             raise CheckpointError(f"{directory} was written with another config (differing: {', '.join(changed)}): "
                                   "use that one, or another --workdir")
         sums, saved = checksums({"parameters": trained, "optimizer": optimizer}), progress["checksums"]
@@ -266,6 +269,32 @@ class Checkpoints:
         if problem:
             raise damaged(directory, problem)
         return frozen
+
+    def require_teacher(self, teacher: Parameters, progress: Mapping[str, Any], name: str) -> None:
+        """Compares a teacher's parameters with those that the run had, wherever both were read from.
+
+        Args:
+          teacher: its parameters; {} for none.
+          progress: from `restore`. Version 0.1 saved the teacher's directory, which is compared instead.
+          name: directory of the teacher.
+
+        Raises:
+          CheckpointError: the run had another one.
+        """
+        if "teacher" in progress:
+            is_same = progress["teacher"] == self._digest_of(teacher)
+        else:
+            saved = progress["config"]
+            is_same = not isinstance(saved, Mapping) or saved.get("distill", {}).get("teacher", name) == name
+        if not is_same:
+            raise CheckpointError(f"{self._workdir}: distill.teacher {name!r} is not the teacher that this run has "
+                                  "learned from (its parameters differ): name that one, or use another --workdir")
+
+    def _digest_of(self, teacher: Parameters) -> str:
+        """Returns a digest of a teacher's parameters, '' for none; they never change during a run."""
+        if self._teacher_digest is None:
+            self._teacher_digest = sha256(checksums({"teacher": teacher})) if teacher else ""
+        return self._teacher_digest
 
     def _move_aside(self, steps: list[int]) -> None:
         if not steps:

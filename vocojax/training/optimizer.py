@@ -51,6 +51,13 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(start, config.learning_rate, warmup, steps)
 
 
+def described_schedule(config: OptimizerConfig, steps: int, first: int) -> str:
+    """Returns the rates of a schedule in words: at the step `first`, halfway from there, and at the last one."""
+    schedule = make_schedule(config, steps)
+    numbers = dict.fromkeys((first, (first + steps) // 2, steps))
+    return "a cosine, " + ", ".join(f"{float(schedule(number - 1)):.3g} at step {number}" for number in numbers)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Returns clipping by the global norm, then AdamW, over a flat dict of parameters."""
     adamw = optax.adamw(

@@ -27,6 +27,7 @@ from vocojax.pretrained.source import open_source
 from vocojax.runs.card import write_card_sums
 from vocojax.runs.directory import is_run, run_config, run_path, write_run_files
 from vocojax.runs.owner import owned
+from vocojax.runs.selection import refuse_choice
 from vocojax.training import loop, plan, start
 from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.compilation_cache import programs_kept_in
@@ -45,7 +46,8 @@ SHAPES = ("decoder.vocab_size", "decoder.vocab_padding")
 
 
 def train(
-    config: StageConfig, workdir: str | Path, bar_position: int = 0, open_scorer: OpenScorer | None = None
+    config: StageConfig, workdir: str | Path, bar_position: int = 0, open_scorer: OpenScorer | None = None,
+    extend: bool = False,
 ) -> None:
     """Runs a stage to its last step; resumes from the newest sound checkpoint in `workdir` if there is one.
 
@@ -57,6 +59,7 @@ def train(
       bar_position: the terminal line of the progress bar, where several runs share a terminal.
       open_scorer: opens what asks `validation.benchmarks` and `validation.prompts`:
         `vocojax.evaluation.training_scores.open_scorer`.
+      extend: whether a finished run in `workdir` may get more steps. The schedule is that of all steps together.
 
     Raises:
       ConfigError: the config does not fit the devices, the data or `init_from`.
@@ -68,20 +71,21 @@ def train(
     """
     if str(workdir).startswith(SCHEME):
         raise ConfigError("workdir", f"can't be on the hub, which is only read, got {workdir}: name another place")
+    refuse_choice(workdir)
     with owned(workdir):
-        _train_as_owner(config, workdir, bar_position, open_scorer)
+        _train_as_owner(config, workdir, bar_position, open_scorer, extend)
 
 
 def _train_as_owner(
-    config: StageConfig, workdir: str | Path, bar_position: int, open_scorer: OpenScorer | None
+    config: StageConfig, workdir: str | Path, bar_position: int, open_scorer: OpenScorer | None, extend: bool
 ) -> None:
-    write_run_files(workdir, config)
+    write_run_files(workdir, config, extend)
     mesh = make_mesh(config.mesh)
     with (
         jax.enable_x64(False),  # dtypes are the config's, whatever JAX_ENABLE_X64 says
         programs_kept_in(config.run.compilation_cache, workdir),
         jax.set_mesh(mesh),
-        Checkpoints(workdir, config.checkpoint, config) as checkpoints,
+        Checkpoints(workdir, config.checkpoint, config, extend) as checkpoints,
     ):
         _train(config, workdir, mesh, checkpoints, bar_position, open_scorer)
 
@@ -90,14 +94,11 @@ def _train(
     config: StageConfig, workdir: str | Path, mesh: Mesh, checkpoints: Checkpoints, bar_position: int,
     open_scorer: OpenScorer | None,
 ) -> None:
-    program = _checked_program(config, mesh)
+    program = _checked_program(config, mesh, is_new=checkpoints.latest is None)
     index, count = row_share(NamedSharding(mesh, BATCH), config.batch_size)
     with contextlib.closing(_open_stream(config, index, count)) as stream:
         validate = Validation(config, program, index, count) if config.validation.every else None
         score = _open_scoring(config, program, stream, open_scorer)
-        if processes.is_first():
-            write_files(run_path(workdir) / "tokenizer", stream.tokenizer.save)
-            write_card_sums(run_path(workdir))
         first_step, useful_seconds = 0, 0.0
         restored = checkpoints.restore(program.abstract_state)
         if restored is not None:
@@ -105,6 +106,11 @@ def _train(
             stream.set_state(progress["data"])
             useful_seconds = progress["useful_seconds"]
             LOG.info("%s: resumes after step %d", workdir, first_step)
+            if longer := start.extension(config, progress["config"], first_step):
+                LOG.info("%s: %s", workdir, longer)
+        if processes.is_first():  # only now: a resumed run's tokenizer has been compared with the saved one
+            write_files(run_path(workdir) / "tokenizer", stream.tokenizer.save)
+            write_card_sums(run_path(workdir))
         batches: loop.Stream = stream
         if first_step < config.steps:
             batches = opened = start.open_first(stream)
@@ -117,6 +123,7 @@ def _train(
             report_parameters(workdir, parameters, program.multipliers, origins)
         else:
             state = state._replace(teacher=_teacher_parameters(config, program))
+            checkpoints.require_teacher(state.teacher, progress, config.distill.teacher)
         flops, slots = StepFlops(config.model, program.abstract_state), config.batch_size * config.data.row_length
         composition = Composition(config.model.unit_tokens)
 
@@ -139,7 +146,9 @@ def _train(
         loop.run(shown, workdir, task, state, first_step, checkpoints, useful_seconds)
 
 
-def dry_run(config: StageConfig, workdir: str | Path, open_scorer: OpenScorer | None = None) -> str:
+def dry_run(
+    config: StageConfig, workdir: str | Path, open_scorer: OpenScorer | None = None, extend: bool = False
+) -> str:
     """Does what a start does before it compiles anything, and returns what the start would do.
 
     The state is abstract, the data is opened and one batch is made. Nothing is written to `workdir`.
@@ -148,16 +157,17 @@ def dry_run(config: StageConfig, workdir: str | Path, open_scorer: OpenScorer | 
       config: of the stage.
       workdir: where the run would be.
       open_scorer: see `train`.
+      extend: see `train`.
 
     Raises:
       ConfigError: as `train`.
       SkippedTooMany: too many records can't be read.
       CheckpointError: `workdir` holds a run with another config.
     """
-    first_step, config = start.newest_step(config, workdir), start.without_workers(config)
+    first_step, config = start.newest_step(config, workdir, extend), start.without_workers(config)
     mesh = make_mesh(config.mesh)
     with jax.enable_x64(False), jax.set_mesh(mesh):
-        program = _checked_program(config, mesh)
+        program = _checked_program(config, mesh, is_new=first_step == 0)
         index, count = row_share(NamedSharding(mesh, BATCH), config.batch_size)
         with contextlib.closing(_open_stream(config, index, count)) as stream:
             if config.validation.every:
@@ -166,12 +176,12 @@ def dry_run(config: StageConfig, workdir: str | Path, open_scorer: OpenScorer | 
             return start.banner(config, workdir, program, start.open_first(stream), first_step, count)
 
 
-def _checked_program(config: StageConfig, mesh: Mesh) -> Program:
-    """Returns the stage's program, after a look at the weights that it starts from; nothing is compiled."""
+def _checked_program(config: StageConfig, mesh: Mesh, is_new: bool) -> Program:
+    """Returns the stage's program, after a look at the weights that a new run starts from; nothing is compiled."""
     program = make_program(config, mesh)
     _check_teacher(config)
     start.check_new(config, program)
-    if config.init_from:
+    if config.init_from and is_new:
         _saved_config(config.init_from)
     return program
 

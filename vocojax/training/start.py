@@ -18,9 +18,9 @@ from vocojax.data.config import DataConfig
 from vocojax.data.loader import BatchStream
 from vocojax.errors import CheckpointError
 from vocojax.parallel.mesh import BATCH_AXES
-from vocojax.runs.directory import changed_keys, run_config, run_path
+from vocojax.runs.directory import changed_keys, checkpoint_steps, run_config, run_path
 from vocojax.training.config import StageConfig
-from vocojax.training.optimizer import matches
+from vocojax.training.optimizer import described_schedule, matches
 from vocojax.training.program import Program
 
 LOG = logging.getLogger(__name__)
@@ -126,18 +126,32 @@ def banner(config: StageConfig, workdir: str | Path, program: Program, opened: O
     return "\n".join(f"  {name:{width}}  {text}" for name, text in lines.items())
 
 
-def newest_step(config: StageConfig, workdir: str | Path) -> int:
+def newest_step(config: StageConfig, workdir: str | Path, extend: bool = False) -> int:
     """Returns the step of the newest checkpoint in a directory; 0 if there is none.
 
     Raises:
       CheckpointError: they are of a run with another config.
     """
-    checkpoints = run_path(workdir) / "checkpoints"
-    steps = [int(e.name) for e in checkpoints.iterdir() if e.name.isdecimal()] if checkpoints.is_dir() else []
-    if steps and (changed := changed_keys(run_config(workdir), config)):
+    steps = checkpoint_steps(run_path(workdir))
+    if steps and (changed := changed_keys(run_config(workdir), config, extend)):
         raise CheckpointError(f"{workdir} holds a run with another config (differing: {', '.join(changed)}): use the "
                               "run's own config, or another --workdir")
     return max(steps, default=0)
+
+
+def extension(config: StageConfig, saved: Mapping[str, Any], first_step: int) -> str:
+    """Returns what an extended run's schedule is; '' if the run's steps are those that its checkpoint was saved with.
+
+    Args:
+      config: of the stage.
+      saved: the config in the checkpoint.
+      first_step: the steps that were taken before.
+    """
+    before = saved.get("steps", config.steps) if isinstance(saved, Mapping) else config.steps
+    if before == config.steps:
+        return ""
+    return (f"extends the run from {before} to {config.steps} steps. Its learning rate is now that of a run of "
+            f"{config.steps} steps: {described_schedule(config.optimizer, config.steps, first_step + 1)}")
 
 
 def _devices(program: Program) -> str:
