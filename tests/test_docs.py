@@ -1,4 +1,4 @@
-"""The documentation: its commands exist, its code runs, its links lead somewhere, its figures are the stored ones."""
+"""The documentation: its commands exist, its code runs, its links lead somewhere, its figures are stored."""
 
 import importlib
 import json
@@ -7,6 +7,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +16,14 @@ import pytest
 import yaml
 from PIL import Image
 
+from docs import front_page
 from tests.test_quickstart import Tiny
 from vocojax.cli.main import VERBS
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "docs"
 PAGES = [*sorted(SITE.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+LINKED = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "SECURITY.md")), *(ROOT / "notebooks").glob("*.ipynb")]
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 RUN = ("quickstart", "method", "caches", "pytorch")  # pages whose blocks without a title a test runs
 MODULES = {f"launch/{module}.py": module for module in VERBS.values()}
@@ -110,20 +114,79 @@ def test_stored_figures_name_their_origin(path):
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", entry["date"])
 
 
-def test_tables_of_the_readme_are_the_stored_ones():
-    """A row of figures in the README that is also stored is stored so."""
-    stored = {tuple(row) for path in (SITE / "measured").glob("*.json") for row in json.loads(path.read_text())["rows"]}
-    rows = [tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
-            for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
-    first = {row[0] for row in stored}
-    figures = [row for row in rows if row[0] in first and any(character.isdigit() for character in "".join(row[1:]))]
-    assert figures and not [row for row in figures if row not in stored]
+def test_the_readme_is_short_and_has_the_stored_tables():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    assert re.findall("<!-- measured (.*) -->", text) == list(front_page.TABLES)
+    assert text == front_page.with_stored_tables(text), "run python docs/front_page.py"
+    assert "| **VoCo-1 (one token)** | **95.9 %** | 99.2 % | 95.7 % | 95.3 % | 100.1 % |" in text.splitlines()
+    drifted = text.replace("| **95.9 %** |", "| **96.9 %** |")
+    assert drifted != text == front_page.with_stored_tables(drifted)
 
 
-def test_links_of_the_front_page_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
-            assert target.startswith("http") or (ROOT / target).exists(), f"{page.name}: {target}"
+def test_every_dependency_has_a_line_in_the_readme():
+    """A package of setup.py is named in the first column of the README's table of dependencies."""
+    packages = set(re.findall(r'"([\w.-]+)(?:\[\w+\])?[><=]=[^"]*"', (ROOT / "setup.py").read_text()))
+    assert {"orbax-checkpoint", "numba", "easy-vqa", "tqdm"} < packages
+    table = (ROOT / "README.md").read_text().partition("## Dependencies")[2]
+    named = set(re.findall(r"[\w-]+", " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))))
+    assert not packages - named
+
+
+def text_of(page):
+    """A page's Markdown; of a notebook, that of its cells."""
+    if page.suffix != ".ipynb":
+        return page.read_text()
+    cells = json.loads(page.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def prose(page):
+    """A page's Markdown without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+
+
+def links(page):
+    """The targets of a page's links and pictures."""
+    return re.findall(r"\]\(([^()\s]+(?:\([^()]*\))?)\)", re.sub(r"`[^`\n]*`", "", prose(page)))
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead(page):
+    """The links of a page that lead nowhere in this checkout."""
+    for link in links(page):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if not re.match("https?:", link) and not (target.exists() and (not anchor or anchor in anchors(target))):
+            yield link
+
+
+def test_links_lead_somewhere(tmp_path):
+    assert not {f"{page.name}: {link}" for page in LINKED for link in dead(page)}
+    page = tmp_path / "page.md"
+    page.write_text("# Kept: the `b` heading\n[a](#kept-the-b-heading) [b](#lost) [c](page.md) ![d](no.svg) `[e](f)`\n"
+                    "```\n# [g](h)\n```\n[i](page.md#g) [j](https://arxiv.org)\n")
+    assert list(dead(page)) == ["#lost", "no.svg", "page.md#g"]
+
+
+@pytest.mark.slow
+def test_links_to_other_sites_are_not_dead():
+    """Only an answer that says that the page is gone fails; a site that cannot be reached does not."""
+    gone = []
+    for link in sorted({link for page in LINKED for link in links(page) if link.startswith("http")}):
+        request = urllib.request.Request(link, headers={"User-Agent": "Mozilla/5.0"})
+        try:
+            urllib.request.urlopen(request, timeout=20).close()
+        except urllib.error.HTTPError as error:
+            gone += [link] if error.code in (404, 410) else []
+        except OSError:
+            continue
+    assert not gone
 
 
 @pytest.mark.slow
