@@ -7,6 +7,7 @@ VoCo mask, are the lower bound as well), `voco_N`, and the baselines `avg_pool`,
 and `random`. A recipe follows after a plus sign: `voco_1+pool`; several are joined (`voco_1+pool+kl`):
 
 * `pool`: `model.voco.init = "pool"`.
+* `own`: `model.voco.rows = "own"`.
 * `embedding_lr`: the embeddings, the VoCo token's row among them, learn five times as fast.
 * `captions`: each row also writes out all tiles in reading order.
 * `kl`: distillation from the upper bound. `experiments/mosaic.py` names the teacher.
@@ -82,6 +83,9 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
     for recipe in recipes:
         if recipe == "pool":
             config.model.voco.init = "pool"
+        elif recipe == "own":
+            config.model.voco.rows = "own"
+            config.init_new = (*config.init_new, "decoder/voco_offsets")
         elif recipe == "captions":
             config.data.source = "mosaic_captions"
             config.data.row_length += 12
@@ -89,6 +93,6 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
         elif recipe == "embedding_lr":
             config.learning_rates = [("decoder/embedding", 5.0), *config.learning_rates]
         elif recipe != "kl":
-            raise ConfigError("stage", f"{stage!r} names the unknown recipe {recipe!r}: pool, kl, captions or "
-                              "embedding_lr")
+            raise ConfigError("stage", f"{stage!r} names the unknown recipe {recipe!r}: pool, own, kl, captions "
+                              "or embedding_lr")
     return config

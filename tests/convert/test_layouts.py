@@ -64,7 +64,8 @@ def test_huggingface(tmp_path, trained):
             expected[name][W + 2] = expected[name][: W + 2].mean(0)
     assert_same(tensors_of(back), expected)
     config = json.loads((back / "config.json").read_text())
-    assert config["voco"] == {"num_vocos": 1, "token_id": W + 2, "positions": "compact", "init": "learned"}
+    assert config["voco"] == {"num_vocos": 1, "token_id": W + 2, "positions": "compact", "init": "learned",
+                              "rows": "shared"}
     assert config["image_token_index"] == W and config["text_config"]["vocab_size"] == 64
 
 

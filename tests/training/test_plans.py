@@ -40,7 +40,7 @@ DRAWN = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 
 def plans_of(stage, vocos, chunk):
     """The stage in its two plans; a row of whole samples has room for all that a row of text has."""
     model = dataclasses.replace(
-        stage.model, voco=dataclasses.replace(stage.model.voco, num_vocos=vocos),
+        stage.model, voco=dataclasses.replace(stage.model.voco, num_vocos=vocos, rows="own" if vocos > 1 else "shared"),
         vision=dataclasses.replace(stage.model.vision, image_size=SIDE, patch_size=8),
     )
     unit = 1 + model.unit_tokens + 1 + vocos

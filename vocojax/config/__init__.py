@@ -11,6 +11,7 @@ from vocojax.config.model import (
     VisionConfig,
     VocoConfig,
     VocoInit,
+    VocoRows,
 )
 from vocojax.config.presets import PRESETS, preset
 from vocojax.config.reader import (
@@ -26,6 +27,6 @@ from vocojax.config.reader import (
 
 __all__ = [
     "PRESETS", "SEEDS", "CompressorConfig", "ConfigError", "DecoderConfig", "LoraConfig", "ModelConfig", "Positions",
-    "ProjectorConfig", "RopeScalingConfig", "VisionConfig", "VocoConfig", "VocoInit", "build", "config_to_dict",
-    "differing_keys", "preset", "require", "require_positive", "require_seed",
+    "ProjectorConfig", "RopeScalingConfig", "VisionConfig", "VocoConfig", "VocoInit", "VocoRows", "build",
+    "config_to_dict", "differing_keys", "preset", "require", "require_positive", "require_seed",
 ]

@@ -146,6 +146,7 @@ class DecoderConfig:
 
 Positions = Literal["compact", "sequential"]
 VocoInit = Literal["learned", "pool"]
+VocoRows = Literal["shared", "own"]
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,17 @@ class VocoConfig:
         plus the mean of the projected vision tokens in the VoCo token's window, so that the model begins as pooling.
         The N windows are a grid over the image's patches, as square as N allows; VoCo token n has window n, row after
         row. Runs and caches keep the choice. Exports to published layouts refuse `pool`.
+      rows: how the VoCo tokens of a unit differ before the first layer. `shared`: not at all, as in the paper; all have
+        the one row of `<voco>`. `own`: VoCo token n adds row n of the parameter `decoder/voco_offsets` [N, E], which
+        trains with the embedding. A stage that starts from a model without it lists it in `init_new`. Runs and caches
+        keep the choice. Exports to published layouts refuse `own`.
     """
 
     num_vocos: int = 1
     token_id: int = 32000
     positions: Positions = "compact"
     init: VocoInit = "learned"
+    rows: VocoRows = "shared"
 
     def __post_init__(self) -> None:
         require_positive(self, "num_vocos")
@@ -337,3 +343,8 @@ class ModelConfig:
     def unit_vocos(self) -> int:
         """Number of VoCo tokens of one unit; 0 for a baseline, which has a compressor instead."""
         return self.voco.num_vocos if self.compressor.kind == "none" else 0
+
+    @property
+    def voco_offsets(self) -> int:
+        """Number of rows of `decoder/voco_offsets`, one for each VoCo token of a unit; 0 if they share one row."""
+        return self.unit_vocos if self.voco.rows == "own" else 0

@@ -3,7 +3,8 @@
     fresh     from the cache as it was computed
     loaded    from entries of a store, read back from disk
     joined    from images compressed in a random order, taken apart and concatenated in the order they had
-    cut       from a cache made with three VoCo tokens more and truncated
+    cut       from a cache made with three VoCo tokens more and truncated; not for models whose VoCo tokens depend on
+              their number
     rotated   about one to three images in random order, each moved to its slot
 """
 
@@ -76,8 +77,10 @@ def agreement(
         "fresh": assistant.compress(images).split(),
         "loaded": _through_a_store(assistant, images),
         "joined": _apart_and_together(assistant, images, random),
-        "cut": _cut(assistant, images).split(),
     }
+    voco = assistant.model.config.voco
+    if (voco.init, voco.rows) == ("learned", "shared"):
+        caches["cut"] = _cut(assistant, images).split()
     visuals = [Visual((image,)) for image in images]
     asked: list[tuple[str, int, list[int]]] = []  # question, one image, several images
     while len(asked) < pairs:

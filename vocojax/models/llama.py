@@ -150,9 +150,15 @@ class DecoderBlock(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The decoder: embeddings in, hidden states out. `logits` reads hidden states where tokens are wanted."""
+    """The decoder: embeddings in, hidden states out. `logits` reads hidden states where tokens are wanted.
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    Args:
+      config: of the decoder.
+      rngs: random streams for parameters that are not loaded.
+      voco_offsets: rows that tell the VoCo tokens of a unit apart, see `VocoConfig.rows`; 0 for none.
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, voco_offsets: int = 0):
         self.config = config
         embed_init = nnx.initializers.normal(config.width**-0.5)
         self.embedding = parameter(embed_init, (config.vocab_size, config.width), ("vocab", "embed"), rngs)
@@ -161,6 +167,10 @@ class Decoder(nnx.Module):
         self.head = (
             None if config.tie_embeddings
             else Linear(config.width, config.vocab_size, ("embed", "vocab"), use_bias=False, rngs=rngs)
+        )
+        # Last, so that all other random parameters are those of a model without offsets.
+        self.voco_offsets = (
+            parameter(embed_init, (voco_offsets, config.width), (None, "embed"), rngs) if voco_offsets else None
         )
 
     def embed(self, ids_BS: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -64,7 +64,7 @@ class VocoLlama(nnx.Module):
         self.compressor = make_compressor(config, rngs)
         in_width = config.vision.width if self.compressor is None else self.compressor.out_width
         self.projector = Projector(config.projector, in_width, config.decoder.width, rngs)
-        self.decoder = Decoder(config.decoder, rngs)
+        self.decoder = Decoder(config.decoder, rngs, config.voco_offsets)
         append_voco_row(self.decoder, config.voco.token_id)
 
     @jax.named_scope("vision")
@@ -107,6 +107,8 @@ class VocoLlama(nnx.Module):
         tokens_BTE = tokens_UPE.reshape(num_rows, -1, tokens_UPE.shape[-1])
         if self.config.voco.init == "pool" and self.config.unit_vocos:
             x_BSE = x_BSE + self._pooled(rows, tokens_UPE)
+        if self.decoder.voco_offsets is not None:
+            x_BSE = x_BSE + self._offsets(rows, self.decoder.voco_offsets[...])
         placed_BSE = jnp.take_along_axis(tokens_BTE, jnp.maximum(rows.vision_BS, 0)[..., None], axis=1)
         return jnp.where(rows.vision_BS[..., None] >= 0, placed_BSE, x_BSE)
 
@@ -114,14 +116,26 @@ class VocoLlama(nnx.Module):
         """Returns [B, S, E]: at a VoCo token the mean of the vision tokens in its window, 0 elsewhere."""
         means_UNE = window_means(tokens_UPE, *self.config.voco.windows)
         means_BTE = means_UNE.reshape(len(rows.ids_BS), -1, means_UNE.shape[-1])
+        number_BS = self._voco_numbers(rows)
+        # The latest vision token before a VoCo token is one of its own unit.
+        unit_BS = jax.lax.cummax(rows.vision_BS, axis=1) // tokens_UPE.shape[1]
+        window_BS = jnp.where(number_BS >= 0, unit_BS * self.config.voco.num_vocos + number_BS, 0)
+        placed_BSE = jnp.take_along_axis(means_BTE, window_BS[..., None], axis=1)
+        return jnp.where(number_BS[..., None] >= 0, placed_BSE, 0)
+
+    def _offsets(self, rows: Rows, offsets_NE: jax.Array) -> jax.Array:
+        """Returns [B, S, E]: at a VoCo token its own offset, 0 elsewhere."""
+        number_BS = self._voco_numbers(rows)
+        placed_BSE = offsets_NE[jnp.maximum(number_BS, 0)].astype(self.dtype)
+        return jnp.where(number_BS[..., None] >= 0, placed_BSE, 0)
+
+    def _voco_numbers(self, rows: Rows) -> jax.Array:
+        """Returns int32 [B, S]: at a VoCo token its number among those of its unit, from 0; -1 elsewhere."""
         index_S = jnp.arange(rows.ids_BS.shape[1])
         is_voco_BS = rows.ids_BS == self.config.voco.token_id
-        # The latest vision token before a VoCo token is one of its own unit; the latest other token, the one before N.
-        unit_BS = jax.lax.cummax(rows.vision_BS, axis=1) // tokens_UPE.shape[1]
-        number_BS = index_S - jax.lax.cummax(jnp.where(is_voco_BS, -1, index_S), axis=1) - 1
-        window_BS = jnp.where(is_voco_BS, unit_BS * self.config.voco.num_vocos + number_BS, 0)
-        placed_BSE = jnp.take_along_axis(means_BTE, window_BS[..., None], axis=1)
-        return jnp.where(is_voco_BS[..., None], placed_BSE, 0)
+        # The latest other token before a VoCo token is the one before the first VoCo token of its unit.
+        before_BS = jax.lax.cummax(jnp.where(is_voco_BS, -1, index_S), axis=1)
+        return jnp.where(is_voco_BS, index_S - before_BS - 1, -1)
 
     def __call__(
         self,

@@ -87,9 +87,10 @@ def _write_published(
 ) -> None:
     card, config, tokenizer = source.card, source.config, source.card.tokenizer
     check_tensors(parameter_shapes(config, source.decoder_only), source.weights.shapes, source.weights.where)
-    if config.voco.init != "learned":
-        raise ConvertError(f"{source.weights.where}: the layout {layout!r} has no voco.init {config.voco.init!r}; use "
-                           "'orbax', or train with voco.init 'learned'")
+    for key, found, paper in (("init", config.voco.init, "learned"), ("rows", config.voco.rows, "shared")):
+        if found != paper:
+            raise ConvertError(f"{source.weights.where}: the layout {layout!r} has no voco.{key} {found!r}; use "
+                               f"'orbax', or train with voco.{key} {paper!r}")
     rows = config.decoder.num_tokens
     ids = _special_ids(tokenizer)
     if source.decoder_only and layout != "huggingface":

@@ -287,8 +287,9 @@ class StageConfig:
 
     @property
     def teacher_model(self) -> ModelConfig:
-        """The model of `distill.teacher`: the stage's, with `voco.init` as in the paper."""
-        return dataclasses.replace(self.model, voco=dataclasses.replace(self.model.voco, init="learned"))
+        """The model of `distill.teacher`: the stage's, with the VoCo tokens' embeddings as in the paper."""
+        as_in_paper = dataclasses.replace(self.model.voco, init="learned", rows="shared")
+        return dataclasses.replace(self.model, voco=as_in_paper)
 
 
 def require_regex(key: str, pattern: str) -> None:

@@ -34,7 +34,8 @@ class StepFlops:
         flows = {  # whether a gradient passes through, by what the path begins with
             "vision/patch_embedding": False, "vision/": begins("vision/"),
             "projector/linear_in": vision, "projector/": vision or begins("projector/"),
-            "decoder/": vision or begins("projector/", "decoder/blocks/", "decoder/embedding"),
+            "decoder/": vision or begins("projector/", "decoder/blocks/", "decoder/embedding",
+                                           "decoder/voco_offsets"),
         }
         for parameters, factor in ((state.trained, 4), (state.frozen, 2)):
             for name, leaf in parameters.items():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vocojax.config import Positions, VocoInit
+from vocojax.config import Positions, VocoInit, VocoRows
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.layout import Role, lay_out_unit, unit_shape
 from vocojax.models.parameters import parameters_of
@@ -20,6 +20,7 @@ from vocojax.models.voco import VocoLlama
 
 COMPACT: Positions = "compact"
 LEARNED: VocoInit = "learned"
+SHARED: VocoRows = "shared"
 _WORDS = 4  # 32-bit words of a parameter's checksum
 
 
@@ -33,7 +34,8 @@ class Fingerprint:
     Attributes:
       config: the model's config, the dtype it computes in, and the ids that its tokenizer puts around an image's vision
         tokens, as canonical JSON. Left out are `voco.num_vocos` (unless `voco.init` is `pool`), and what has the value
-        that models before the entry had: `voco.init` if it is `learned`, `voco.positions` if they are compact.
+        that models before the entry had: `voco.init` if it is `learned`, `voco.rows` if they are shared,
+        `voco.positions` if they are compact.
       parameters: digest of names, dtypes, shapes and values of all parameters.
     """
 
@@ -47,7 +49,7 @@ class Fingerprint:
 
     def differences(self, other: "Fingerprint") -> str:
         """Returns how `other` differs from this one, for errors: `decoder.depth is 2 there, 3 here`."""
-        default = {"voco.positions": COMPACT, "voco.init": LEARNED}
+        default = {"voco.positions": COMPACT, "voco.init": LEARNED, "voco.rows": SHARED}
         here, there = ({**default, **_flat(json.loads(f.config))} for f in (self, other))
         odd = [f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
                for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
@@ -70,8 +72,9 @@ def fingerprint(model: VocoLlama, tokenizer: Tokenizer) -> Fingerprint:
     config = dataclasses.asdict(model.config)
     if config["voco"]["init"] == LEARNED:
         del config["voco"]["num_vocos"], config["voco"]["init"]
-    if config["voco"]["positions"] == COMPACT:  # fingerprints of models without the entry mean this
-        del config["voco"]["positions"]
+    for entry, value in (("positions", COMPACT), ("rows", SHARED)):  # fingerprints of models without the entry mean it
+        if config["voco"][entry] == value:
+            del config["voco"][entry]
     if not model.config.compressor.reads_text:  # and without these two
         del config["compressor"]["num_queries"], config["compressor"]["question_tokens"]
     config["dtype"] = model.dtype.name
