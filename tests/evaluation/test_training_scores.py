@@ -1,7 +1,6 @@
 """Benchmark scores and answers to fixed prompts while a run trains."""
 
 import dataclasses
-import json
 import shutil
 import sys
 import types
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import run_processes as runs
+from tests.helpers.metrics import lines, of_steps
 from vocojax.config import ConfigError, config_to_dict
 from vocojax.evaluation import training_scores
 from vocojax.evaluation.benchmarks.base import Item
@@ -34,10 +34,6 @@ def asking(data_root, llava_data):
                             prompts=((image, "what color is the shape?"), ("", "what color is red?")))
 
 
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 def scores(workdir):
     return {line["step"]: line[f"validation/{NAME}"] for line in lines(workdir) if f"validation/{NAME}" in line}
 
@@ -52,8 +48,7 @@ def test_scores_are_those_of_evaluate_and_change_no_step(stage, asking, data_roo
     benchmark, assistant = open_benchmark(NAME, data_root), Assistant.from_run(tmp_path / "with")
     answers = [answer.text for answer in answer_many(assistant, benchmark.requests(), progress=None)]
     assert found[4] == benchmark.score(answers).value
-    bare = [{key: value for key, value in line.items() if "/" not in key} for line in lines(tmp_path / "with")]
-    assert bare == lines(tmp_path / "without")
+    assert of_steps(tmp_path / "with") == of_steps(tmp_path / "without")
     events = b"".join(path.read_bytes() for path in (tmp_path / "with").glob("events*"))
     for tag in (f"validation/{NAME}/0", f"validation/{NAME}/1", "validation/prompt/0", "validation/prompt/1"):
         assert events.count(tag.encode() + b"/text_summary") == 2  # after steps 2 and 4

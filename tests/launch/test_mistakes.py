@@ -68,7 +68,7 @@ MISTAKES = [
     (TRAIN + " --config.mesh.fsdp=3", "mesh slice x data x fsdp x tensor must multiply to the "),
     (TRAIN + " --config.plan=two_stage --config.visibility=causal", "visibility must be 'voco' for plan 'two_stage'"),
     (TRAIN + " --config.model.compressor.kind=avg_pool", "visibility must be 'causal' for the baseline 'avg_pool'"),
-    (TRAIN + " --config.checkpoint.keep_best=1 --config.checkpoint.best_metric=validation_loss",
+    (TRAIN + " --config.checkpoint.keep_best=1 --config.checkpoint.best_metric=validation/loss",
      "checkpoint.every must be"),
     # data
     (TRAIN + " --config.data.tokenizer=", "data.tokenizer must name a tokenizer directory, got ''"),

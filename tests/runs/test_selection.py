@@ -13,9 +13,11 @@ from vocojax.errors import CheckpointError
 from vocojax.models.parameters import parameters_of
 from vocojax.pretrained.conversion import convert
 from vocojax.pretrained.loading import load_card, load_model
-from vocojax.runs.directory import run_path
+from vocojax.runs.directory import run_config, run_path
+from vocojax.runs.listing import list_checkpoints
 from vocojax.runs.parameters import SavedParameters
 from vocojax.runs.selection import split_name
+from vocojax.training.checkpoints import Checkpoints
 from vocojax.training.config import CheckpointConfig
 from vocojax.training.stage import train
 
@@ -43,6 +45,23 @@ def run(tmp_path_factory):
 
 def kernel(directory):
     return np.asarray(parameters_of(load_model(directory))[NAME])
+
+
+def test_a_run_that_was_kept_by_a_metric_s_earlier_name(run, stage, tmp_path):
+    """`validation_loss`, as the metric was called, is found, and a resumed run with today's name keeps by it."""
+    shutil.copytree(run(stage), old := tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    config["checkpoint"] |= {"best_metric": "validation_loss", "best_is": "lowest"}
+    (old / "config.json").write_text(json.dumps(config))
+    (old / "SHA256SUMS").unlink()
+    for step, loss in ((1, 4.0), (2, 3.0), (3, 1.0), (4, 2.0)):
+        (old / "checkpoints" / str(step) / "metrics" / "metrics").write_text(json.dumps({"validation_loss": loss}))
+    assert run_config(old)["checkpoint"]["best_metric"] == "validation/loss"
+    assert SavedParameters(f"{old}@best").directory.name == "3"
+    assert [one.step for one in list_checkpoints(old, check=False) if one.is_best] == [3]
+    best = CheckpointConfig(every=1, keep=1, keep_best=1, best_metric="validation/loss")
+    with Checkpoints(old, best) as checkpoints:
+        assert checkpoints.latest == 4
 
 
 def test_what_a_name_chooses(run, stage, tmp_path):

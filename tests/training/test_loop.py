@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.metrics import lines
 from vocojax.parallel.preemption import Preempted
 from vocojax.training import goodput, loop, run_log
 from vocojax.training.checkpoints import Checkpoints
@@ -54,10 +55,6 @@ def run(workdir, steps=7, place=jax.device_put, first_step=0, task=None, **chang
         return stream, loop.run(shown, workdir, whole, fresh(), first_step, checkpoints)
 
 
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 def told_before(number):
     """Returns a `place` that sends SIGTERM after step `number` - 1, when that step no longer asks for stops."""
     def place(batch):
@@ -83,12 +80,12 @@ def test_a_batch_that_is_not_on_the_device_is_an_error(tmp_path):
 
 
 def test_a_stop_leaves_out_a_validation_but_not_the_last(tmp_path):
-    task = {"validate": lambda state, goes_on: {"validation_loss": float(state.trained["w"])}}
+    task = {"validate": lambda state, goes_on: {"validation/loss": float(state.trained["w"])}}
     run(tmp_path / "last", 4, told_before(4), task=task, validate_every=4)
-    assert [line.get("validation_loss") for line in lines(tmp_path / "last")] == [None, None, None, 10]
+    assert [line.get("validation/loss") for line in lines(tmp_path / "last")] == [None, None, None, 10]
     with pytest.raises(Preempted, match="after step 4 of 5; checkpoint saved"):
         run(tmp_path / "before", 5, told_before(4), task=task, validate_every=2)
-    assert [line.get("validation_loss") for line in lines(tmp_path / "before")] == [None, 3, None, None]
+    assert [line.get("validation/loss") for line in lines(tmp_path / "before")] == [None, 3, None, None]
 
 
 def test_a_stop_ends_the_validation_in_progress(tmp_path):
@@ -178,7 +175,7 @@ def test_a_resumed_log_forgets_later_steps_and_a_line_cut_off(tmp_path):
     log = RunLog(tmp_path, 2)
     log.write([(3, {"loss": 0.5})], {"goodput": 1.0})
     log.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == whole + '{"step": 3, "loss": 0.5}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == whole + '{"step": 3, "loss": 0.5, "goodput": 1.0}\n'
 
 
 def test_a_remote_log_is_copied_whole(tmp_path, monkeypatch):

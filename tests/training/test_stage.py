@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from etils.epath.backend import fsspec_backend
 from fsspec.registry import _registry
 
+from tests.helpers.metrics import lines
 from vocojax.config import ConfigError, config_to_dict
 from vocojax.data.loader import BatchStream
 from vocojax.errors import ConvertError
@@ -160,9 +162,9 @@ def test_a_teacher_pulls_the_student_towards_it(stage, tmp_path):
     train(dataclasses.replace(stage, visibility="causal", steps=8), tmp_path / "teacher")
     student = dataclasses.replace(stage, distill=DistillConfig(str(tmp_path / "teacher"), 5.0, 2.0), steps=8, seed=5)
     train(student, tmp_path / "student")
-    lines = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["kl"] < 0.5 * lines[0]["kl"]
-    for line in lines:
+    found = lines(tmp_path / "student")
+    assert found[-1]["kl"] < 0.5 * found[0]["kl"]
+    for line in found:
         np.testing.assert_allclose(line["loss"], line["cross_entropy"] + 5.0 * line["kl"], rtol=1e-5)
 
 
@@ -191,6 +193,9 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(stage, tm
     with pytest.raises(NonFiniteLoss, match=r"step 3: loss nan.*the last good checkpoint is step 2"):
         train(stage, tmp_path)
     assert all(jnp.isfinite(p).all() for p in parameters_of(load_model(tmp_path)).values())
+    assert [(line["step"], math.isfinite(line["loss"])) for line in lines(tmp_path)] == [
+        (1, True), (2, True), (3, False)]
+    assert "kl" not in lines(tmp_path)[0]
 
 
 def test_frozen_parameters_are_held_in_their_dtype(stage, tmp_path):

@@ -26,8 +26,8 @@ def lines(banner):
 
 def test_a_dry_run_says_what_a_start_would_do_and_leaves_nothing(stage, tmp_path, llava_data, no_compilation):
     said = {name: text.strip() for name, text in lines(dry_run(stage, tmp_path / "run")).items()}
-    assert list(said) == ["stage test", "devices", "parameters", "memory", "step", "epochs", "data", "tokenizer",
-                          "template", "weights", "programs"]
+    assert list(said) == ["stage test", "devices", "parameters", "memory", "step", "optimizer", "epochs", "data",
+                          "tokenizer", "template", "weights", "programs"]
     assert said["stage test"] == f"starts, 4 of 4 steps to go, in {tmp_path / 'run'}"
     assert said["devices"] == "1 x cpu of 1 process: slice 1 x data 1 x fsdp 1 x tensor 1"
     assert said["step"].startswith("4 rows x 48 tokens in 1 part: 192 tokens; the first batch is ")
@@ -40,7 +40,17 @@ def test_a_dry_run_says_what_a_start_would_do_and_leaves_nothing(stage, tmp_path
     assert trained + frozen == int(said["parameters"].split(":")[0].replace(",", ""))
     held = float(said["memory"].split("parameters and optimizer ")[1].split()[0])  # fp32 with two moments; frozen fp32
     assert held == pytest.approx((12 * trained + 4 * frozen) / 2**20, abs=0.01)
+    assert said["optimizer"] == "AdamW, learning rate a cosine, 0.01 at step 1, 0.00854 at step 2, 0.00146 at step 4"
     assert not (tmp_path / "run").exists()
+
+
+def test_averages_are_counted_and_named(stage, tmp_path):
+    said = lines(dry_run(change(stage, "optimizer", ema=0.9, schedule="constant"), tmp_path))
+    trained, frozen = (int(said["parameters"].split()[place].replace(",", "")) for place in (1, 3))
+    held = float(said["memory"].split("parameters, their averages and optimizer ")[1].split()[0])
+    assert held == pytest.approx((16 * trained + 4 * frozen) / 2**20, abs=0.01)
+    assert said["optimizer"].strip() == ("AdamW, learning rate constant after the warm-up, 0.01 at step 1, 0.01 at "
+                                         "step 2, 0.01 at step 4; averages with ema 0.9 are measured and read")
 
 
 def test_a_start_logs_the_same_and_a_dry_run_of_its_directory_resumes(stage, tmp_path, caplog):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import run_processes as runs
+from tests.helpers.metrics import lines, of_steps
 from vocojax.config import ConfigError, config_to_dict
 from vocojax.data.loader import BatchStream
 from vocojax.layout import IGNORE
@@ -30,10 +31,6 @@ def held_out(llava_data, tmp_path):
     path = tmp_path / "held_out.json"
     path.write_text(json.dumps(json.loads((llava_data / "records.json").read_text())[3:7]))
     return ValidationConfig(every=2, batches=2, path=str(path), image_root=str(llava_data / "images"))
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def loss_of(workdir, stage, validation):
@@ -60,23 +57,23 @@ def test_it_is_the_loss_on_the_same_batches_and_changes_no_step(stage, held_out,
     stage = dataclasses.replace(stage, steps=3, accumulate=2)
     train(stage, tmp_path / "without")
     train(dataclasses.replace(stage, validation=held_out), tmp_path / "with")
-    without, validated = lines(tmp_path / "without"), lines(tmp_path / "with")
-    assert [line["step"] for line in validated if "validation_loss" in line] == [2, 3]
+    validated = lines(tmp_path / "with")
+    assert [line["step"] for line in validated if "validation/loss" in line] == [2, 3]
     for line in validated:
         if line["step"] == 3:
             loss, accuracy = loss_of(tmp_path / "with", stage, held_out)
-            np.testing.assert_allclose(line.pop("validation_loss"), loss, rtol=1e-5)
-            assert line.pop("validation_accuracy") == accuracy
-    assert [{k: v for k, v in line.items() if "validation" not in k} for line in validated] == without
+            np.testing.assert_allclose(line.pop("validation/loss"), loss, rtol=1e-5)
+            assert line.pop("validation/accuracy") == accuracy
+    assert of_steps(tmp_path / "with") == of_steps(tmp_path / "without")
 
 
 def test_a_run_is_kept_by_its_validation_and_goes_on_with_another(stage, held_out, tmp_path, monkeypatch):
     """The best of the checkpoints whose step was validated; the last steps' are the newest."""
     answers = iter([3.0, 1.0, 2.0, 4.0, 5.0])
-    measure = lambda state, should_continue: {"validation_loss": next(answers)}
+    measure = lambda state, should_continue: {"validation/loss": next(answers)}
     monkeypatch.setattr("vocojax.training.stage.Validation", lambda *_: measure)
     stage = dataclasses.replace(stage, steps=8, validation=held_out)
-    best = CheckpointConfig(every=2, keep=1, keep_best=1, best_metric="validation_loss")
+    best = CheckpointConfig(every=2, keep=1, keep_best=1, best_metric="validation/loss")
     train(dataclasses.replace(stage, checkpoint=best), tmp_path)
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == [4, 8]
     train(dataclasses.replace(stage, validation=dataclasses.replace(held_out, batches=3)), tmp_path)
@@ -89,15 +86,15 @@ def test_a_stop_ends_it_after_the_batch_in_progress(stage, held_out, tmp_path, m
     with pytest.raises(Preempted, match="after step 2 of 4; checkpoint saved"):
         train(dataclasses.replace(stage, validation=dataclasses.replace(held_out, batches=3)), tmp_path)
     assert next(answers, None) is None
-    assert [(line["step"], "validation_loss" in line) for line in lines(tmp_path)] == [(1, False), (2, False)]
+    assert [(line["step"], "validation/loss" in line) for line in lines(tmp_path)] == [(1, False), (2, False)]
 
 
 @pytest.mark.parametrize(("validation", "checkpoint", "message"), [
     ({"every": 2}, {}, "validation.path must name the file of a llava source"),
     ({"batches": 0}, {}, "validation.batches must be >= 1, got 0"),
-    ({}, {"keep_best": 1, "best_metric": "validation_loss"},
+    ({}, {"keep_best": 1, "best_metric": "validation/loss"},
      "checkpoint.every must be a multiple of validation.every 0"),
-    ({"every": 4}, {"every": 6, "keep_best": 1, "best_metric": "validation_loss"},
+    ({"every": 4}, {"every": 6, "keep_best": 1, "best_metric": "validation/loss"},
      "checkpoint.every must be a multiple of validation.every 4"),
 ])
 def test_errors_name_the_key(stage, held_out, validation, checkpoint, message):
@@ -117,13 +114,13 @@ def test_processes_and_meshes_agree(quickstart_stage, tmp_path):
         validation=ValidationConfig(every=1, batches=2, source="easy_vqa", split="test"),
     )
     runs.run(stage, tmp_path / "one")
-    one = [line["validation_loss"] for line in lines(tmp_path / "one")]
+    one = [line["validation/loss"] for line in lines(tmp_path / "one")]
     for name, processes, devices, mesh in (
         ("two", 2, 1, MeshConfig()), ("eight", 1, 8, MeshConfig(data=2, fsdp=2, tensor=2)),
         ("four", 4, 2, MeshConfig(data=1, fsdp=8)),
     ):
         runs.run(dataclasses.replace(stage, mesh=mesh), tmp_path / name, processes, devices)
-        np.testing.assert_allclose([line["validation_loss"] for line in lines(tmp_path / name)], one, rtol=1e-5)
+        np.testing.assert_allclose([line["validation/loss"] for line in lines(tmp_path / name)], one, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -141,7 +138,7 @@ def test_sigterm_ends_it_in_all_processes(processes, quickstart_stage, tmp_path)
     assert "stopped after step 3 of 4; checkpoint saved" in runs.logs(tmp_path / "run")
     short = dataclasses.replace(stage, validation=dataclasses.replace(endless, batches=1))
     runs.run(short, tmp_path / "run", processes)
-    validated = [(line["step"], "validation_loss" in line) for line in lines(tmp_path / "run")]
+    validated = [(line["step"], "validation/loss" in line) for line in lines(tmp_path / "run")]
     assert validated == [(1, False), (2, False), (3, False), (4, True)]
 
 

@@ -18,7 +18,7 @@ from vocojax.cli.flag_checks import require_writable
 from vocojax.errors import CheckpointError
 
 FLAGS = flags.FLAGS
-SHOWN = ("loss", "accuracy", "validation_loss", "validation_accuracy")
+SHOWN = ("loss", "accuracy", "validation/loss", "validation/accuracy")
 
 
 def define_flags() -> None:

@@ -38,6 +38,8 @@ def define_flags() -> None:
     flags.DEFINE_list("policies", [], "Policies to compare or search; default: all.")
     flags.DEFINE_list("rows", [], "Rows per device, and part of a batch, to search.")
     flags.DEFINE_list("meshes", [], "Meshes to search, data x fsdp x tensor: 1x256x1,2x128x1.")
+    flags.DEFINE_float("price", 0.0, "Dollars per chip and hour: adds $ per hour and for the run. For one setting.",
+                       lower_bound=0.0)
     flags.DEFINE_string("json", None, "File to write all figures to.")
     require_writable("json")
 
@@ -58,6 +60,7 @@ def _report() -> None:
     values = config_flag.config_values()
     import jax
 
+    from vocojax.costs.prices import run_costs
     from vocojax.costs.steps.report import compile_report
     from vocojax.costs.steps.search import compare_remat, refuse_a_search, search
     from vocojax.costs.steps.tables import comparison, table
@@ -84,6 +87,7 @@ def _report() -> None:
         print(frames_table(config, figures))
     else:
         figures = compile_report(config, topology, fast=FLAGS.fast)
+        figures["run"] = run_costs(figures, config.steps, FLAGS.price)
         print(table(figures))
     if FLAGS.json:
         write_atomically(FLAGS.json, json.dumps(figures, indent=2))
@@ -96,6 +100,8 @@ def _refuse_what_does_nothing() -> None:
         raise app.UsageError(f"--frames must be whole numbers of frames such as 8,64,512, got {','.join(FLAGS.frames)}")
     if FLAGS.frames and (FLAGS.search or FLAGS["compare-remat"].value):
         raise app.UsageError("--frames reports on both plans: leave out --search and --compare-remat")
+    if FLAGS.price and (FLAGS.frames or FLAGS.search or FLAGS["compare-remat"].value):
+        raise app.UsageError("--price goes with a report on one setting: of several, the fastest is the cheapest")
     for name, goes_with in (("rows", ["search"]), ("meshes", ["search"]), ("policies", ["search", "compare-remat"])):
         if FLAGS[name].value and not any(FLAGS[mode].value for mode in goes_with):
             raise app.UsageError(f"--{name} goes with {' or '.join('--' + mode for mode in goes_with)}")

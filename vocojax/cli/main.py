@@ -19,6 +19,7 @@ VERBS = {  # verb -> its module in `vocojax.cli`
     "convert": "convert",
     "evaluate": "evaluate",
     "report": "compile_report",
+    "rehearse": "rehearse",
     "efficiency": "efficiency",
     "agreement": "agreement",
     "calibrate": "calibrate",

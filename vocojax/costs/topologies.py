@@ -62,6 +62,13 @@ class Topology:
         return self.slices * math.prod(self._shape)
 
     @property
+    def hosts(self) -> int:
+        """The number of hosts: of 8 GPUs, of 4 TPU chips, and one host where v5e and v6e have up to 8 chips."""
+        per_slice = math.prod(self._shape)
+        is_one_host = self.is_gpu or (self.kind in ("v5e", "v6e") and per_slice <= 8)
+        return self.slices * math.ceil(per_slice / (8 if is_one_host else 4))
+
+    @property
     def is_gpu(self) -> bool:
         """Whether its devices are GPUs."""
         return self.kind in GPUS

@@ -135,7 +135,7 @@ def over_devices(
         return summed, _sum(sums, BATCH_AXES, mesh)
 
     def run(trained: Any, state: Any, batch: Any) -> tuple[Any, Any]:
-        state = state._replace(optimizer=(), trained={})  # the gradient needs neither
+        state = state._replace(optimizer=(), trained={}, ema={})  # the gradient needs none of them
         state_specs = state._replace(
             step=PartitionSpec(), frozen=specs_of(state.frozen), teacher=specs_of(state.teacher))
         mapped = jax.shard_map(

@@ -15,6 +15,7 @@ from vocojax.errors import CheckpointError
 from vocojax.runs.checkpoint_files import described, not_saved, read_progress
 from vocojax.runs.checksums import host_checksum
 from vocojax.runs.directory import checkpoint_steps, run_config, run_path
+from vocojax.runs.earlier import upgraded_metrics
 from vocojax.runs.selection import best_step, saved_metrics
 
 
@@ -71,7 +72,7 @@ def _problem(directory: epath.Path, frozen: dict[str, int] | str) -> str:
     except Exception as error:  # a damaged file may have any content
         return described(error)
     sums = dict[str, int]()
-    parts = [frozen, *(_sums(directory / part) for part in ("parameters", "optimizer"))]
+    parts = [frozen, *(_sums(directory / part) for part in ("parameters", "optimizer", "ema"))]
     for part in parts:
         if isinstance(part, str):
             return part
@@ -109,7 +110,7 @@ def _logged(history: epath.Path) -> dict[int, dict[str, float]]:
     for line in history.read_text().splitlines() if history.exists() else ():
         try:
             values = json.loads(line)
-            found[int(values.pop("step"))] = values
+            found[int(values.pop("step"))] = upgraded_metrics(values)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return found

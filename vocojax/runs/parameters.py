@@ -30,6 +30,9 @@ from vocojax.weights import misfit
 class SavedParameters:
     """An index of the parameters in a checkpoint of a run, the newest by default. No array is read.
 
+    Of a run that keeps averages of what trains (`optimizer.ema`) it holds the averages, and not the parameters that
+    training resumes from.
+
     Args:
       workdir: the run's directory, local or remote, or the name of a checkpoint (RUN@STEP, RUN@best).
 
@@ -37,7 +40,7 @@ class SavedParameters:
       directory: the checkpoint's directory.
       leaves: metadata (`shape`, `dtype`) of each parameter by name, LoRA factors included.
       homes: directory that holds each parameter, by name.
-      checksums: saved checksums by `parameters/NAME` or `frozen/NAME`; empty for a converted checkpoint.
+      checksums: saved checksums by `parameters/NAME`, `ema/NAME` or `frozen/NAME`; empty for a converted checkpoint.
 
     Raises:
       CheckpointError: there is no complete checkpoint, or parts of it are damaged or missing.
@@ -49,15 +52,17 @@ class SavedParameters:
         self.directory = path / "checkpoints" / str(step)
         self.leaves: dict[str, Any] = {}
         self.homes: dict[str, epath.Path] = {}
-        for directory in (path / "frozen", self.directory / "parameters"):
+        for directory in (path / "frozen", self.directory / "parameters", self.directory / "ema"):
             if directory.exists() or directory.name == "parameters":
                 leaves = _saved_leaves(directory)
                 self.leaves |= leaves
                 self.homes |= dict.fromkeys(leaves, directory)
         self.checksums = _saved_checksums(self.directory)
-        frozen = [key.removeprefix("frozen/") for key in self.checksums if key.startswith("frozen/")]
-        if lost := [name for name in frozen if name not in self.leaves]:
-            raise damaged(path / "frozen", f"{shortened(lost)} missing")
+        for directory in (path / "frozen", self.directory / "ema"):
+            part = f"{directory.name}/"
+            names = [key.removeprefix(part) for key in self.checksums if key.startswith(part)]
+            if lost := [name for name in names if self.homes.get(name) != directory]:
+                raise damaged(directory, f"{shortened(lost)} missing")
 
 
 def load_model(workdir: str | Path, dtype: DTypeLike = jnp.float32) -> VocoLlama:

@@ -12,6 +12,7 @@ from etils import epath
 
 from vocojax.errors import CheckpointError
 from vocojax.hub import SCHEME
+from vocojax.runs.earlier import upgraded_metrics
 
 BEST = "best"
 
@@ -76,7 +77,7 @@ def saved_metrics(path: epath.Path, step: int) -> dict[str, float]:
     """Returns the metrics that a checkpoint was saved with; {} if there are none, or they are damaged."""
     try:
         values = json.loads((path / "checkpoints" / str(step) / "metrics" / "metrics").read_text())
-        return {name: float(value) for name, value in values.items()}
+        return upgraded_metrics({name: float(value) for name, value in values.items()})
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 

@@ -2,6 +2,7 @@
 
     WORKDIR/checkpoints/STEP/parameters   what trains, a flat dict by path name
                              optimizer    what training alone needs
+                             ema          averages of `parameters`, with `optimizer.ema`: what readers of the run get
                              progress     JSON: the data stream's state, the run's config, checksums of all of it
     WORKDIR/frozen                        the other parameters, written once
     WORKDIR/damaged/STEP                  checkpoints that could not be read, moved out of the way
@@ -29,6 +30,7 @@ from vocojax.parallel import processes
 from vocojax.runs.checkpoint_files import damaged, described, first_line, not_saved, read_arrays, read_progress, sha256
 from vocojax.runs.checksums import checksums
 from vocojax.runs.directory import CheckpointError, changed_keys, checkpoint_path, fixed_keys, put_aside
+from vocojax.runs.earlier import upgraded_metrics
 from vocojax.runs.owner import taken_over
 from vocojax.training.config import CheckpointConfig
 from vocojax.training.step import TrainState
@@ -37,7 +39,7 @@ __all__ = ["CheckpointError", "Checkpoints"]
 
 LOG = logging.getLogger(__name__)
 _ITEMS = {"parameters": ocp.PyTreeCheckpointHandler, "optimizer": ocp.PyTreeCheckpointHandler,
-          "progress": ocp.JsonCheckpointHandler}
+          "ema": ocp.PyTreeCheckpointHandler, "progress": ocp.JsonCheckpointHandler}
 
 
 class Checkpoints:
@@ -62,7 +64,7 @@ class Checkpoints:
         policies: list[Any] = [keep.LatestN(config.keep)]
         if config.keep_every:
             policies.append(keep.EveryNSteps(config.keep_every))
-        metric = lambda values: values[config.best_metric]
+        metric = lambda values: upgraded_metrics(values)[config.best_metric]
         if config.keep_best:
             policies.append(keep.BestN(get_metric_fn=metric, reverse=config.best_is == "lowest", n=config.keep_best,
                                        keep_checkpoints_without_metrics=False))
@@ -130,7 +132,7 @@ class Checkpoints:
             with jax.transfer_guard("allow"):
                 self._save(step, state, progress, metrics)
             if not self._was_read_back:
-                self._read_back(step, bool(state.frozen))
+                self._read_back(step, state)
         except (OSError, ValueError, RuntimeError) as error:
             raise self.failure(error) from error
 
@@ -146,18 +148,20 @@ class Checkpoints:
         self, step: int, state: TrainState, progress: Mapping[str, Any], metrics: Mapping[str, float] | None
     ) -> None:
         self._save_frozen(state.frozen)
-        sums = checksums({"parameters": state.trained, "optimizer": state.optimizer})
+        sums = checksums({"parameters": state.trained, "optimizer": state.optimizer, "ema": state.ema})
         about = {**progress, "config": fixed_keys(self._run_config), "teacher": self._digest_of(state.teacher),
                  "checksums": sums | (self._frozen_checksums or {})}
         about["sha256"] = sha256(about)
         name = self.config.best_metric
         best = {name: metrics[name]} if self.config.keep_best and metrics and name in metrics else {}
+        averages = {"ema": ocp.args.PyTreeSave(state.ema)} if state.ema else {}
         self._manager.save(
             step, force=True, metrics=best or None,
             args=ocp.args.Composite(
                 parameters=ocp.args.PyTreeSave(state.trained),
                 optimizer=ocp.args.PyTreeSave(state.optimizer),
                 progress=ocp.args.JsonSave(about),
+                **averages,
             ),
         )
 
@@ -173,7 +177,7 @@ class Checkpoints:
                 checkpointer.save(directory, args=ocp.args.PyTreeSave(frozen), force=True)
         self._frozen_checksums = checksums({"frozen": frozen})
 
-    def _read_back(self, step: int, has_frozen: bool) -> None:
+    def _read_back(self, step: int, state: TrainState) -> None:
         """Waits for the first checkpoint of this start, and opens every array of it.
 
         Raises:
@@ -182,7 +186,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
         directory, problem = self._workdir / "checkpoints" / str(step), ""
         if processes.is_first():
-            parts = [directory / "parameters", directory / "optimizer", *([self._workdir / "frozen"] * has_frozen)]
+            parts = [directory / "parameters", directory / "optimizer"]
+            parts += [directory / "ema"] * bool(state.ema) + [self._workdir / "frozen"] * bool(state.frozen)
             try:
                 read_progress(directory)
                 for part in parts:
@@ -233,6 +238,7 @@ class Checkpoints:
             progress = read_progress(directory)
             trained = read_arrays(directory / "parameters", wanted.trained)
             optimizer = read_arrays(directory / "optimizer", wanted.optimizer)
+            ema = read_arrays(directory / "ema", wanted.ema) if wanted.ema else {}
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             problem = described(error)
         except OSError as error:  # which says nothing about the checkpoint
@@ -246,12 +252,12 @@ class Checkpoints:
         if changed := changed_keys(progress["config"], self._run_config, self._extend):
             raise CheckpointError(f"{directory} was written with another config (differing: {', '.join(changed)}): "
                                   "use that one, or another --workdir")
-        sums, saved = checksums({"parameters": trained, "optimizer": optimizer}), progress["checksums"]
+        sums, saved = checksums({"parameters": trained, "optimizer": optimizer, "ema": ema}), progress["checksums"]
         if problem := not_saved(sums, saved, (name for name in saved if not name.startswith("frozen/"))):
             return problem, None
         frozen = self._restored_frozen(wanted.frozen, saved)
         number: Any = jax.device_put(jnp.int32(step), wanted.step.sharding)
-        return "", (TrainState(number, trained, frozen, optimizer, {}), progress)
+        return "", (TrainState(number, trained, frozen, optimizer, {}, ema), progress)
 
     def _restored_frozen(self, wanted: Parameters, saved: Mapping[str, int]) -> Parameters:
         """Restores the parameters that all steps share; `CheckpointError` on all processes if they are damaged."""

@@ -15,40 +15,57 @@ from vocojax.models.stack import REMAT_POLICIES
 from vocojax.parallel.mesh import MeshConfig
 
 Dtype = Literal["float32", "bfloat16"]
-BEST_METRICS = ("loss", "cross_entropy", "kl", "accuracy", "grad_norm", "validation_loss", "validation_accuracy")
 SCORE = "validation/"  # a benchmark's score is logged as `validation/BENCHMARK`
+HELD_OUT = ("validation/loss", "validation/accuracy")  # what is measured on held-out data
+BEST_METRICS = ("loss", "cross_entropy", "kl", "accuracy", "grad_norm", *HELD_OUT)
 LearningRate = tuple[str, float | Literal["freeze"]]
+RateSchedule = Literal["cosine", "constant", "wsd"]
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up, a cosine to zero and clipping by the global norm.
+    """AdamW with a linear warm-up, a schedule of the learning rate and clipping by the global norm.
 
     Attributes:
       learning_rate: at the end of the warm-up, of parameters whose multiplier is 1.
       warmup_share: share of the stage's steps in which the rate rises from 0.
+      schedule: the rate after the warm-up. `cosine`: falls to 0 as half a cosine. `constant`: stays. `wsd`: stays, and
+        falls to 0 as a line over the last `decay_share` of the steps (arXiv 2404.06395, §4).
+      decay_share: for `wsd`, the share of the stage's steps in which the rate falls.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the second moment's root.
       weight_decay: decoupled, times the learning rate; norm scales and biases have none.
       clip_norm: of the gradients of everything that trains.
+      ema: decay of the moving average of what trains: after each step it is ema x average + (1 - ema) x parameters, and
+        before the first one the parameters. 0 keeps none. If there is one, it is what validation measures and what
+        everything gets that reads the run (`vocojax.load`, an export, `init_from`, a teacher); only training itself
+        resumes from the parameters. It takes 4 bytes per number that trains.
     """
 
     learning_rate: float = 2e-5
     warmup_share: float = 0.03
+    schedule: RateSchedule = "cosine"
+    decay_share: float = 0.1
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "learning_rate", "must be > 0", self.learning_rate)
         require(0 <= self.warmup_share < 1, "warmup_share", "must be in [0, 1)", self.warmup_share)
+        require(0 < self.decay_share <= 1, "decay_share", "must be in (0, 1]", self.decay_share)
+        require(self.schedule != "wsd" or self.warmup_share + self.decay_share <= 1, "decay_share",
+                f"must leave room for warmup_share {self.warmup_share:g}: together they are more than 1",
+                self.decay_share)
         require(0 <= self.b1 < 1, "b1", "must be in [0, 1)", self.b1)
         require(0 <= self.b2 < 1, "b2", "must be in [0, 1)", self.b2)
         require(self.weight_decay >= 0, "weight_decay", "must be >= 0", self.weight_decay)
         require(self.clip_norm > 0, "clip_norm", "must be > 0", self.clip_norm)
+        require(0 <= self.ema < 1, "ema", "must be in [0, 1); 0 keeps no average", self.ema)
 
 
 @dataclass(frozen=True)
@@ -100,7 +117,7 @@ class CheckpointConfig:
         require(self.minutes >= 0, "minutes", "must be >= 0", self.minutes)
         require(self.keep_every >= 0, "keep_every", "must be >= 0", self.keep_every)
         require(self.keep_best >= 0, "keep_best", "must be >= 0", self.keep_best)
-        is_score = self.best_metric.startswith(SCORE)
+        is_score = self.best_metric.startswith(SCORE) and self.best_metric not in HELD_OUT
         require(is_score or self.best_metric in BEST_METRICS, "best_metric",
                 f"must be one of {', '.join(BEST_METRICS)} or {SCORE}BENCHMARK", self.best_metric)
         require(not (self.keep_best and is_score) or self.best_is == "highest", "best_is",
@@ -111,7 +128,7 @@ class CheckpointConfig:
 class ValidationConfig:
     """What is measured while a run trains: held-out data, benchmarks and answers to fixed prompts.
 
-    Held-out data's loss and accuracy are logged as validation_loss and validation_accuracy, benchmarks' scores as
+    Held-out data's loss and accuracy are logged as `validation/loss` and `validation/accuracy`, benchmarks' scores as
     `validation/BENCHMARK`, some questions and answers with their pictures in TensorBoard and Weights & Biases. What is
     not named here is as in the stage's `data`.
 
@@ -249,16 +266,19 @@ class StageConfig:
             _require_files(self.data, "data")
         if self.validation.every:
             _require_files(self.validation, "validation")
-        if self.checkpoint.keep_best and self.checkpoint.best_metric.startswith("validation_"):
+        if self.checkpoint.keep_best and self.checkpoint.best_metric in HELD_OUT:
             every = self.validation.every
             require(every > 0 and self.checkpoint.every % every == 0, "checkpoint.every",
                     f"must be a multiple of validation.every {every} > 0 to keep the best by "
                     f"{self.checkpoint.best_metric}", self.checkpoint.every)
-        if self.checkpoint.keep_best and self.checkpoint.best_metric.startswith(SCORE):
+        elif self.checkpoint.keep_best and self.checkpoint.best_metric.startswith(SCORE):
             every = self.validation.ask_every
             require(every > 0 and self.checkpoint.every % every == 0, "checkpoint.every",
                     f"must be a multiple of validation.ask_every {every} > 0 to keep the best by "
                     f"{self.checkpoint.best_metric}", self.checkpoint.every)
+        if self.checkpoint.keep_best and self.checkpoint.best_metric == "kl":
+            require(bool(self.distill.teacher), "checkpoint.best_metric",
+                    "must be another one: without distill.teacher there is no KL", self.checkpoint.best_metric)
         require_positive(self, "steps", "batch_size", "accumulate", "unit_chunk", "log_every")
         require_seed(self.seed)
         require(self.batch_size % self.accumulate == 0, "accumulate", f"must divide batch_size {self.batch_size}",

@@ -136,9 +136,12 @@ class Logger:
         if not fetched:
             return
         self._checkpoints.check()
-        self._require_finite(fetched)
-        seconds = self._timer.seconds_of_steps()
-        self._goodput.count(seconds - self._timer.waited)
+        bad = next((place for place, (_, metrics) in enumerate(fetched) if not _is_finite(metrics)), None)
+        if bad is not None:
+            self._write(fetched[: bad + 1], {})
+            raise self._non_finite(*fetched[bad])
+        seconds, waited = self._timer.seconds_of_steps(), self._timer.waited
+        self._goodput.count(seconds - waited)
         sums: dict[str, float] = defaultdict(float, steps=len(fetched))
         for _, metrics in fetched:
             for key, value in metrics.items():
@@ -147,7 +150,8 @@ class Logger:
         rate = sums["tokens"] / seconds
         self._write(fetched, {
             "tokens_per_second": rate, "steps_per_second": len(fetched) / seconds,
-            "data_wait_share": min(self._timer.waited / seconds, 1.0), "goodput": self._goodput.share,
+            "data_wait_seconds": waited, "data_wait_share": min(waited / seconds, 1.0),
+            "goodput": self._goodput.share,
             **self._scalars(sums, seconds),
         })
         self._bar.set_postfix_str(f"loss {fetched[-1][1]['loss']:.4f}, {rate:,.0f} tokens/s")
@@ -176,14 +180,16 @@ class Logger:
         except OSError as error:
             raise self._checkpoints.failure(error) from error
 
-    def _require_finite(self, fetched: Numbered) -> None:
-        for number, metrics in fetched:
-            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics.get("grad_norm", 0.0)):
-                self._checkpoints.wait()
-                kept = "no checkpoint was written before it" if self._checkpoints.latest is None else (
-                    f"the last good checkpoint is step {self._checkpoints.latest} in {self._workdir}")
-                raise NonFiniteLoss(f"step {number}: loss {metrics['loss']}, gradient norm {metrics.get('grad_norm')}; "
-                                    f"{kept}. Lower optimizer.learning_rate or look at this step's data.")
+    def _non_finite(self, number: int, metrics: Mapping[str, float]) -> NonFiniteLoss:
+        self._checkpoints.wait()
+        kept = "no checkpoint was written before it" if self._checkpoints.latest is None else (
+            f"the last good checkpoint is step {self._checkpoints.latest} in {self._workdir}")
+        return NonFiniteLoss(f"step {number}: loss {metrics['loss']}, gradient norm {metrics.get('grad_norm')}; "
+                             f"{kept}. Lower optimizer.learning_rate or look at this step's data.")
+
+
+def _is_finite(metrics: Mapping[str, float]) -> bool:
+    return math.isfinite(metrics["loss"]) and math.isfinite(metrics.get("grad_norm", 0.0))
 
 
 class Validator:

@@ -45,17 +45,25 @@ def learning_rate_multipliers(
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Returns a linear warm-up over the first `warmup_share` of the steps, then a cosine to zero."""
-    warmup = round(config.warmup_share * steps)
-    start = 0.0 if warmup else config.learning_rate
-    return optax.warmup_cosine_decay_schedule(start, config.learning_rate, warmup, steps)
+    """Returns the learning rate by the number of steps taken before: a linear warm-up, then `config.schedule`."""
+    warmup, peak = round(config.warmup_share * steps), config.learning_rate
+    start = 0.0 if warmup else peak
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(start, peak, warmup, steps)
+    stable = optax.warmup_constant_schedule(start, peak, warmup) if warmup else optax.constant_schedule(peak)
+    if config.schedule == "constant":
+        return stable
+    decay = max(1, round(config.decay_share * steps))
+    return optax.join_schedules([stable, optax.linear_schedule(peak, 0.0, decay)], [steps - decay])
 
 
 def described_schedule(config: OptimizerConfig, steps: int, first: int) -> str:
     """Returns the rates of a schedule in words: at the step `first`, halfway from there, and at the last one."""
     schedule = make_schedule(config, steps)
+    shape = {"cosine": "a cosine", "constant": "constant after the warm-up",
+             "wsd": f"constant until it falls in the last {config.decay_share:.0%} of the steps"}[config.schedule]
     numbers = dict.fromkeys((first, (first + steps) // 2, steps))
-    return "a cosine, " + ", ".join(f"{float(schedule(number - 1)):.3g} at step {number}" for number in numbers)
+    return f"{shape}, " + ", ".join(f"{float(schedule(number - 1)):.3g} at step {number}" for number in numbers)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

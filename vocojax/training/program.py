@@ -145,7 +145,8 @@ def _abstract_state(
     taught_by = () if teacher is None else variables_of(teacher)  # without factors, which are merged as it is read
     teaching: Parameters = {name: leaf(name, config.frozen_dtype) for name in taught_by}
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    return TrainState(step, trained, frozen, _abstract_moments(optimizer, trained, mesh), teaching)
+    moments = _abstract_moments(optimizer, trained, mesh)
+    return TrainState(step, trained, frozen, moments, teaching, dict(trained) if config.optimizer.ema else {})
 
 
 def _abstract_moments(optimizer: optax.GradientTransformation, trained: Any, mesh: Mesh) -> Any:

@@ -56,21 +56,23 @@ class RunLog:
         self._wandb = _open_wandb(wandb_project, name, str(self._target)) if wandb_project else None
 
     def write(self, steps: Steps, extra: Mapping[str, float]) -> None:
-        """Appends the metrics of some steps, and `extra` once, at the last of them."""
+        """Appends the metrics of some steps, and `extra` once, at the last of them.
+
+        A name has the same spelling everywhere, but that TensorBoard and Weights & Biases group those without a `/`
+        under `train/`.
+        """
         if not self._writes or not steps:
             return
-        last = steps[-1][0]
-        named = {key if "/" in key else f"train/{key}": value for key, value in extra.items()}
-        for number, metrics in steps:
+        lines = [*steps[:-1], (steps[-1][0], {**steps[-1][1], **extra})]
+        for number, metrics in lines:
             values = {key if "/" in key else f"train/{key}": value for key, value in metrics.items()}
-            values |= named if number == last else {}
             for key, value in values.items():
                 event = Event(wall_time=time.time(), step=number, summary=scalar(key, float(value)))
                 self._tensorboard.write_event(event)
             if self._wandb:
                 self._wandb.log(values, step=number)
         with self._history.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": n, **m}) + "\n" for n, m in steps)
+            file.writelines(json.dumps({"step": n, **m}) + "\n" for n, m in lines)
 
     def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Writes answers to TensorBoard and Weights & Biases, with their pictures."""

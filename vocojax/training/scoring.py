@@ -1,8 +1,8 @@
 """Answers of a run's current weights while it trains: scores of benchmarks, and samples to look at.
 
 Who asks and who scores is given to `stage.train` (`evaluation.training_scores.open_scorer`). This module gives them the
-weights: those that train, where they lie. Only in a run of several processes each gets a copy for its own devices, in
-which it is cut over them; it is freed when the questions are answered.
+weights: those that train, or their averages, where they lie. Only in a run of several processes each gets a copy for
+its own devices, in which it is cut over them; it is freed when the questions are answered.
 """
 
 from collections.abc import Callable, Mapping
@@ -81,7 +81,7 @@ class Scoring:
 
     def __call__(self, state: TrainState, should_continue: Callable[[], bool]) -> Scores:
         """Returns the scores of a state, which is left as it is; see `Scorer`."""
-        parameters: Parameters = {**state.trained, **state.frozen}
+        parameters = state.parameters
         if jax.process_count() > 1:
             parameters = self._copy(parameters)
         with jax.set_mesh(self._mesh):  # in place of the stage's, which other processes' devices belong to

@@ -240,6 +240,7 @@ def _initial_state(config: StageConfig, program: Program) -> TrainState:
         frozen={name: parameters[name] for name in abstract_state.frozen},
         optimizer=jax.jit(program.optimizer.init, out_shardings=moments)(trained),
         teacher=_teacher_parameters(config, program),
+        ema=jax.tree.map(jnp.copy, trained) if config.optimizer.ema else {},
     )
 
 

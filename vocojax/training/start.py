@@ -104,6 +104,7 @@ def banner(config: StageConfig, workdir: str | Path, program: Program, opened: O
         "step": f"{config.batch_size} rows x {config.data.row_length:,} tokens in {config.accumulate} part"
                 f"{'s' * (config.accumulate > 1)}: {tokens:,} tokens; the first batch is {filled / tokens:.1%} full, "
                 f"with {samples:,} samples",
+        "optimizer": _optimizer(config, first_step),
         "epochs": f"{steps:,} steps read about {steps * samples / max(records, 1):.2f} times the {records:,} records",
         "data": _data(config.data),
         "tokenizer": f"{config.data.tokenizer}, {len(opened.stream.tokenizer):,} tokens",
@@ -171,8 +172,14 @@ def _memory(config: StageConfig, program: Program) -> str:
     if limit and total > limit:
         LOG.warning("the step may not fit: about %s per device, of %s. More devices along fsdp, a larger accumulate or "
                     "remat=full take less; `vocojax report` counts exactly", _size(total), _size(limit))
-    return (f"about {_size(total)} per device{f', of {_size(limit)}' if limit else ''}: parameters and optimizer "
+    kept = "parameters, their averages and optimizer" if state.ema else "parameters and optimizer"
+    return (f"about {_size(total)} per device{f', of {_size(limit)}' if limit else ''}: {kept} "
             f"{_size(held)}, gradients {_size(gradients)}, activations about {_size(activations)}")
+
+
+def _optimizer(config: StageConfig, first_step: int) -> str:
+    averages = f"; averages with ema {config.optimizer.ema:g} are measured and read" if config.optimizer.ema else ""
+    return f"AdamW, learning rate {described_schedule(config.optimizer, config.steps, first_step + 1)}{averages}"
 
 
 def _size(count: float) -> str:

@@ -15,6 +15,7 @@ from vocojax.models.parameters import Parameters, with_parameters
 from vocojax.models.voco import VocoLlama
 from vocojax.training.config import StageConfig
 from vocojax.training.objectives import TargetSums, Teacher, target_sums
+from vocojax.training.optimizer import make_schedule
 from vocojax.training.plan import Batch, hidden_states
 
 
@@ -27,6 +28,7 @@ class TrainState(NamedTuple):
       frozen: the other parameters; no gradient and no optimizer state exist for them.
       optimizer: optax's state.
       teacher: the teacher's parameters, or empty.
+      ema: fp32 moving averages of `trained`, or empty.
     """
 
     step: jax.Array
@@ -34,6 +36,12 @@ class TrainState(NamedTuple):
     frozen: Parameters
     optimizer: optax.OptState
     teacher: Parameters
+    ema: Parameters = {}  # noqa: RUF012 (nobody changes it)
+
+    @property
+    def parameters(self) -> Parameters:
+        """Every parameter as whoever reads the run gets it: averages, if there are any, in place of what trains."""
+        return {**self.trained, **self.ema, **self.frozen}
 
 
 Gradient = Callable[[Parameters, TrainState, Batch], tuple[Parameters, TargetSums]]
@@ -79,8 +87,9 @@ def make_step(
 ) -> Step:
     """Returns the function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    Metrics are fp32 scalars: loss, cross_entropy, kl (mean nats per target), accuracy (greedy, per target),
-    grad_norm (before clipping), targets, tokens.
+    Metrics are fp32 scalars: loss, cross_entropy (mean nats per target), kl (likewise, with a teacher), accuracy
+    (greedy, per target), grad_norm (before clipping), update_norm (of the change of all parameters), learning_rate (of
+    parameters whose multiplier is 1), targets, tokens.
 
     Args:
       model: abstract; the state holds its parameters.
@@ -91,6 +100,7 @@ def make_step(
       axes: the mesh axes that rows are split over then.
     """
     objective = make_objective(model, teacher, config, axes)
+    rate = make_schedule(config.optimizer, config.steps)
     gradient = over_devices(functools.partial(_accumulate, jax.grad(objective, has_aux=True), config.accumulate))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -100,16 +110,20 @@ def make_step(
             grads = jax.tree.map(lambda g: g / count, grads)
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
+            update_norm = optax.tree.norm(updates)
+            ema = optax.incremental_update(trained, state.ema, 1 - config.optimizer.ema) if state.ema else {}
         metrics = {
             "loss": totals.loss / count,
             "cross_entropy": totals.cross_entropy / count,
-            "kl": totals.kl / count,
+            **({} if teacher is None else {"kl": totals.kl / count}),
             "accuracy": totals.correct / count,
             "grad_norm": optax.tree.norm(grads),
+            "update_norm": update_norm,
+            "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
             "targets": count,
             "tokens": batch["num_tokens"].sum().astype(jnp.float32),
         }
-        return state._replace(step=state.step + 1, trained=trained, optimizer=optimizer_state), metrics
+        return state._replace(step=state.step + 1, trained=trained, optimizer=optimizer_state, ema=ema), metrics
 
     return step
 
@@ -128,7 +142,7 @@ def make_evaluation(
 ) -> Evaluate:
     """Returns the function (state, batch) -> sums over the batch's targets; arguments as of `make_step`.
 
-    LoRA's dropout is for training alone.
+    It measures the averages of the parameters, if there are any. LoRA's dropout is for training alone.
     """
     config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, dropout=0.0))
     objective = make_objective(model, teacher, config, axes)
@@ -139,8 +153,7 @@ def make_evaluation(
     sums = over_devices(functools.partial(_accumulate, no_gradient, config.accumulate))
 
     def evaluate(state: TrainState, batch: Batch) -> TargetSums:
-        all_frozen = state._replace(step=jnp.zeros_like(state.step), trained={},
-                                    frozen={**state.trained, **state.frozen})
+        all_frozen = state._replace(step=jnp.zeros_like(state.step), trained={}, frozen=state.parameters, ema={})
         return sums({}, all_frozen, batch)[1]
 
     return evaluate

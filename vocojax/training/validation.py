@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig
 from vocojax.data.loader import BatchStream
-from vocojax.training.config import StageConfig, ValidationConfig
+from vocojax.training.config import HELD_OUT, StageConfig, ValidationConfig
 from vocojax.training.objectives import TargetSums
 from vocojax.training.plan import place, views
 from vocojax.training.program import Program
@@ -47,7 +47,7 @@ class Validation:
         self._start = self._stream.get_state()
 
     def __call__(self, state: TrainState, should_continue: Callable[[], bool]) -> dict[str, float]:
-        """Returns validation_loss (nats per target, as `loss`) and validation_accuracy of a state.
+        """Returns `validation/loss` (nats per target, as `loss`) and `validation/accuracy` of a state.
 
         Waits for the device. The state is left as it is.
 
@@ -72,7 +72,7 @@ class Validation:
             self._stream.close()
         whole = jax.device_get(totals[-1])
         count = max(int(whole.num_targets), 1)
-        return {"validation_loss": float(whole.loss) / count, "validation_accuracy": float(whole.correct) / count}
+        return dict(zip(HELD_OUT, (float(whole.loss) / count, float(whole.correct) / count), strict=True))
 
 
 @jax.jit

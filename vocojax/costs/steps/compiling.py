@@ -176,7 +176,7 @@ def _compile_here(topology: Topology, folder: str) -> None:
         write_atomically(Path(folder, "refused.json"), json.dumps([error.key, error.problem]))
         raise
     state = program.abstract_state
-    kinds = {"parameters": state.trained, "optimizer": state.optimizer, "frozen": state.frozen,
+    kinds = {"parameters": state.trained, "optimizer": state.optimizer, "averages": state.ema, "frozen": state.frozen,
              "teacher": state.teacher, "batch": program.abstract_batch}
     held = {kind: sum(_bytes_held(leaf) for leaf in jax.tree.leaves(tree)) for kind, tree in kinds.items()}
     per_row = StepFlops(config.model, state).total(**row_counts(config)._asdict())

@@ -5,11 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vocojax.costs.prices import costs_line
+
 GB = 1e9
+LEGEND = """\
+How to read it
+memory       bytes on one device; the lines below it add up to it. "temporaries" are all that a step needs besides what
+             it is given: activations, gradients, gathered layers. "averages" are those of optimizer.ema
+step         compute + attention + interconnect + between_slices. In no sum: hidden_interconnect (collectives that run
+             while the device computes) and hbm_traffic (what moving that many bytes alone would take)
+by part      the same seconds as "step", by part of the model; a wait for a collective counts for the part that waits
+collectives  bytes of the whole arrays that one device gathers or sums in a step, inside its slice; those "hidden by
+             nothing" are a part of them
+MFU bound    model FLOPs, without what rematerialisation repeats, over the chip's peak in the step's seconds
+tokens/s     of rows counted as full, padding included; "the decoder alone" leaves the vision tower's seconds out
+products     FLOPs of all matrix products of one device, repeated ones included, without those inside the kernels
+run          steps times the step's seconds. In no sum: compiling, waiting for data, validation, the last checkpoint"""
+COLUMNS = """\
+mesh: its axes longer than 1; rows: parts of a batch x rows per device and part; peak GB: on one device; fits: in what
+the compiler leaves to a program; s/step: estimated, by a roofline with --fast; tokens/s: per device, rows counted as
+full; MFU: model FLOPs over the peak in that time, at best. The fastest setting is the cheapest one"""
 
 
 def table(report: dict[str, Any]) -> str:
-    """Returns everything that one report says."""
+    """Returns everything that one report says, and how to read it."""
     lines = [f"{report['topology']}: {report['devices']} x {report['device_kind']}, {_mesh(report)}, remat "
              f"{report['remat']}, {report['accumulate']} x {report['rows_per_device']} rows per device, "
              f"{report['tokens_per_device']:,} tokens per device and step"]
@@ -39,7 +58,9 @@ def table(report: dict[str, Any]) -> str:
     compiler = report["compiler"]
     if compiler["cpu_seconds"]:
         lines.append(f"compiled in {compiler['cpu_seconds']:.0f} CPU-seconds and {compiler['memory_gib']:.1f} GiB")
-    return "\n".join(lines)
+    if report.get("run"):
+        lines.append(f"run         {costs_line(report['run'])}")
+    return "\n".join([*lines, "", LEGEND])
 
 
 HEADS = (f"{'mesh':30} {'remat':14} {'rows':>9} {'peak GB':>8} {'fits':>5} {'s/step':>8} {'tokens/s':>9} {'MFU':>6}")
@@ -58,14 +79,14 @@ def line(report: dict[str, Any]) -> str:
 
 
 def comparison(reports: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]] = ()) -> str:
-    """Returns one line per report, then what was not compiled, by reason."""
+    """Returns one line per report, then what was not compiled, by reason, and what the columns are."""
     lines = [HEADS, *map(line, reports)]
     reasons: dict[str, list[str]] = {}
     for trial in skipped:
         name = f"{_mesh(trial)}, {trial['remat']}, {trial['rows_per_device']} rows"
         reasons.setdefault(trial["skipped"], []).append(name)
     lines += [f"not tried, as {reason}: {'; '.join(names)}" for reason, names in reasons.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", COLUMNS])
 
 
 def _mesh(report: dict[str, Any]) -> str:
