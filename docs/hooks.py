@@ -16,9 +16,9 @@ def table(entry: dict[str, Any]) -> str:
       entry: `columns`, `rows` (lists of cells), and its origin: `command`, `machine`, `versions`, `date`, `note`.
     """
     lines = [entry["columns"], ["---"] * len(entry["columns"]), *entry["rows"]]
-    origin = [f"`{entry['command']}`"] + [entry[key] for key in ("machine", "versions", "date") if entry.get(key)]
     text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    return f"{text}\n\n{entry.get('note', '')}\n\n*{'; '.join(origin)}*\n"
+    origin = "; ".join(entry[key] for key in ("machine", "versions", "date") if entry.get(key))
+    return f"{text}\n\n{entry.get('note', '')}\n\n```bash\n{entry['command']}\n```\n\n*{origin}*\n"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

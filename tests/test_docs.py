@@ -1,5 +1,6 @@
 """The documentation: its commands exist, its code runs, its links lead somewhere, its figures are stored."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from docs import front_page
+from docs import front_page, measure, tables
 from tests.test_quickstart import Tiny
 from vocojax.cli.main import VERBS
 
@@ -109,9 +110,98 @@ def test_every_page_is_in_the_navigation():
 @pytest.mark.parametrize("path", sorted((SITE / "measured").glob("*.json")), ids=lambda path: path.stem)
 def test_stored_figures_name_their_origin(path):
     entry = json.loads(path.read_text())
-    assert {"title", "columns", "rows", "command", "machine", "date"} <= {key for key, value in entry.items() if value}
+    named = {key for key, value in entry.items() if value}
+    assert {"title", "columns", "rows", "command", "machine", "versions", "date"} <= named
     assert all(len(row) == len(entry["columns"]) for row in entry["rows"])
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", entry["date"])
+    assert "(static)" not in entry["title"] or re.search(r"libtpu \d", entry["versions"])
+    assert entry["command"] == tables.TABLES[path.stem].command if path.stem in tables.TABLES else entry["note"]
+
+
+def test_every_table_that_a_command_makes_is_stored():
+    assert set(tables.TABLES) <= {path.stem for path in (SITE / "measured").glob("*.json")}
+
+
+MADE = {  # a table, a result of its command, and its rows after the columns
+    "quickstart": ({"seeds": [0], "rows": {
+        name: {"accuracy": 0.5, "accuracy_by_question_type": {"colour": 0.25, "shape": 1.0, "yes/no": 0.125},
+               "retention": 0.975} for name in ("Upper Bound", "VoCo-1", "Lower Bound")}}, [
+        ["Upper Bound (reads all 16 vision tokens)", "50.0 %", "25.0 %", "100.0 %", "12.5 %", "97.5 %"],
+        ["**VoCo-1 (one token)**", "**50.0 %**", "25.0 %", "100.0 %", "12.5 %", "97.5 %"],
+        ["Lower Bound (VoCo mask without VoCo training)", "50.0 %", "25.0 %", "100.0 %", "12.5 %", "97.5 %"]]),
+    "mosaic": ({"seeds": [0, 1], "split": "test", "questions": 4000, "rows": {
+        "VoCo-1": {"accuracy": [0.5, 0.25], "retention": [0.25, 0.5], "of_upper": [0.5, 0.25]},
+        "Upper Bound": {"accuracy": [1.0, 1.0], "retention": [1.0, 1.0], "of_upper": [1.0, 1.0]}}}, [
+        ["Upper Bound (16 vision tokens)", "100.0 %", "100.0 / 100.0", "100.0 %", "100.0 / 100.0", "100.0 %"],
+        ["VoCo-1", "37.5 %", "50.0 / 25.0", "37.5 %", "25.0 / 50.0", "37.5 %"]]),
+    "steps": ({"topology": "v5e:16x16", "remat": "full", "rows_per_device": 8, "estimated_seconds": 5.4256,
+               "mfu_bound": 0.614, "tokens_per_second_per_device": 3019.6, "vision_share": 0.0212,
+               "peak_bytes": 7.86e9},
+              [["v5e:16x16", "full", "8", "5.426", "61 %", "3,020", "2.1 %", "7.9"]]),
+    "video_memory": ([
+        {"plan": "single_pass", "frames": 8,
+         "hbm_bytes_per_device": {"frozen": 20e9, "batch": 4e8, "temporaries": 13e9},
+         "peak_bytes": 33.4e9, "fits": True, "estimated_seconds": 0.75},
+        {"plan": "single_pass", "frames": 512, "hbm_bytes_per_device": {"frozen": 20e9, "temporaries": 194.14e9},
+         "peak_bytes": 214.14e9, "fits": False, "hbm_limit": 102.79e9, "estimated_seconds": None}], [
+        ["`single_pass`", "8", "20.40", "13.00", "", "0.75"],
+        ["`single_pass`", "512", "20.00", "194.14: does not fit into 102.79", "359", ""]]),
+    "kernels": ({"layouts": {letter: {chip: {"ours": {"seconds": 0.00654}, "splash": {"seconds": 0.0417}}
+                                      for chip in tables.CHIPS} for letter in "abcd"}},
+                [[name, *["6.54 / 41.7 ms"] * 3] for name in tables.LAYOUTS.values()]),
+    "torch_peer": ({"training step": {"ratio": 0.444}}, [["training step", "0.44"]]),
+    "agreement": ({"two_stage": {"identical_answers": 9673, "questions": 9673}},
+                  [["answers from a cache", "the single pass", "9,673 of 9,673 are the same"]]),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_table_is_read_from_the_result_of_its_command(name):
+    result, rows = MADE[name]
+    columns, *found = tables.TABLES[name].rows([result])
+    assert found == rows and all(len(row) == len(columns) for row in found)
+
+
+def test_a_table_is_made_again_and_what_changed_is_said(tmp_path, monkeypatch, capsys):
+    for name in ("measured", "runs"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(front_page, "MEASURED", tmp_path / "measured")
+    monkeypatch.setattr(front_page, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("a\n<!-- measured peer -->\n| old |\n\nb\n")
+    monkeypatch.setattr(front_page, "TABLES", {"peer": lambda: front_page.stored("torch_peer")["rows"]})
+    rows = [["training step", "0.40"], ["gone", "1"]]
+    old = {"title": "Beside torch", "columns": ["", "x"], "rows": rows, "note": "n"}
+    (tmp_path / "measured" / "torch_peer.json").write_text(json.dumps(old))
+    command = """echo '{"training step": {"ratio": 0.44}, "prefill": {"ratio": 0.5}}' > runs/measured/torch_peer.json"""
+    table = tables.Table(command, "runs/measured/torch_peer.json", tables.torch_peer, "nothing")
+    monkeypatch.setitem(measure.TABLES, "torch_peer", table)
+    assert measure.main(["--read", "torch_peer"]) == ("error: torch_peer: there is no runs/measured/torch_peer.json; "
+                                                      "run docs/measure.py torch_peer, which needs nothing")
+    assert measure.main(["torch_peer"]) is None
+    said = capsys.readouterr().out
+    assert "training step | CPU-seconds, ours / torch's: 0.40 -> 0.44 (+10.0 %)\n" in said
+    assert "prefill | CPU-seconds, ours / torch's: nothing -> 0.50\n" in said and ": 1 -> nothing\n" in said
+    made = json.loads((tmp_path / "measured" / "torch_peer.json").read_text())
+    assert made["rows"] == [["training step", "0.44"], ["prefill", "0.50"]]
+    assert (made["title"], made["note"], made["command"]) == ("Beside torch", "n", command)
+    assert made["versions"].startswith("jax 0.")
+    assert (tmp_path / "README.md").read_text() == (
+        "a\n<!-- measured peer -->\n| training step | 0.44 |\n|---|---|\n| prefill | 0.50 |\n\nb\n")
+    assert measure.main(["--check"]) is None
+    (tmp_path / "README.md").write_text("<!-- measured peer -->\n| training step | 0.45 |\n")
+    assert measure.main(["--check"]).startswith("error: README.md has other figures than docs/measured")
+    assert measure.main(["--read", "torch_peer"]) is None and "no figure changed" in capsys.readouterr().out
+    monkeypatch.setitem(measure.TABLES, "torch_peer", dataclasses.replace(table, command="exit 3"))
+    assert "torch_peer: its command ended with status 3" in measure.main(["torch_peer"])
+
+
+def test_all_tables_are_listed_with_their_age_and_needs(capsys):
+    assert measure.main(["--list"]) is None
+    listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert list(listed) == sorted(path.stem for path in (SITE / "measured").glob("*.json"))
+    assert listed["maxtext"].endswith("can't be made again by a command: its note says why")
+    assert re.fullmatch(r"kernels +\d+ days +15 CPU-minutes, the extra tpu", listed["kernels"])
 
 
 def test_the_readme_is_short_and_has_the_stored_tables():
