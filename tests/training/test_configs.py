@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
+from vocojax.cli import config as command
 from vocojax.cli import config_flag
 from vocojax.config import PRESETS, ConfigError, preset
 from vocojax.config.keys import keys_of
@@ -138,3 +139,26 @@ def test_the_list_of_keys_shows_what_is_in_force(monkeypatch):
     assert json.loads(config_flag.answer(["voco", "--config.steps=5", "--print_config"]))["steps"] == 5
     printed = json.loads(config_flag.answer(["--print_config", "--config=voco:tiny", "--config.steps=3"]))
     assert printed["steps"] == 3 and printed["model"]["decoder"]["width"] == 64 == PRESETS["tiny"].decoder.width
+
+
+def test_the_list_of_keys_of_a_section_that_is_none_marks_nothing(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = config_flag.answer(["--config=voco", "--config.help"])
+    assert "\n[model.decoder.rope_scaling] is none; these are the values where it is set\n" in text
+    assert "\n  model.decoder.rope_scaling.factor = 8.0\n      a number\n" in text
+
+
+def test_stages_and_presets_are_listed_with_what_they_are(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    lines = dict(line.strip().split("  ", 1) for line in command.listing().splitlines() if line.startswith("  "))
+    assert lines.keys() == {*CONFIGS, *PRESETS}
+    assert lines["clip_l_336_vicuna_13b"].strip() == (
+        "CLIP at 336 px (24 blocks of width 1024, 576 vision tokens), decoder of 40 blocks of width 5120")
+    assert lines["alignment"].strip().startswith("Stage 1: the projector learns ")
+    monkeypatch.setattr(command, "FLAGS", values := flags.FlagValues())
+    config_flag.define_config("The stage.", is_required=False, values=values)
+    values(["config"])
+    command.main(["voco:clip_l_336_vicuna_13b"])
+    text = capsys.readouterr().out
+    assert text.startswith("Stage 2: projector and decoder learn to compress") and "* model.decoder.depth = 40" in text
+    assert "--config.model.voco.num_vocos=2 \\\n        --config.data.path=llava" in text

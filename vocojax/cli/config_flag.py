@@ -149,13 +149,17 @@ def reference(values: flags.FlagValues, part: str = "") -> str:
              + (" * marks values that are not the default." if named else ""), ""]
     for key in keys:
         if key.is_section:
-            lines += ["", f"[{key.path}]"]
+            is_none = in_force is not None and "[]" not in key.path and _value(in_force, key.path) == "none"
+            lines += ["", f"[{key.path}]{' is none; these are the values where it is set' * is_none}"]
         else:
             default = "none" if key.default is None else json.dumps(_plain(key.default))
-            value = default if in_force is None or "[]" in key.path else _value(in_force, key.path)
+            value = default
+            if in_force is not None and "[]" not in key.path and _section_is_there(in_force, key.path):
+                value = _value(in_force, key.path)
             lines.append(f"{'*' if value != default else ' '} {key.path} = {value}")
             lines.append(f"      {key.kind}" + (f"; default {default}" if value != default else ""))
-        lines += textwrap.wrap(key.meaning, 110, initial_indent="      ", subsequent_indent="      ")
+        lines += textwrap.wrap(key.meaning, 110, initial_indent="      ", subsequent_indent="      ",
+                               break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -167,9 +171,20 @@ def stages_there_are() -> str:
     """Returns a line that lists the stages and the presets of models."""
     from vocojax.config import PRESETS
 
+    return (f"stages: {', '.join(path.stem for path in stage_files()) or 'none in this directory'}; presets of models: "
+            f"{', '.join(PRESETS)}")
+
+
+def stage_files() -> list[Path]:
+    """Returns the files of the stages there are."""
     folder = next((folder for folder in _folders() if folder.is_dir()), None)
-    stages = ", ".join(sorted(path.stem for path in folder.glob("*.py"))) if folder else "none in this directory"
-    return f"stages: {stages}; presets of models: {', '.join(PRESETS)}"
+    return sorted(folder.glob("*.py")) if folder else []
+
+
+def _section_is_there(config: Mapping[str, Any], path: str) -> bool:
+    """Returns whether the section of a key has a value; it may be none, as `model.decoder.rope_scaling`."""
+    section, _, _ = path.rpartition(".")
+    return not section or _value(config, section) != "none"
 
 
 def _value(config: Mapping[str, Any], path: str) -> str:
@@ -188,8 +203,13 @@ def _folders() -> tuple[Path, ...]:
     return Path("configs"), CHECKOUT / "configs", CHECKOUT / "vocojax" / "configs"
 
 
-def _find(name: str) -> Path:
-    """Returns the config file of that name."""
+def stage_file(name: str) -> Path:
+    """Returns the config file of that name, which may end in `:PRESET`.
+
+    Raises:
+      InputError: there is none; the message lists those there are.
+    """
+    name, _, _ = name.partition(":")
     candidates = [Path(name), *(folder / f"{name}.py" for folder in _folders())]
     if found := next((path for path in candidates if path.is_file()), None):
         return found
@@ -205,8 +225,8 @@ def _call(name: str) -> Any:
     Raises:
       InputError: the file is missing, or fails; the message names the line.
     """
-    path, _, argument = name.partition(":")
-    file = _find(path)
+    _, _, argument = name.partition(":")
+    file = stage_file(name)
     spec = importlib.util.spec_from_file_location("stage_config_file", file)
     if spec is None or spec.loader is None:
         raise InputError(f"--config={name}: must be a Python file with a function get_config, such as configs/voco.py")

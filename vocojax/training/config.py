@@ -99,8 +99,9 @@ class CheckpointConfig:
       keep: how many of the newest are kept.
       keep_every: checkpoints of multiples of so many steps are kept for good; 0 is none.
       keep_best: how many are kept in addition, by `best_metric`; 0 is none.
-      best_metric: the mean since metrics were last logged, or that of the validation after the same step: one of
-        `BEST_METRICS`, or `validation/BENCHMARK` with one of `validation.benchmarks`.
+      best_metric: the mean since metrics were last logged of `loss`, `cross_entropy`, `kl` (with a teacher), `accuracy`
+        or `grad_norm`; or of the same step `validation/loss`, `validation/accuracy`, or `validation/BENCHMARK` with one
+        of `validation.benchmarks`.
       best_is: whether the lowest or the highest value is the best.
     """
 
