@@ -83,3 +83,13 @@ def test_a_point_of_the_mask_has_the_colour_of_its_key():
     pixels = np.asarray(mask_picture(row, np.array([Role.VISION, Role.VOCO, Role.TEXT])))
     white, vision, voco, text = [255] * 3, [0x7F, 0xB2, 0xE5], [0xE4, 0x57, 0x2E], [0x3C, 0x9D, 0x6B]
     assert pixels.tolist() == [[vision, white, white], [white, voco, white], [white, voco, text]]
+
+
+def test_a_thin_line_of_voco_tokens_is_seen_in_the_mask_of_a_long_row():
+    """A row of 2,047 tokens: 578 of a unit, whose last one is the VoCo token that all the text after it sees."""
+    row = {"start": np.zeros(2047, int), "stop": np.r_[np.full(577, 578), np.full(1470, 2047)]}
+    roles = np.r_[Role.BOS, np.full(575, Role.VISION), Role.NEWLINE, Role.VOCO, np.full(1469, Role.TEXT)]
+    pixels = np.asarray(mask_picture(row, roles))
+    assert pixels.shape == (512, 512, 3)
+    assert (pixels[145:, 144] == [0xE4, 0x57, 0x2E]).all()  # 577 // 4
+    assert (pixels[200:, :144] == 255).all() and (pixels[400, 145:400] == [0x3C, 0x9D, 0x6B]).all()

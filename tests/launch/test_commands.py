@@ -145,3 +145,14 @@ def test_a_platform_without_plug_in_is_one_line(tmp_path):
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: JAX_PLATFORMS is 'cuda', and JAX can't use that here")
     assert "unset it, or install the platform's plug-in" in line and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--config=voco", "--config.help"), ("config", "voco")])
+def test_output_that_nobody_reads_any_more_ends_a_command_quietly(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*CONSOLE, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120,
+                          cwd=ROOT, env=environment)
+    os.close(write)
+    assert done.returncode == 1 and done.stderr == ""

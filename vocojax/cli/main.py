@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif "--version" in arguments:
         print(f"vocojax {vocojax.__version__}")
     elif runner.asks_for_help(arguments) or arguments == ["help"]:
-        print(help_text())
+        runner.show(help_text())
     else:
         sys.exit(f"error: {_problem(arguments, verb)}; vocojax --help lists the verbs")
 

@@ -32,7 +32,7 @@ def run(command: ModuleType, argv: Sequence[str] | None = None) -> None:
     _prepare_process()
     command.define_flags()
     if asks_for_help(arguments):
-        print(help_text(command))
+        show(help_text(command))
         sys.exit()
     if "config" in flags.FLAGS:
         _prepare_config(arguments)
@@ -43,11 +43,25 @@ def _prepare_config(arguments: Sequence[str]) -> None:
     """Defines a flag for each key of the config among the arguments, or answers a question about the config."""
     try:
         if text := config_flag.answer(arguments):
-            print(text)
+            show(text)
             sys.exit()
         config_flag.define_keys(arguments)
     except (VocojaxError, flags.Error) as error:
         _end_by_mistake(one_line(error))
+
+
+def show(text: str) -> None:
+    """Prints a text. The process ends if nobody reads any more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _end_without_readers()
+
+
+def _end_without_readers() -> NoReturn:
+    """Ends the process because whoever reads its output, such as `head`, has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at the end, and must not fail
+    sys.exit(1)
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
@@ -96,13 +110,13 @@ def _run_main(command: ModuleType, arguments: list[str]) -> None:
     show_own_messages()
     try:
         command.main(arguments)
+        sys.stdout.flush()
     except (ConfigError, InputError, app.UsageError) as error:
         _end_by_mistake(one_line(error))
     except VocojaxError as error:
         sys.exit(f"error: {one_line(error)}")
-    except BrokenPipeError:  # who reads the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        _end_without_readers()
     except OSError as error:
         sys.exit(f"error: {' '.join(os_problem(error).split())}")
     except (RuntimeError, AssertionError) as error:

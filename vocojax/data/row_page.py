@@ -16,7 +16,11 @@ from vocojax.layout import IGNORE, Role, SampleLayout
 
 COLOURS = {Role.BOS: "#8c96a8", Role.VISION: "#7fb2e5", Role.NEWLINE: "#c3cad6", Role.VOCO: "#e4572e",
            Role.TEXT: "#3c9d6b"}
+WORDS = {Role.BOS: "BOS", Role.VISION: "vision", Role.NEWLINE: "newline of a unit", Role.VOCO: "VoCo",
+         Role.TEXT: "text"}
 LARGEST_MASK = 512  # pixels
+# Where several points share a pixel, the first role of these is shown: VoCo tokens are a thin line and must not vanish.
+SHOWN_FIRST = (Role.VOCO, Role.TEXT, Role.BOS, Role.NEWLINE, Role.VISION)
 STYLE = """
 body { font: 15px/1.9 system-ui, sans-serif; color: #1c2330; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { font-size: 1.2rem; margin-top: 2.2rem; } h3 { font-size: 1rem; margin-bottom: .2rem; } .note { color: #5a6475; }
@@ -28,7 +32,8 @@ h2 { font-size: 1.2rem; margin-top: 2.2rem; } h3 { font-size: 1rem; margin-botto
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Packed rows</title><style>{style}</style>
 <h1>Packed rows</h1><p>Rows as training reads them. {legend} Underlined tokens are targets: the model learns to
 predict them, each from what the token before it sees. In a picture of the mask a point is a query (from top to bottom)
-that sees a key (from left to right), in the colour of the key's role.</p>
+that sees a key (from left to right), in the colour of the key's role. A line of VoCo tokens is at least one pixel wide.
+</p>
 """
 
 
@@ -40,7 +45,7 @@ def page(rows: Sequence[Sequence[Item]], shape: RowShape | TextRowShape, tokeniz
       shape: of the rows.
       tokenizer: writes the tokens.
     """
-    legend = " ".join(f'<span class="token" style="--role:{colour}">{role.name}</span>'
+    legend = " ".join(f'<span class="token" style="--role:{colour}">{WORDS[role]}</span>'
                       for role, colour in COLOURS.items())
     return "\n".join([HEAD.format(style=STYLE, legend=legend),
                       *(_row(index, items, shape, tokenizer) for index, items in enumerate(rows)), "</html>"])
@@ -79,7 +84,7 @@ def tokens(layout: SampleLayout, tokenizer: Tokenizer) -> str:
         elif role == Role.VOCO:
             texts = [f"{tokenizer.voco_token} x {length}"]
         else:
-            texts = list(map(str, tokenizer.huggingface.convert_ids_to_tokens(ids)))
+            texts = [str(token).replace("\n", "↵\n") for token in tokenizer.huggingface.convert_ids_to_tokens(ids)]
         style = f'class="token{" target" * is_target}" style="--role:{COLOURS[Role(role)]}"'
         boxes += [f"<span {style}>{html.escape(text)}</span>" for text in texts]
     return "\n".join(boxes)
@@ -97,16 +102,21 @@ def _roles_of_keys(items: Sequence[Item], row: Row) -> np.ndarray:
 
 
 def mask_picture(row: Row, roles: np.ndarray) -> Image.Image:
-    """Returns who sees whom in a row as a picture: a point per query and key, in the colour of the key's role."""
+    """Returns who sees whom in a row as a picture: a point per query and key, in the colour of the key's role.
+
+    A long row has a pixel for several points, and shows the first of `SHOWN_FIRST` among them.
+    """
     queries, keys = np.arange(len(row["start"])), np.arange(len(row["stop"]))
     index = queries[:, None] + len(keys) - len(queries)
     sees = (row["start"][:, None] <= keys) & (keys <= index) & (index < row["stop"])
-    palette = np.full((max(Role) + 1, 3), 255, np.uint8)
-    for role, colour in COLOURS.items():
-        palette[role] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    picture = Image.fromarray(np.where(sees[..., None], palette[roles], np.uint8(255)))
-    picture.thumbnail((LARGEST_MASK, LARGEST_MASK), Image.Resampling.BOX)
-    return picture
+    palette, rank = np.full((len(SHOWN_FIRST) + 1, 3), 255, np.uint8), np.zeros(max(Role) + 1, np.uint8)
+    for place, role in enumerate(reversed(SHOWN_FIRST), 1):  # 0 is nothing seen
+        rank[role], palette[place] = place, [int(COLOURS[role][i : i + 2], 16) for i in (1, 3, 5)]
+    points = np.where(sees, rank[roles], 0)
+    step = -(-max(points.shape) // LARGEST_MASK)
+    padded = np.pad(points, [(0, -size % step) for size in points.shape])
+    height, width = (size // step for size in padded.shape)
+    return Image.fromarray(palette[padded.reshape(height, step, width, step).max((1, 3))])
 
 
 def _png(picture: Image.Image) -> str:
