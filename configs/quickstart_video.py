@@ -58,10 +58,11 @@ def get_config(stage: str = "video_2") -> ConfigDict:
         # Units are most of a step's work on a CPU, so many questions are asked about each clip.
         config.data.update(source="easy_vqa_clips", frames=8, images_per_row=8, threads_per_sample=16, row_length=224,
                            max_targets=32)
-        config.update(plan="two_stage", unit_chunk=128, batch_size=16, steps=500)
+        config.update(plan="two_stage", unit_chunk=128, batch_size=16, steps=1000)
         config.optimizer.learning_rate = 2.5e-3
     else:
         config.data.update(source="easy_vqa_clips", frames=64, images_per_row=64, threads_per_sample=24,
                            row_length=672, max_targets=96)
-        config.update(plan="two_stage", unit_chunk=64, batch_size=8, steps=120)
+        config.update(plan="two_stage", unit_chunk=64, batch_size=8, steps=250)
+        config.optimizer.learning_rate = 1.5e-3
     return config
