@@ -8,6 +8,10 @@ and `random`. A recipe follows after a plus sign: `voco_1+pool`; several are joi
 
 * `pool`: `model.voco.init = "pool"`.
 * `own`: `model.voco.rows = "own"`.
+* `spread`: `model.voco.places = "spread"`.
+* `band`: `model.voco.sees = "band"`.
+* `output`: `model.voco.reads = "output"`.
+* `closing`: `closing = 0.5`, the mask closes in the first half of the steps.
 * `embedding_lr`: the embeddings, the VoCo token's row among them, learn five times as fast.
 * `captions`: each row also writes out all tiles in reading order.
 * `kl`: distillation from the upper bound. `experiments/mosaic.py` names the teacher.
@@ -86,6 +90,16 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
         elif recipe == "own":
             config.model.voco.rows = "own"
             config.init_new = (*config.init_new, "decoder/voco_offsets")
+        elif recipe == "spread":
+            config.model.voco.places = "spread"
+        elif recipe == "band":
+            config.model.voco.sees = "band"
+        elif recipe == "output":
+            config.model.voco.reads = "output"
+            config.plan = "two_stage"
+            config.data.row_length = 60  # of text alone
+        elif recipe == "closing":
+            config.closing = 0.5
         elif recipe == "captions":
             config.data.source = "mosaic_captions"
             config.data.row_length += 12
@@ -93,6 +107,6 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
         elif recipe == "embedding_lr":
             config.learning_rates = [("decoder/embedding", 5.0), *config.learning_rates]
         elif recipe != "kl":
-            raise ConfigError("stage", f"{stage!r} names the unknown recipe {recipe!r}: pool, own, kl, captions "
-                              "or embedding_lr")
+            raise ConfigError("stage", f"{stage!r} names the unknown recipe {recipe!r}: pool, own, spread, "
+                              "band, output, closing, kl, captions or embedding_lr")
     return config

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
-from vocojax.config import ModelConfig, Positions
+from vocojax.config import ModelConfig, Positions, VocoPlaces, VocoSees
 from vocojax.errors import VocojaxError, shown
 
 Visibility = Literal["voco", "causal"]
@@ -93,12 +93,16 @@ class UnitShape(NamedTuple):
       vocos: VoCo tokens after them, N.
       positions: how the tokens of several units are numbered, see `VocoConfig`.
       question: the most tokens of the question that the image is compressed for (the last ones count); 0 for none.
+      places: rotary positions of the VoCo tokens in their unit, see `VocoConfig`.
+      sees: which vision tokens a VoCo token sees, see `VocoConfig`.
     """
 
     tokens: int
     vocos: int
     positions: Positions = "compact"
     question: int = 0
+    places: VocoPlaces = "end"
+    sees: VocoSees = "unit"
 
     def stride(self, length: int) -> int:
         """Returns by how much each unit's positions are higher than those of the unit before it.
@@ -111,7 +115,8 @@ class UnitShape(NamedTuple):
 
 def unit_shape(model: ModelConfig) -> UnitShape:
     """Returns the shape of a model's units."""
-    return UnitShape(model.unit_tokens, model.unit_vocos, model.voco.positions, model.question_tokens)
+    voco = model.voco
+    return UnitShape(model.unit_tokens, model.unit_vocos, voco.positions, model.question_tokens, voco.places, voco.sees)
 
 
 class LayoutError(VocojaxError, ValueError):
@@ -231,11 +236,35 @@ class SampleLayout:
         hidden = np.flatnonzero(~self.seen_by_text(visibility))
         stop[hidden] = (unit_index[hidden] + 1) * self.unit_length
         positions = np.arange(length) - unit_index * (self.unit_length - stride)
+        if units_stand_alone(visibility) and self.unit.vocos:
+            self._place_vocos(positions, start, stop)
         thread_starts, thread_ends = self.thread_bounds()
         for first, end in zip(thread_starts, thread_ends, strict=True):
             positions[first:end] = text_position + np.arange(end - first)
             stop[first:end] = end
         return View(positions.astype(np.int32), start.astype(np.int32), stop.astype(np.int32))
+
+    def _place_vocos(self, positions: np.ndarray, start: np.ndarray, stop: np.ndarray) -> None:
+        """Writes what `UnitShape.places` and `UnitShape.sees` change into a view's arrays.
+
+        Two vectors describe bands if the first VoCo token sees the last one: `start` hides the bands before, and a band
+        stops after its VoCo token. For three vision tokens and three VoCo tokens:
+
+            query \\ key  B V V V n C C C
+              first        . . . x x x
+              second       . . x . x x x
+              third        x x . . x x x x
+        """
+        unit, number_N = self.unit, np.arange(self.unit.vocos)
+        first_U1 = self.unit_length * np.arange(self.num_units)[:, None]
+        vision_UP = first_U1 + 1 + np.arange(unit.tokens)
+        voco_UN = first_U1 + self.unit_length - unit.vocos + number_N
+        if unit.places == "spread":
+            positions[voco_UN] = positions[first_U1] + 1 + (2 * number_N + 1) * unit.tokens // (2 * unit.vocos)
+        if unit.sees == "band":
+            band_P = np.arange(unit.tokens) * unit.vocos // unit.tokens
+            stop[vision_UP] = voco_UN[:, ::-1][:, band_P] + 1
+            start[voco_UN[:, :-1]] = vision_UP[:, np.searchsorted(band_P, number_N[:0:-1])]
 
     def view_after_prefix(self, visibility: Visibility, prefix_length: int) -> View:
         """Returns positions and visibility of the text alone, after a prefix of cached tokens that replaces the units.

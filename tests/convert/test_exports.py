@@ -62,7 +62,7 @@ def test_transformers_loads_the_huggingface_export(tmp_path):
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.dtype == torch.float32
     assert loaded.config.voco == {"num_vocos": 2, "token_id": W, "positions": "compact", "init": "learned",
-                                  "rows": "shared"}
+                                  "rows": "shared", "places": "end", "sees": "unit", "reads": "input"}
     processor = LlavaProcessor.from_pretrained(tmp_path / "exported")
     assert processor.tokenizer.convert_tokens_to_ids(["<voco>", "<image>"]) == [W, W + 1]
     assert processor.patch_size == 7

@@ -65,7 +65,7 @@ def test_huggingface(tmp_path, trained):
     assert_same(tensors_of(back), expected)
     config = json.loads((back / "config.json").read_text())
     assert config["voco"] == {"num_vocos": 1, "token_id": W + 2, "positions": "compact", "init": "learned",
-                              "rows": "shared"}
+                              "rows": "shared", "places": "end", "sees": "unit", "reads": "input"}
     assert config["image_token_index"] == W and config["text_config"]["vocab_size"] == 64
 
 

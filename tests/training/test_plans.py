@@ -34,13 +34,14 @@ from vocojax.training.step import TrainState, make_objective
 ROOT = Path(__file__).parent.parent.parent
 UNITS, LENGTH = 4, 14  # of a row of text
 SIDE, TOKENS = 40, 25  # of an image, in pixels and vision tokens; nothing else has 25 of anything
+RECIPES = {"rows": "own", "places": "spread", "sees": "band"}  # of units with several VoCo tokens
 DRAWN = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 2)), min_size=1, max_size=6)
 
 
 def plans_of(stage, vocos, chunk):
     """The stage in its two plans; a row of whole samples has room for all that a row of text has."""
     model = dataclasses.replace(
-        stage.model, voco=dataclasses.replace(stage.model.voco, num_vocos=vocos, rows="own" if vocos > 1 else "shared"),
+        stage.model, voco=dataclasses.replace(stage.model.voco, num_vocos=vocos, **(RECIPES if vocos > 1 else {})),
         vision=dataclasses.replace(stage.model.vision, image_size=SIDE, patch_size=8),
     )
     unit = 1 + model.unit_tokens + 1 + vocos

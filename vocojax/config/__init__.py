@@ -1,6 +1,7 @@
 """Model configurations, the named presets, and the strict reader that builds them from a mapping."""
 
 from vocojax.config.model import (
+    PAPER_VOCO,
     CompressorConfig,
     DecoderConfig,
     LoraConfig,
@@ -11,7 +12,10 @@ from vocojax.config.model import (
     VisionConfig,
     VocoConfig,
     VocoInit,
+    VocoPlaces,
+    VocoReads,
     VocoRows,
+    VocoSees,
 )
 from vocojax.config.presets import PRESETS, preset
 from vocojax.config.reader import (
@@ -26,7 +30,8 @@ from vocojax.config.reader import (
 )
 
 __all__ = [
-    "PRESETS", "SEEDS", "CompressorConfig", "ConfigError", "DecoderConfig", "LoraConfig", "ModelConfig", "Positions",
-    "ProjectorConfig", "RopeScalingConfig", "VisionConfig", "VocoConfig", "VocoInit", "VocoRows", "build",
-    "config_to_dict", "differing_keys", "preset", "require", "require_positive", "require_seed",
+    "PAPER_VOCO", "PRESETS", "SEEDS", "CompressorConfig", "ConfigError", "DecoderConfig", "LoraConfig", "ModelConfig",
+    "Positions", "ProjectorConfig", "RopeScalingConfig", "VisionConfig", "VocoConfig", "VocoInit", "VocoPlaces",
+    "VocoReads", "VocoRows", "VocoSees", "build", "config_to_dict", "differing_keys", "preset", "require",
+    "require_positive", "require_seed",
 ]

@@ -147,6 +147,9 @@ class DecoderConfig:
 Positions = Literal["compact", "sequential"]
 VocoInit = Literal["learned", "pool"]
 VocoRows = Literal["shared", "own"]
+VocoPlaces = Literal["end", "spread"]
+VocoSees = Literal["unit", "band"]
+VocoReads = Literal["input", "output"]
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,14 @@ class VocoConfig:
         the one row of `<voco>`. `own`: VoCo token n adds row n of the parameter `decoder/voco_offsets` [N, E], which
         trains with the embedding. A stage that starts from a model without it lists it in `init_new`. Runs and caches
         keep the choice. Exports to published layouts refuse `own`.
+      places: rotary positions of a unit's VoCo tokens. `end`: after its other tokens, as in the paper. `spread`: those
+        of the vision tokens in the middle of N equal parts. Where a unit's text begins does not change.
+      sees: which vision tokens a VoCo token sees. `unit`: all of its unit, as in the paper. `band`: one of N equal
+        parts, in the order of the patches a band of the image; the first VoCo token sees the last band. It also sees
+        the newline and the VoCo tokens before it.
+      reads: what the text in layer i reads of a VoCo token. `input`: keys and values of its state before the layer, as
+        in the paper. `output`: of its state after the layer, so that the text reads what this layer has gathered. Such
+        a model is trained with the plan `two_stage`, and read from caches alone.
     """
 
     num_vocos: int = 1
@@ -174,16 +185,28 @@ class VocoConfig:
     positions: Positions = "compact"
     init: VocoInit = "learned"
     rows: VocoRows = "shared"
+    places: VocoPlaces = "end"
+    sees: VocoSees = "unit"
+    reads: VocoReads = "input"
 
     def __post_init__(self) -> None:
         require_positive(self, "num_vocos")
         require(self.token_id >= 0, "token_id", "must be >= 0", self.token_id)
 
     @property
+    def is_nested(self) -> bool:
+        """Whether a unit's first VoCo tokens are the same however many there are."""
+        return (self.init, self.places, self.sees) == ("learned", "end", "unit")
+
+    @property
     def windows(self) -> tuple[int, int]:
         """Rows and columns of the windows that `init="pool"` gives the VoCo tokens."""
         rows = max(side for side in range(1, math.isqrt(self.num_vocos) + 1) if self.num_vocos % side == 0)
         return rows, self.num_vocos // rows
+
+
+# What the paper's VoCo tokens are. Entries with these values are in no fingerprint; the others are our recipes.
+PAPER_VOCO = {"init": "learned", "rows": "shared", "places": "end", "sees": "unit", "reads": "input"}
 
 
 @dataclass(frozen=True)
@@ -316,6 +339,9 @@ class ModelConfig:
             require(columns <= vision.grid, "voco.num_vocos", f"has {rows} x {columns} windows for voco.init 'pool', "
                     f"more than the tower's {vision.grid} patches on a side; take another number",
                     self.voco.num_vocos)
+        if self.voco.sees == "band" and kind == "none":
+            require(self.voco.num_vocos <= vision.num_patches, "voco.num_vocos",
+                    f"must be <= {vision.num_patches}, the vision tokens, for voco.sees 'band'", self.voco.num_vocos)
         if kind in ("downsample", "random"):
             require(tokens <= vision.num_patches, "compressor.num_tokens",
                     f"must be <= {vision.num_patches}, the tower's patches, for {kind}", tokens)

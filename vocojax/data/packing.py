@@ -10,7 +10,7 @@ A row is a dict of numpy arrays (S = row length, U = images per row, T = target 
     target_index, target_ids      int32 [T]   the position whose hidden state predicts a target, and the target's id,
                                               which is `IGNORE` in unused slots
     num_tokens                    int32 []    tokens that are not padding
-    teacher_positions, teacher_start, teacher_stop      the same for the teacher's view, if there is a teacher
+    teacher_positions, teacher_start, teacher_stop      the same for the view of a teacher or an open mask
 """
 
 from collections.abc import Sequence

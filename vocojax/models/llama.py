@@ -142,6 +142,11 @@ class DecoderBlock(nnx.Module):
         k_BSGD = rotate(split(self.key(normed)), rotation, implementation=implementation)
         return q_BSHD, k_BSGD, split(self.value(normed))
 
+    def keys_and_values(self, x_BSE: jax.Array, rotation: Rotation) -> KeyValues:
+        """Returns rotated keys, and values, that the layer makes of some states: [B, S, G, D]."""
+        _, k_BSGD, v_BSGD = self._project(x_BSE, rotation, "xla")
+        return KeyValues(k_BSGD, v_BSGD)
+
     def _finish(self, x_BSE: jax.Array, attended_BSHD: jax.Array) -> jax.Array:
         """Adds the attention's output and the MLP to the residual stream."""
         x_BSE = x_BSE + self.out(attended_BSHD.reshape(*x_BSE.shape[:2], -1))
@@ -186,6 +191,7 @@ class Decoder(nnx.Module):
         *,
         prefix: KeyValues | None = None,
         keep: int = 0,
+        keep_outputs: bool = False,
         attention: str | None = None,
         remat: str = "none",
     ) -> tuple[jax.Array, KeyValues]:
@@ -197,6 +203,7 @@ class Decoder(nnx.Module):
           mask: over [B, S] queries and [B, P + S] keys.
           prefix: keys and values of P earlier tokens.
           keep: how many of the last tokens' keys and values are returned.
+          keep_outputs: whether these are made of each layer's output, and not of its input; see `VocoConfig.reads`.
           attention: implementation of `interval_attention`; None picks by platform.
           remat: a key of `stack.REMAT_POLICIES`.
 
@@ -208,6 +215,8 @@ class Decoder(nnx.Module):
 
         def run(x: jax.Array, block: DecoderBlock, layer_prefix: KeyValues | None) -> tuple[jax.Array, KeyValues]:
             x, (k_BSGD, v_BSGD) = block(x, rotation, mask, layer_prefix, attention)
+            if keep_outputs:
+                return x, block.keys_and_values(x[:, first:], self.rotation(positions_BS[:, first:]))
             return x, KeyValues(k_BSGD[:, first:], v_BSGD[:, first:])
 
         return scan(run, x_BSE, self.blocks, prefix, remat=remat)

@@ -33,7 +33,8 @@ def compress(
     Returns:
       Keys and values [L, U, keep, G, D], keys rotated to the positions they have where the unit stands alone.
     """
-    return model(rows, keep=keep, attention=attention, remat=remat)[1]
+    keep_outputs = model.config.voco.reads == "output"
+    return model(rows, keep=keep, keep_outputs=keep_outputs, attention=attention, remat=remat)[1]
 
 
 class Units(NamedTuple):

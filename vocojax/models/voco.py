@@ -143,6 +143,7 @@ class VocoLlama(nnx.Module):
         *,
         prefix: KeyValues | None = None,
         keep: int = 0,
+        keep_outputs: bool = False,
         step: jax.Array | int = 0,
         attention: str | None = None,
         remat: str = "none",
@@ -151,10 +152,17 @@ class VocoLlama(nnx.Module):
 
         Args:
           step: the training step, by which a compressor's random choices differ; 0 for those of evaluation.
+
+        Raises:
+          InputError: a model whose text reads outputs (`VocoConfig.reads`) is given text and images together.
         """
+        reads_outputs = self.config.voco.reads == "output" and self.config.unit_vocos > 0
+        if reads_outputs and rows.images_BUHWC.shape[1] and not keep_outputs:
+            raise InputError("a model with voco.reads 'output' reads images from caches alone: train it with plan "
+                             "'two_stage', and ask it from caches, not in a single pass")
         return self.decoder(
-            self.embed(rows, step), rows.positions_BS, rows.mask, prefix=prefix, keep=keep, attention=attention,
-            remat=remat,
+            self.embed(rows, step), rows.positions_BS, rows.mask, prefix=prefix, keep=keep, keep_outputs=keep_outputs,
+            attention=attention, remat=remat,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from vocojax.config import PAPER_VOCO
 from vocojax.convert import huggingface, llava, tables
 from vocojax.convert.mapping import Slot, Table
 from vocojax.convert.peft import CONFIG as ADAPTER_CONFIG
@@ -87,8 +88,8 @@ def _write_published(
 ) -> None:
     card, config, tokenizer = source.card, source.config, source.card.tokenizer
     check_tensors(parameter_shapes(config, source.decoder_only), source.weights.shapes, source.weights.where)
-    for key, found, paper in (("init", config.voco.init, "learned"), ("rows", config.voco.rows, "shared")):
-        if found != paper:
+    for key, paper in PAPER_VOCO.items():
+        if (found := getattr(config.voco, key)) != paper:
             raise ConvertError(f"{source.weights.where}: the layout {layout!r} has no voco.{key} {found!r}; use "
                                f"'orbax', or train with voco.{key} {paper!r}")
     rows = config.decoder.num_tokens

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vocojax.config import ConfigError, LoraConfig, ModelConfig, build, require, require_positive, require_seed
+from vocojax.config import (
+    PAPER_VOCO,
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    build,
+    require,
+    require_positive,
+    require_seed,
+)
 from vocojax.data.config import DataConfig, Plan, SourceName, Split
 from vocojax.kernels.interval_attention.api import IMPLEMENTATIONS
 from vocojax.layout import Visibility
@@ -213,6 +222,9 @@ class StageConfig:
       visibility: who sees whom in training: `voco`, or `causal` for the bounds and the baselines. The run keeps it: a
         model that was trained with `causal` is read so, unless `vocojax.load(RUN, visibility="voco")` asks for the
         other.
+      closing: share of the steps in which the VoCo mask closes. At first the text of all rows sees whole images, as
+        with `causal`; at every step fewer rows of a batch do; after this share of the steps, none. 0: it is closed from
+        the start.
       plan: how a step computes the loss. `single_pass`: rows hold whole samples. `two_stage`: units run alone, and rows
         of text read their VoCo tokens' keys and values, so memory hardly grows with the number of frames. Both give the
         same loss and gradients; in two stages `data.row_length` counts text only.
@@ -247,6 +259,7 @@ class StageConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     run: RunConfig = field(default_factory=RunConfig)
     visibility: Visibility = "voco"
+    closing: float = 0.0
     plan: Plan = "single_pass"
     unit_chunk: int = 8
     batch_size: int = 128
@@ -300,6 +313,13 @@ class StageConfig:
             require(self.visibility == "causal", "visibility",
                     f"must be 'causal' for the baseline {self.model.compressor.kind!r}, which has no VoCo tokens",
                     self.visibility)
+        require(0 <= self.closing <= 1, "closing", "must be in [0, 1]", self.closing)
+        if self.closing:
+            require((self.visibility, self.plan) == ("voco", "single_pass"), "closing", "must be 0 but for visibility "
+                    "'voco' and plan 'single_pass': only there text can see whole images first", self.closing)
+        if self.model.voco.reads == "output" and self.visibility == "voco":
+            require(self.plan == "two_stage", "plan", "must be 'two_stage' for model.voco.reads 'output', which a "
+                    "single pass can't compute", self.plan)
         if self.plan == "two_stage":
             require(self.visibility == "voco", "visibility", "must be 'voco' for plan 'two_stage', whose units run "
                     "alone", self.visibility)
@@ -309,8 +329,8 @@ class StageConfig:
     @property
     def teacher_model(self) -> ModelConfig:
         """The model of `distill.teacher`: the stage's, with the VoCo tokens' embeddings as in the paper."""
-        as_in_paper = dataclasses.replace(self.model.voco, init="learned", rows="shared")
-        return dataclasses.replace(self.model, voco=as_in_paper)
+        as_in_paper: Any = PAPER_VOCO
+        return dataclasses.replace(self.model, voco=dataclasses.replace(self.model.voco, **as_in_paper))
 
 
 def require_regex(key: str, pattern: str) -> None:

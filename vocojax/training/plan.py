@@ -38,16 +38,33 @@ def hidden_states(
       view: prefix of another visibility's arrays in rows of whole samples.
       axes: the mesh axes that share the units in a `jax.shard_map`.
       step: the training step; see `VocoLlama.__call__`.
-      dropout: the step's key for LoRA's dropout, with the rows' numbers in the batch as `row`; None for none.
+      dropout: the step's key for LoRA's dropout; None for none. With it, or `config.closing`, the batch has the rows'
+        numbers as `row`.
     """
     options: Any = {"attention": config.attention, "remat": config.remat}
     reader = model if dropout is None else with_dropout(model, row_keys(dropout, batch["row"]))
     if config.plan == "single_pass":
-        return reader(rows_from_batch(batch, view), step=step, **options)[0]
+        rows = rows_from_batch(batch, view)
+        if config.closing and not view:
+            rows = _partly_open(rows, rows_from_batch(batch, "teacher_"), batch["row"], config, step)
+        return reader(rows, step=step, **options)[0]
     prefix = two_stage.compress_in_chunks(
         model, _units(batch, config.unit_chunk), batch["text"], config.data.images_per_row, axes=axes, dropout=dropout,
         **options)
     return two_stage.read(reader, _texts(batch), prefix, **options)[0]
+
+
+def _partly_open(
+    closed: Rows, opened: Rows, row_B: jax.Array, config: StageConfig, step: jax.Array | int
+) -> Rows:
+    """Returns the rows of a step in which the mask closes: the first ones of the whole batch are still open."""
+    open_rows = config.batch_size * (1 - step / (config.closing * config.steps))
+    is_open_B1 = (row_B < open_rows)[:, None]
+    positions_BS, start_BS, stop_BK = (
+        jnp.where(is_open_B1, open_view, closed_view) for open_view, closed_view in
+        ((opened.positions_BS, closed.positions_BS), (opened.start_BS, closed.start_BS),
+         (opened.stop_BK, closed.stop_BK)))
+    return closed._replace(positions_BS=positions_BS, start_BS=start_BS, stop_BK=stop_BK)
 
 
 def _units(batch: Batch, chunk: int) -> Units:
@@ -78,8 +95,8 @@ def empty_row(config: StageConfig) -> Row:
 
 
 def views(config: StageConfig) -> list[Visibility]:
-    """Returns the visibilities that a stage's batches carry: its own, and its teacher's if it has one."""
-    return [config.visibility, "causal"] if config.distill.teacher else [config.visibility]
+    """Returns the visibilities that a stage's batches carry: its own, and that of a teacher or an open mask."""
+    return [config.visibility, "causal"] if config.distill.teacher or config.closing else [config.visibility]
 
 
 def place(

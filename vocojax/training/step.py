@@ -102,10 +102,11 @@ def make_step(
     objective = make_objective(model, teacher, config, axes)
     rate = make_schedule(config.optimizer, config.steps)
     gradient = over_devices(functools.partial(_accumulate, jax.grad(objective, has_aux=True), config.accumulate))
+    is_numbered = config.lora.dropout > 0 or config.closing > 0
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         count = jnp.maximum((batch["target_ids"] != IGNORE).sum(), 1).astype(jnp.float32)
-        grads, totals = gradient(state.trained, state, numbered(batch) if config.lora.dropout else batch)
+        grads, totals = gradient(state.trained, state, numbered(batch) if is_numbered else batch)
         with jax.named_scope("optimizer"):  # the totals are sums over targets, the gradient is that of their mean
             grads = jax.tree.map(lambda g: g / count, grads)
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
@@ -129,7 +130,7 @@ def make_step(
 
 
 def numbered(batch: Batch) -> Batch:
-    """Returns a batch with the number of each row among all of its rows, by which their dropout masks differ."""
+    """Returns a batch with the number of each row among all of its rows, by which dropout and `closing` choose."""
     return {**batch, "row": jnp.arange(len(batch["ids"]), dtype=jnp.int32)}
 
 
@@ -142,9 +143,9 @@ def make_evaluation(
 ) -> Evaluate:
     """Returns the function (state, batch) -> sums over the batch's targets; arguments as of `make_step`.
 
-    It measures the averages of the parameters, if there are any. LoRA's dropout is for training alone.
+    It measures the averages of the parameters, if there are any. LoRA's dropout and `closing` are for training alone.
     """
-    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, dropout=0.0))
+    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, dropout=0.0), closing=0.0)
     objective = make_objective(model, teacher, config, axes)
 
     def no_gradient(trained: Parameters, state: TrainState, batch: Batch) -> tuple[Parameters, TargetSums]:

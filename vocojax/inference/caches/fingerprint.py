@@ -12,15 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vocojax.config import Positions, VocoInit, VocoRows
+from vocojax.config import PAPER_VOCO, Positions
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.layout import Role, lay_out_unit, unit_shape
 from vocojax.models.parameters import parameters_of
 from vocojax.models.voco import VocoLlama
 
 COMPACT: Positions = "compact"
-LEARNED: VocoInit = "learned"
-SHARED: VocoRows = "shared"
 _WORDS = 4  # 32-bit words of a parameter's checksum
 
 
@@ -29,13 +27,12 @@ class Fingerprint:
     """Identity of a model: two models with the same fingerprint can read each other's caches.
 
     The number of VoCo tokens is left out: a unit's first n VoCo tokens are the same whatever follows them, so it is a
-    property of the cache. With `voco.init="pool"` they are not: the number decides their windows, and it is in.
+    property of the cache. With some recipes they are not (`VocoConfig.is_nested`), and the number is in.
 
     Attributes:
       config: the model's config, the dtype it computes in, and the ids that its tokenizer puts around an image's vision
-        tokens, as canonical JSON. Left out are `voco.num_vocos` (unless `voco.init` is `pool`), and what has the value
-        that models before the entry had: `voco.init` if it is `learned`, `voco.rows` if they are shared,
-        `voco.positions` if they are compact.
+        tokens, as canonical JSON. Left out are `voco.num_vocos` where it may be, and what has the value that models
+        before the entry had: the paper's VoCo tokens, and `voco.positions` if they are compact.
       parameters: digest of names, dtypes, shapes and values of all parameters.
     """
 
@@ -49,7 +46,7 @@ class Fingerprint:
 
     def differences(self, other: "Fingerprint") -> str:
         """Returns how `other` differs from this one, for errors: `decoder.depth is 2 there, 3 here`."""
-        default = {"voco.positions": COMPACT, "voco.init": LEARNED, "voco.rows": SHARED}
+        default = {"voco.positions": COMPACT, **{f"voco.{entry}": value for entry, value in PAPER_VOCO.items()}}
         here, there = ({**default, **_flat(json.loads(f.config))} for f in (self, other))
         odd = [f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
                for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
@@ -70,9 +67,10 @@ def fingerprint(model: VocoLlama, tokenizer: Tokenizer) -> Fingerprint:
     """
     unit = lay_out_unit("unit", tokenizer, unit_shape(model.config))
     config = dataclasses.asdict(model.config)
-    if config["voco"]["init"] == LEARNED:
-        del config["voco"]["num_vocos"], config["voco"]["init"]
-    for entry, value in (("positions", COMPACT), ("rows", SHARED)):  # fingerprints of models without the entry mean it
+    if model.config.voco.is_nested:
+        del config["voco"]["num_vocos"]
+    # Fingerprints of models without these entries mean these values.
+    for entry, value in {"positions": COMPACT, **PAPER_VOCO}.items():
         if config["voco"][entry] == value:
             del config["voco"][entry]
     if not model.config.compressor.reads_text:  # and without these two

@@ -68,7 +68,8 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], model: Mapping[str,
         dtypes[path] = str(tensor.dtype).removeprefix("torch.")
     text = "".join(f"{path} {dtypes[path]} {shapes[path]} {(sums[path] % 2**32).tolist()}\n" for path in sorted(sums))
     # These are left out, as vocojax leaves them out: an exported model has no compressor that reads text.
-    default = {"num_vocos": model["voco"]["num_vocos"], "positions": "compact", "init": "learned", "rows": "shared"}
+    default = {"num_vocos": model["voco"]["num_vocos"], "positions": "compact", "init": "learned", "rows": "shared",
+               "places": "end", "sees": "unit", "reads": "input"}
     of_text = ("num_queries", "question_tokens")
     config = {**model, "voco": {key: value for key, value in model["voco"].items() if value != default.get(key)},
               "compressor": {key: value for key, value in model["compressor"].items() if key not in of_text},
