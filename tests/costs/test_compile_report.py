@@ -17,6 +17,7 @@ from vocojax.costs.steps.tables import comparison, table
 from vocojax.costs.topologies import Topology
 from vocojax.data.config import DataConfig
 from vocojax.devices import known_tpu
+from vocojax.errors import MissingPackage
 from vocojax.parallel.mesh import MeshConfig
 from vocojax.training.config import StageConfig
 from vocojax.training.flops import visible_pairs
@@ -265,6 +266,17 @@ def tiny_stage(tiny_config) -> StageConfig:
     )
 
 
+@pytest.mark.parametrize(("topology", "message"), [
+    ("v5e:2x2", r"^compiling for v5e:2x2 needs the package libtpu, and no device: pip install -e '\.\[tpu\]'$"),
+    ("h100:8", r"^compiling for h100:8 needs the package jax-cuda13-plugin, .*: pip install -e '\.\[cuda\]'$"),
+])
+def test_a_missing_compiler_is_named_with_its_extra(topology, message, tiny_stage, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match=message):
+        compile_step(tiny_stage, Topology(topology))
+
+
+@needs_libtpu
 @pytest.mark.parametrize(("child", "error", "message"), [
     ("kill -KILL $$", Unfinished, r"^the compiler was killed by signal 9 \(out of memory\?\): run again"),
     ("exec sleep 60", Unfinished, "^the compiler took more than 1 s"),

@@ -128,7 +128,7 @@ def test_layouts_are_what_their_titles_say():
 
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'vocojax[tpu]'"
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
 )
 
 

@@ -41,7 +41,7 @@ def test_every_bad_record_is_named_with_its_reason(tiny_config, spoiled, tmp_pat
     assert report.bad_by_reason == {"missing image": 1, "undecodable image": 1, "no target": 1}
     assert json.loads(report.to_json())["bad"] == list(report.bad)
     assert next(csv.DictReader(io.StringIO(report.to_csv()))) == {
-        "record": "3", "reason": "missing image", "problem": report.bad[0]["problem"]}
+        "record": "3", "id": "r3", "reason": "missing image", "problem": report.bad[0]["problem"]}
     assert report.tokens["highest"] == 48 and report.images["lowest"] == 0 and report.images["highest"] == 1
     assert report.rows * report.samples_per_row == pytest.approx(9)
     assert report.rows * report.images_per_row == pytest.approx(8) and 0 < report.fill <= 1

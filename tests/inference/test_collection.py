@@ -247,5 +247,4 @@ def test_the_launch_scripts_on_one_device_on_a_mesh_and_on_two_processes(assista
     (checkpoint / "config.json").write_text(json.dumps(config | {"visibility": "causal"}))
     bound = Assistant.from_pretrained(checkpoint)
     whole = bound.generate_whole([[images[4], images[2]]], [(Turn("user", ask),)], SamplingConfig(max_new_tokens=6))
-    assert finish(start("answer", f"--store={tmp_path}/unused", *flags)).strip() == bound.texts(whole)[0]
-    assert not (tmp_path / "unused").exists()
+    assert finish(start("answer", *flags)).strip() == bound.texts(whole)[0]

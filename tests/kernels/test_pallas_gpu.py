@@ -109,7 +109,7 @@ VARIANTS = {
 
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="jax-cuda13-plugin is not installed: pip install 'vocojax[cuda]'",
+    reason="jax-cuda13-plugin is not installed: pip install -e '.[cuda]'",
 )
 @pytest.mark.parametrize("target", GPUS)
 @pytest.mark.parametrize(

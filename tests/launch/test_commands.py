@@ -45,6 +45,8 @@ def test_help_comes_before_anything_heavy(command, tmp_path):
     done, seconds = timed(*command, "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and "\nFlags:\n" in done.stdout
     assert seconds < CPU_SECONDS
+    takes_a_config = Path(command[-1]).stem in ("train", "check_data", "report", "compile_report", "rehearse")
+    assert not takes_a_config or ("  --config: " in done.stdout and "--[no]print_config: " in done.stdout)
     code = "import sys, runpy; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n" \
            f"except SystemExit: print(sorted(set({HEAVY}) & set(sys.modules)))"
     if len(command) == 2:

@@ -8,7 +8,7 @@ A video is a file, or a directory of images that are its frames, in the order of
 is not in the store is compressed and added. A line of the last form is {"image": PATH or [PATHS], "question": TEXT}, or
 "video" for "image"; with both, the images come first. Further keys are kept, and "seed" is the question's seed. Answers
 come in the order of the questions. The answer to a single question is printed while it is generated. A model that was
-not trained with the VoCo mask (an upper bound, a baseline, plain LLaVA) reads whole images, and the store is not used.
+not trained with the VoCo mask (an upper bound, a baseline, plain LLaVA) reads whole images: --store does nothing there.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("checkpoint", None, "Weights in any layout, or a run of training.", required=True)
-    flags.DEFINE_string("store", None, "Directory of the store, local or gs://.", required=True)
+    flags.DEFINE_string("store", None, "Directory for caches of images, local or gs://, to use them again; "
+                        "default: none is kept.")
     flags.DEFINE_enum("storage", "exact", ["exact", "int8"], "Kind of entry to read and write.")
     flags.DEFINE_multi_string("image", [], "Image of the question; repeat it for several, in their order.")
     flags.DEFINE_multi_string("video", [], "Video of the question, a file or a directory of "
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
                               FLAGS.repetition_penalty, tuple(FLAGS.stop))
     questions = read_questions(FLAGS.questions, FLAGS.seed) if FLAGS.questions else []
     assistant = Assistant.from_pretrained(FLAGS.checkpoint, mesh=parse_mesh(FLAGS.mesh), dtype=FLAGS.dtype)
-    store = Store(FLAGS.store, FLAGS.storage)
+    store = Store(FLAGS.store, FLAGS.storage) if FLAGS.store else None
     if questions:
         for question, answer in answer_all(assistant, store, questions, sampling, FLAGS.batch_size, FLAGS.vocos,
                                            FLAGS.frames, FLAGS.frame_sampling):
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
             raise InputError(only.error)
         print(only.text)
         return
-    caches = [assistant.recall(store, FLAGS.image)] if FLAGS.image else []
+    caches = [assistant.recall(store, FLAGS.image) if store else assistant.compress(FLAGS.image)] if FLAGS.image else []
     cache = VocoCache.concat(caches + [compress_video(assistant, video, store) for video in videos])
     if FLAGS.vocos is not None:
         cache = cache.truncate(FLAGS.vocos)

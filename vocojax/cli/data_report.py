@@ -72,7 +72,7 @@ def torch_rate(folder: Path, images: int) -> Callable[[], float]:
     try:
         import torch
     except ImportError as error:
-        raise MissingPackage("the comparison needs torch: pip install 'vocojax[test]'") from error
+        raise MissingPackage("the comparison needs torch: pip install -e '.[test]'") from error
     from PIL import Image
     from transformers import CLIPImageProcessor
 

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise MissingPackage("Apache Beam is not installed: pip install 'vocojax[beam]', in an environment of its "
+        raise MissingPackage("Apache Beam is not installed: pip install -e '.[beam]', in an environment of its "
                              "own") from error
     from vocojax.config import build
     from vocojax.data.config import PartConfig

@@ -73,8 +73,9 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
 def help_text(command: ModuleType) -> str:
     """Returns a command's docstring and its flags."""
     assert command.__doc__
-    _, _, described = flags.FLAGS.module_help(command).partition(":\n")  # after the module's name
-    return f"{command.__doc__.strip()}\n\nFlags:\n{described}"
+    modules = [command, config_flag] if "config" in flags.FLAGS else [command]
+    described = [flags.FLAGS.module_help(module).partition(":\n")[2] for module in modules]  # after the module's name
+    return "\n\n".join([command.__doc__.strip(), "Flags:\n" + "\n\n".join(described)])
 
 
 def one_line(error: BaseException) -> str:
@@ -125,7 +126,7 @@ def _run_main(command: ModuleType, arguments: list[str]) -> None:
             raise
         sys.exit(f"error: JAX_PLATFORMS is {asked_for!r}, and JAX can't use that here"
                  f"{': ' * bool(str(error))}{one_line(error)}; unset it, or install the platform's plug-in "
-                 "(pip install 'vocojax[cuda]' or 'vocojax[tpu]')")
+                 "(pip install -e '.[cuda]' or -e '.[tpu]')")
 
 
 def _raised_by_backends(error: BaseException) -> bool:

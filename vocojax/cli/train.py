@@ -81,4 +81,4 @@ def _warn_of_cpu() -> None:
     if jax.default_backend() == "cpu" and not os.environ.get("JAX_PLATFORMS"):
         logging.getLogger("vocojax").warning(
             "JAX found no accelerator, so this runs on the CPU. If there is one, install its plug-in (pip install "
-            "'vocojax[tpu]' or 'vocojax[cuda]'); JAX_PLATFORMS=cpu says that the CPU is meant")
+            "-e '.[tpu]' or -e '.[cuda]'); JAX_PLATFORMS=cpu says that the CPU is meant")

@@ -24,7 +24,7 @@ def require_torch() -> None:
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise MissingPackage("the comparison needs torch: pip install 'vocojax[test]'") from error
+        raise MissingPackage("the comparison needs torch: pip install -e '.[test]'") from error
 
 
 def parts(

@@ -34,6 +34,7 @@ class Checked:
 
     Attributes:
       record: its number in the source.
+      id: the record's own name; '' if it can't be read.
       size: the room that it needs in a row; None if it can't be used.
       dropped: tokens that were cut off its end.
       reason: a short key for why it can't be used; '' if it can.
@@ -41,6 +42,7 @@ class Checked:
     """
 
     record: int
+    id: str = ""
     size: Size | None = None
     dropped: int = 0
     reason: str = ""
@@ -54,7 +56,7 @@ class DataReport:
     Attributes:
       records: how many there are.
       usable: how many can be used.
-      bad: record number, reason and problem of every other one.
+      bad: record number, id ('' if it can't be read), reason and problem of every other one.
       bad_by_reason: their number by reason.
       tokens: lowest, median, mean, 95th percentile and highest number of a record's tokens in a row.
       targets: the same of its targets.
@@ -90,7 +92,7 @@ class DataReport:
     def to_csv(self) -> str:
         """Returns the records that can't be used as CSV."""
         file = io.StringIO()
-        writer = csv.DictWriter(file, ["record", "reason", "problem"], lineterminator="\n")
+        writer = csv.DictWriter(file, ["record", "id", "reason", "problem"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.bad)
         return file.getvalue()
@@ -125,7 +127,8 @@ def check(stream: BatchStream, threads: int, decodes: bool = True, limit: int | 
     look = lambda record: check_record(stream.source, record, decodes)
     checked = list(tqdm(_in_order(look, chosen, threads), "records", len(chosen), mininterval=1.0, disable=None))
     good = [(record, one.size) for record, one in zip(chosen, checked, strict=True) if one.size is not None]
-    bad = tuple({"record": one.record, "reason": one.reason, "problem": one.problem} for one in checked if one.reason)
+    bad = tuple({"record": one.record, "id": one.id, "reason": one.reason, "problem": one.problem}
+                for one in checked if one.reason)
     shuffled = grain.MapDataset.range(len(records)).shuffle(stream.seed)
     order = {int(shuffled[place]): place for place in range(len(records))}
     sizes = [size for _, size in sorted(good, key=lambda entry: order[entry[0]])]
@@ -156,8 +159,8 @@ def check_record(source: PreparedSource, record: int, decodes: bool) -> Checked:
         if decodes:
             source.load(prepared)
     except (LayoutError, ImageError) as error:
-        return Checked(record, reason=error.reason, problem=str(error))
-    return Checked(record, prepared.size, prepared.layout.dropped)
+        return Checked(record, source.record_id(record), reason=error.reason, problem=str(error))
+    return Checked(record, prepared.layout.record, prepared.size, prepared.layout.dropped)
 
 
 def pack(sizes: Sequence[Size], shape: RowShape | TextRowShape, window: int) -> Iterator[Size]:

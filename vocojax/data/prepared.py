@@ -68,6 +68,13 @@ class PreparedSource:
     def __len__(self) -> int:
         return len(self._source)
 
+    def record_id(self, record: int) -> str:
+        """Returns the name that a record has in its file; '' if the record can't be read."""
+        try:
+            return self._source[record].id
+        except LayoutError:
+            return ""
+
     def lay_out(self, record: int, position: int = 0) -> Prepared:
         """Reads a record, chooses the frames of its videos and lays its text out.
 

@@ -58,8 +58,9 @@ def _row(index: int, items: Sequence[Item], shape: RowShape | TextRowShape, toke
     mask = _png(mask_picture(row, _roles_of_keys(items, row)))
     return "\n".join([
         f"<h2>Row {index}</h2>",
-        f'<p class="note">{used:,} of {shape.length:,} tokens ({used / shape.length:.1%}), '
-        f"{sum(item.layout.num_units for item in items)} of {shape.images} images, {targets:,} targets</p>",
+        f'<p class="note">{used:,} tokens in a row of {shape.length:,} ({used / shape.length:.1%} full), '
+        f"{sum(item.layout.num_units for item in items)} images (room for {shape.images}), {targets:,} targets "
+        f"(room for {shape.targets:,})</p>",
         *(_sample(item, tokenizer) for item in items),
         f'<h3>The mask</h3><img class="mask" alt="mask of row {index}" src="{mask}">',
     ])

@@ -296,15 +296,15 @@ def _paths(record: Mapping[str, Any], key: str) -> tuple[Any, ...]:
 
 
 def answer_all(
-    assistant: Assistant, store: Store, questions: Sequence[Question], sampling: SamplingConfig, batch_size: int = 32,
-    num_vocos: int | None = None, frames: int = 8, frame_sampling: Sampling = "uniform",
+    assistant: Assistant, store: Store | None, questions: Sequence[Question], sampling: SamplingConfig,
+    batch_size: int = 32, num_vocos: int | None = None, frames: int = 8, frame_sampling: Sampling = "uniform",
 ) -> Iterator[tuple[Question, dict[str, str]]]:
     """Answers a file's questions in order.
 
     Args:
       assistant: answers.
-      store: of the images' caches; an image that is not in it is compressed and put in. Unused by a model that reads
-        whole images (an upper bound, a baseline).
+      store: of the images' caches; an image that is not in it is compressed and put in. None keeps none on disk;
+        a model that reads whole images (an upper bound, a baseline) uses none.
       questions: from `read_questions`.
       sampling: of all answers, but for the seeds.
       batch_size: questions that are answered at once.

@@ -59,7 +59,7 @@ def run_path(workdir: str | os.PathLike) -> epath.Path:
                               "gs://BUCKET/PATH, or hf://ORG/NAME to read") from None
     except ImportError as error:
         raise CheckpointError(f"workdir {str(workdir)!r} can't be reached: {error}. Install the package that opens it "
-                              "(for gs://: pip install 'vocojax[gcs]'), or mount the bucket") from error
+                              "(for gs://: pip install -e '.[gcs]'), or mount the bucket") from error
     except OSError as error:
         raise CheckpointError(f"workdir {str(workdir)!r} can't be reached: {error}. Check the network and the "
                               "machine's credentials") from error

@@ -124,7 +124,7 @@ def _open_wandb(project: str, name: str, workdir: str) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ConfigError("run.wandb_project", "needs Weights & Biases: pip install 'vocojax[wandb]'") from None
+        raise ConfigError("run.wandb_project", "needs Weights & Biases: pip install -e '.[wandb]'") from None
     identity = hashlib.sha256(workdir.encode()).hexdigest()[:16]
     return wandb.init(project=project, name=name, id=identity, resume="allow")
 

@@ -8,6 +8,7 @@ are on disk: seconds instead of the minutes that code generation takes. Compiler
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from typing import Any
 
 from vocojax.config import ConfigError, config_to_dict
 from vocojax.costs.topologies import DEVICELESS, Topology
-from vocojax.errors import VocojaxError
+from vocojax.errors import MissingPackage, VocojaxError
 from vocojax.files import write_atomically
 from vocojax.training.config import StageConfig, stage_config
 
@@ -78,9 +79,11 @@ def compile_step(config: StageConfig, topology: Topology, *, fast: bool = False,
 
     Raises:
       ConfigError: the config does not go with the topology.
+      MissingPackage: the compiler is not installed.
       CompilerError: the compiler can't be used.
       Unfinished: the compiler was killed or timed out.
     """
+    _require_compiler(topology)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config_to_dict(config)))
         flags = f"--xla_dump_to={folder}/dump --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_step"
@@ -114,6 +117,14 @@ def compile_step(config: StageConfig, topology: Topology, *, fast: bool = False,
         if not compiled.devices:
             raise CompilerError(f"can't compile for {topology.name}: {errors}")
         return compiled
+
+
+def _require_compiler(topology: Topology) -> None:
+    """Raises `MissingPackage` if there is no compiler for the machine; JAX's own error names no extra."""
+    package, extra = ("jax_cuda13_plugin", "cuda") if topology.is_gpu else ("libtpu", "tpu")
+    if importlib.util.find_spec(package) is None:
+        raise MissingPackage(f"compiling for {topology.name} needs the package {package.replace('_', '-')}, and no "
+                             f"device: pip install -e '.[{extra}]'")
 
 
 def _has_to_be_stopped(child: subprocess.Popen[bytes], folder: Path, fast: bool, limit: float) -> bool:

@@ -54,7 +54,7 @@ class EasyVqaSource:
         try:
             import easy_vqa
         except ImportError as error:
-            raise MissingPackage("the easy-VQA data set is not installed: pip install 'vocojax[quickstart]'") from error
+            raise MissingPackage("the easy-VQA data set is not installed: pip install -e '.[quickstart]'") from error
         if split not in ("train", "validation", "test"):
             raise InputError(f"data.split must be 'train', 'validation' or 'test', got {split!r}")
         texts, answers, images = easy_vqa.get_test_questions() if split == "test" else easy_vqa.get_train_questions()

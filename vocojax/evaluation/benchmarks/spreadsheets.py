@@ -36,4 +36,4 @@ def _openpyxl() -> ModuleType:
     try:
         return importlib.import_module("openpyxl")
     except ImportError as error:
-        raise MissingPackage("Excel files need the package openpyxl: pip install 'vocojax[benchmarks]'") from error
+        raise MissingPackage("Excel files need the package openpyxl: pip install -e '.[benchmarks]'") from error

@@ -27,7 +27,7 @@ def cider(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) 
         tokenizer = importlib.import_module("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer()
         scorer = importlib.import_module("pycocoevalcap.cider.cider").Cider()
     except ImportError as error:
-        raise MissingPackage("CIDEr needs the package pycocoevalcap: pip install 'vocojax[benchmarks]'") from error
+        raise MissingPackage("CIDEr needs the package pycocoevalcap: pip install -e '.[benchmarks]'") from error
     ids = list(references)
     gold = tokenizer.tokenize({key: [{"caption": _line(each)} for each in references[key]] for key in ids})
     said = tokenizer.tokenize({key: [{"caption": _line(captions[key])}] for key in ids})

@@ -33,7 +33,7 @@ class TfdsSource:
         try:
             import tensorflow_datasets as tfds  # takes seconds
         except ImportError as error:
-            raise MissingPackage(f"source 'tfds' needs pip install 'vocojax[tfds]': {error}") from error
+            raise MissingPackage(f"source 'tfds' needs pip install -e '.[tfds]': {error}") from error
         if not (self._directory / "dataset_info.json").exists():
             raise InputError(f"{self._directory} holds no complete data set: launch/prepare_data.py writes one")
         require_small_files(self._directory)
