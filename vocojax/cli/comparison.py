@@ -52,11 +52,12 @@ def make_table(score: Score) -> None:
     from vocojax.evaluation.tables.rows import read_rows
     from vocojax.parallel import cluster, processes
 
-    layout = layout_of(FLAGS.table, registry.expand(FLAGS.benchmarks))
+    given_names = {registry.result_name(name): name for name in registry.expand(FLAGS.benchmarks)}
+    layout = layout_of(FLAGS.table, list(given_names))
     sources = read_rows(FLAGS.row, FLAGS.upper, FLAGS.lower)
     given = _given_figures()
     names = list(dict.fromkeys(column.benchmark for column in layout.columns)) if sources else []
-    benchmarks = [registry.open_benchmark(name, FLAGS.data_root) for name in names]
+    benchmarks = [registry.open_benchmark(given_names.get(name, name), FLAGS.data_root) for name in names]
     cluster.initialize(cluster.find_cluster(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id))
     load, found = _loader(), []
     for source in sources:

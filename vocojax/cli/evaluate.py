@@ -2,10 +2,14 @@
 
     vocojax evaluate --benchmarks=pope,gqa --data_root=data --checkpoint=runs/voco --output=results
     vocojax evaluate --benchmarks=pope --data_root=data --predictions=answers.jsonl
+    vocojax evaluate --benchmarks=questions.json --data_root=images --checkpoint=runs/mine --output=results
     vocojax evaluate --table=table1 --data_root=data --output=results --upper=runs/upper --row='VoCo-1=runs/voco_1' \\
         --row='Avg. Pool + Linear=runs/pool' --row='Q-Former=runs/qformer'
 
-The third command makes a table of the paper, with what each model keeps of the upper bound: OUTPUT/table1.md, .tex,
+The third command asks questions of your own: records {"image": PATH, "question": TEXT, "answer": TEXT or [TEXTS]}, or
+records of LLaVA's form with one question each, in a .json or .jsonl; image paths are below --data_root.
+
+The fourth command makes a table of the paper, with what each model keeps of the upper bound: OUTPUT/table1.md, .tex,
 .json, and .html with the questions on which the models differ most. The lower bound is the upper bound's weights read
 through the VoCo mask. For tables 2, 3, 6 and 8 give the models as rows; for table 4, --row='VoCo-8=RUN,vocos=8/4/2/1'
 reads one model with fewer tokens. A table is made again from the stored answers without a model.
@@ -34,9 +38,11 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_list("benchmarks", [], "Benchmarks or groups of them (table1, rec, reg, video), separated by commas.")
+    flags.DEFINE_list("benchmarks", [], "Benchmarks, groups of them (table1, rec, reg, video) or files of your own "
+                      "questions (.json, .jsonl), separated by commas.")
     flags.DEFINE_bool("list", False, "Name the benchmarks and exit.")
-    flags.DEFINE_string("data_root", "data", "Directory of the official files, a folder per benchmark.")
+    flags.DEFINE_string("data_root", "data", "Directory of the official files, a folder per benchmark; for your own "
+                        "questions, of the images.")
     flags.DEFINE_string("checkpoint", None, "Weights in any layout, or a run of training.")
     flags.DEFINE_string("output", None, "Directory for answers and scores, a folder per benchmark.")
     flags.DEFINE_string("table", None, "Table of the paper to make: table1 to table6 or table8. --benchmarks, if "

@@ -1,4 +1,4 @@
-"""All benchmarks by name."""
+"""All benchmarks by name. Wherever a name is asked for, a file of your own questions may stand."""
 
 import difflib
 from collections import Counter
@@ -19,6 +19,7 @@ from vocojax.evaluation.benchmarks.msvd_qa import MsvdQa
 from vocojax.evaluation.benchmarks.mvbench import MvBench
 from vocojax.evaluation.benchmarks.next_qa import NextQa
 from vocojax.evaluation.benchmarks.ocrbench import OcrBench
+from vocojax.evaluation.benchmarks.own_questions import OwnQuestions
 from vocojax.evaluation.benchmarks.point_qa import PointQa
 from vocojax.evaluation.benchmarks.pope import SPLITS, Pope
 from vocojax.evaluation.benchmarks.rec import Rec
@@ -125,36 +126,47 @@ def described() -> str:
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """Returns benchmarks' names, those of a group in its place.
+    """Returns benchmarks' names, those of a group in its place; files of questions are left as they are.
 
     Raises:
       InputError: a name is unknown.
     """
     found: list[str] = []
     for name in names:
-        if name not in BENCHMARKS and name not in GROUPS:
+        if name not in BENCHMARKS and name not in GROUPS and not is_file(name):
             near = difflib.get_close_matches(name, [*BENCHMARKS, *GROUPS], n=3) or [
                 known for known in BENCHMARKS if known.startswith(name)][:3]
             hint = f", did you mean {' or '.join(near)}?" if near else ""
-            raise InputError(f"benchmark {name!r} is unknown{hint} (--list names all)")
+            raise InputError(f"benchmark {name!r} is unknown{hint} (--list names all; a file of questions "
+                             "ends in .json or .jsonl)")
         found += GROUPS.get(name, (name,))
     return list(dict.fromkeys(found))
+
+
+def is_file(name: str) -> bool:
+    """Returns whether a name is that of a file of questions, see `OwnQuestions`."""
+    return name.endswith((".json", ".jsonl"))
+
+
+def result_name(name: str) -> str:
+    """Returns the name that a benchmark's results have: its own, or its file's without the suffix."""
+    return Path(name).stem if is_file(name) else name
 
 
 def open_benchmark(name: str, root: str | Path) -> Benchmark:
     """Opens a benchmark.
 
     Args:
-      name: of the registry.
-      root: of all data.
+      name: of the registry, or a file of questions (`OwnQuestions`).
+      root: of all data; for a file of questions, the directory of its images.
 
     Raises:
       InputError: the name is unknown, or an annotation file is missing or malformed.
     """
-    if name not in BENCHMARKS:
+    if name not in BENCHMARKS and not is_file(name):
         expand([name])
         raise InputError(f"{name!r} is a group of benchmarks: {', '.join(GROUPS[name])}; open one of them")
-    benchmark = BENCHMARKS[name](Path(root))
+    benchmark = OwnQuestions(Path(name), Path(root)) if is_file(name) else BENCHMARKS[name](Path(root))
     twice = [key for key, times in Counter(item.id for item in benchmark.items).items() if times > 1]
     if twice:
         raise InputError(f"{name}: {len(twice):,} ids of its annotation file in {root} are not unique, the first is "

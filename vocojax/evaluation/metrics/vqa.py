@@ -88,6 +88,11 @@ def textvqa_answer(text: str) -> str:
     return plain_words(without_punctuation(one_line(text), _COMMAS_IN_NUMBER))
 
 
+def vqa_answer(text: str) -> str:
+    """Returns an answer as VQAv2's evaluator compares it, where its annotators disagree."""
+    return plain_words(without_punctuation(one_line(text)))
+
+
 def vizwiz_answer(text: str) -> str:
     """Returns a prediction as VizWiz's evaluator compares it with the annotators' raw answers."""
     return plain_words(without_punctuation(one_line(text)), VIZWIZ_CONTRACTIONS)
@@ -114,9 +119,9 @@ def vqa_accuracy(answer: str, annotators: Sequence[Annotator]) -> float:
     records = _records(annotators)
     answer = one_line(answer)
     if len({record["answer"] for record in records}) > 1:
-        answer = plain_words(without_punctuation(answer))
+        answer = vqa_answer(answer)
         for record in records:
-            record["answer"] = plain_words(without_punctuation(record["answer"]))
+            record["answer"] = vqa_answer(record["answer"])
     return float(sum(marks := _marks(answer, records))) / len(marks)
 
 
