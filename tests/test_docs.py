@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -310,7 +311,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, trained):
     assert code
     for language, run in (("bash", ["bash", "-euc"]), ("python", [sys.executable, "-c"])):
         text = "\n".join(block.code for block in code if block.language == language)
-        done = subprocess.run([*run, text], cwd=tmp_path, capture_output=True, text=True)
+        active = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # as after activating
+        done = subprocess.run([*run, text], cwd=tmp_path, capture_output=True, text=True, env=active)
         assert done.returncode == 0, done.stderr
 
 
