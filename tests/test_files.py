@@ -1,5 +1,6 @@
 """Files and directories are old or new and whole, whatever happens to their writers."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -148,3 +149,10 @@ def test_files_are_added_to_a_directory(tmp_path):
     write_files(tmp_path, write)
     assert (tmp_path / "deep" / "a").read_bytes() == b"\x00\xff" and (tmp_path / "b").read_text() == "new"
     assert (tmp_path / "c").read_text() == "other"
+
+
+@pytest.mark.parametrize("new", [new_file, new_directory])
+def test_an_error_names_the_target_and_not_the_partial_file(new, tmp_path):
+    with pytest.raises(OSError, match="Read-only file system") as error, new(tmp_path / "x") as partial:
+        raise OSError(errno.EROFS, "Read-only file system", str(partial))
+    assert error.value.filename == str(tmp_path / "x")

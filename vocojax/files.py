@@ -190,6 +190,9 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
         yield partial
         _sync(partial)
         os.replace(partial, target)
+    except OSError as error:
+        _name_target(error, partial, target)
+        raise
     finally:
         with contextlib.suppress(OSError):  # gone, or a directory that can't be reached, which has its own error
             partial.unlink()
@@ -240,16 +243,18 @@ def new_directory(target: Path) -> Iterator[Path]:
             raise ConvertError(f"{target}: process {writer.pid} on this machine writes it already; wait until it ends, "
                                "or name a new directory")
     partial = _partial(target)
-    partial.mkdir()
     try:
+        partial.mkdir()
         yield partial
         for path in partial.rglob("*"):
             if not path.is_symlink():
                 _sync(path)
         _sync(partial)
         partial.replace(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            _name_target(error, partial, target)
         raise
 
 
@@ -265,6 +270,12 @@ def write_files(directory: str | os.PathLike, write: Callable[[Path], None]) -> 
         for file in sorted(Path(local).rglob("*")):
             if file.is_file():
                 write_atomically(epath.Path(directory) / file.relative_to(local).as_posix(), file.read_bytes())
+
+
+def _name_target(error: OSError, partial: Path, target: Path) -> None:
+    """Makes an error about a partial file or directory one about its target, which is what a user knows."""
+    if error.filename is not None and os.fspath(error.filename) == str(partial):
+        error.filename = str(target)
 
 
 def _partial(target: Path) -> Path:

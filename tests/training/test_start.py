@@ -1,13 +1,16 @@
 """A look before a start: what a dry run says, and what is found before anything is compiled."""
 
 import dataclasses
+import functools
 import logging
 
 import jax
 import pytest
 
+from tests.helpers import run_processes as runs
 from vocojax.config import ConfigError
 from vocojax.errors import CheckpointError, ConvertError
+from vocojax.parallel.mesh import MeshConfig
 from vocojax.training import stage as stages
 from vocojax.training.config import DistillConfig, ValidationConfig
 from vocojax.training.stage import dry_run, train
@@ -59,7 +62,9 @@ def test_a_start_logs_the_same_and_a_dry_run_of_its_directory_resumes(stage, tmp
     with caplog.at_level(logging.INFO, "vocojax"):
         train(stage, tmp_path)
     assert f"\n{first}" in caplog.messages
-    assert "resumes after step 2, 0 of 2 steps to go" in dry_run(stage, tmp_path)
+    finished = dry_run(stage, tmp_path)
+    assert "resumes after step 2, 0 of 2 steps to go" in finished
+    assert lines(finished)["optimizer"].strip() == "AdamW, learning rate a cosine, 0.005 at step 2"
     with pytest.raises(CheckpointError, match=r"holds a run with another config \(differing: seed\)"):
         dry_run(dataclasses.replace(stage, seed=3), tmp_path)
 
@@ -86,3 +91,17 @@ def test_paths_are_looked_at_before_anything_is_compiled(stage, tmp_path, llava_
     ):
         with pytest.raises(error, match=message):
             start(wrong, tmp_path / "run")
+
+
+def print_dry_run(stage, workdir):
+    print(f"<{dry_run(stage, workdir)}>")
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_two_processes_ends_and_says_it_once(stage, tmp_path):
+    stage = dataclasses.replace(stage, mesh=MeshConfig(data=-1))
+    children = runs.start_work(functools.partial(print_dry_run, stage, str(tmp_path / "run")), tmp_path / "run", 2)
+    assert runs.finish(children, limit=120) == [0, 0], runs.logs(tmp_path / "run")
+    first, second = (path.read_text() for path in sorted(tmp_path.glob("run.*.log")))
+    assert "2 x cpu of 2 processes: slice 1 x data 2 x fsdp 1 x tensor 1" in first and "<>" in second
+    assert "per device" not in second and not (tmp_path / "run").exists()

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     leave_on_sigterm(FLAGS.stopped_status)
     config = config_flag.stage()
     from vocojax.evaluation.training_scores import open_scorer
-    from vocojax.parallel import cluster, processes
+    from vocojax.parallel import cluster
     from vocojax.training import stage
 
     if FLAGS.profile:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
             stage.train(config, FLAGS.workdir, open_scorer=open_scorer, extend=FLAGS.extend)
             return
         banner = stage.dry_run(config, FLAGS.workdir, open_scorer, FLAGS.extend)
-        if processes.is_first():
+        if banner:
             print(banner)
     except Preempted as stopped:
         logging.getLogger("vocojax").warning("%s", stopped)

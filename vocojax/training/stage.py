@@ -149,9 +149,10 @@ def _train(
 def dry_run(
     config: StageConfig, workdir: str | Path, open_scorer: OpenScorer | None = None, extend: bool = False
 ) -> str:
-    """Does what a start does before it compiles anything, and returns what the start would do.
+    """Does what a start does before it compiles anything, and returns what the start would do; '' but on process 0.
 
-    The state is abstract, the data is opened and one batch is made. Nothing is written to `workdir`.
+    All processes of a run call it alike. The state is abstract, the data is opened and one batch is made. Nothing is
+    written to `workdir`.
 
     Args:
       config: of the stage.
@@ -173,7 +174,8 @@ def dry_run(
             if config.validation.every:
                 Validation(config, program, index, count)
             _open_scoring(config, program, stream, open_scorer)
-            return start.banner(config, workdir, program, start.open_first(stream), first_step, count)
+            opened = start.open_first(stream)
+            return start.banner(config, workdir, program, opened, first_step, count) if processes.is_first() else ""
 
 
 def _checked_program(config: StageConfig, mesh: Mesh, is_new: bool) -> Program:

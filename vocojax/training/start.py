@@ -168,7 +168,8 @@ def _memory(config: StageConfig, program: Program) -> str:
     state = program.abstract_state
     held = _bytes(jax.tree.leaves(state))
     gradients, activations = _bytes(state.trained.values()), activation_bytes(config, program)
-    total, limit = held + gradients + activations, memory_of_device(program.mesh.devices.flat[0])
+    own = next(device for device in program.mesh.devices.flat if device.process_index == jax.process_index())
+    total, limit = held + gradients + activations, memory_of_device(own)
     if limit and total > limit:
         LOG.warning("the step may not fit: about %s per device, of %s. More devices along fsdp, a larger accumulate or "
                     "remat=full take less; `vocojax report` counts exactly", _size(total), _size(limit))
@@ -178,8 +179,9 @@ def _memory(config: StageConfig, program: Program) -> str:
 
 
 def _optimizer(config: StageConfig, first_step: int) -> str:
+    next_step = min(first_step + 1, config.steps)
     averages = f"; averages with ema {config.optimizer.ema:g} are measured and read" if config.optimizer.ema else ""
-    return f"AdamW, learning rate {described_schedule(config.optimizer, config.steps, first_step + 1)}{averages}"
+    return f"AdamW, learning rate {described_schedule(config.optimizer, config.steps, next_step)}{averages}"
 
 
 def _size(count: float) -> str:
@@ -210,7 +212,7 @@ def activation_bytes(config: StageConfig, program: Program) -> int:
 
 
 def memory_of_device(device: jax.Device) -> int:
-    """Returns the bytes that a device leaves to programs; 0 if that is not known."""
+    """Returns the bytes that a device of this process leaves to programs; 0 if that is not known."""
     chip = devices.tpu(device.device_kind)
     return chip.memory if chip else (device.memory_stats() or {}).get("bytes_limit", 0)
 

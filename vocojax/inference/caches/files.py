@@ -163,7 +163,10 @@ def write_cache(path: epath.Path, content: bytes) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:
-        remedy = ": free space, or limit the store's size" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        remedy = {
+            errno.ENOSPC: ": free space, or limit the store's size", errno.EDQUOT: ": free space, or limit its size",
+            errno.EROFS: ": name a store that can be written", errno.EACCES: ": name a store that this user may write",
+        }.get(error.errno or 0, "")
         raise CacheError(f"{path}: can't be written: {error.strerror or error}{remedy}") from error
 
 
