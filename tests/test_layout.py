@@ -1,5 +1,6 @@
 """The prompt layout: a literal golden sample of the released code's layout, and who may see whom by brute force."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -114,6 +115,24 @@ def test_sequential_positions_literally():
     assert view.positions.tolist() == [*range(10), 10, 11, 12, 10, 11]
     assert (view.start == compact.view("voco").start).all() and (view.stop == compact.view("voco").stop).all()
     assert sequential.view_after_prefix("voco", 2).positions.tolist() == [10, 11, 12, 10, 11]
+
+
+def test_a_text_that_reads_fewer_vocos_literally():
+    """Two units of three VoCo tokens of which text reads one: its positions are those after a cache of one each."""
+    whole = lay_out_sample("x", 2, [[Span("q")]], Letters(), UnitShape(1, 3), 100)
+    sample = dataclasses.replace(whole, unread=2)
+    #                 BOS V \n C C C         BOS V \n C C C          \n q
+    assert sample.view("voco").positions.tolist() == [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6, 5, 6]
+    assert sample.view("voco").start.tolist() == whole.view("voco").start.tolist()
+    assert sample.view("voco").stop.tolist() == [6, 6, 6, 14, 6, 6, 12, 12, 12, 14, 12, 12, 14, 14]
+    behind = sample.view_after_prefix("voco", 7)
+    assert (behind.positions.tolist(), behind.stop.tolist()) == ([5, 6], [9, 1, 2, 9, 4, 5, 6, 9, 9])
+    for ours, theirs in zip(sample.view("causal"), whole.view("causal"), strict=True):
+        assert np.array_equal(ours, theirs)  # a teacher sees everything, as before
+    cached = lay_out_sample("x", 2, [[Span("q")]], Letters(), UnitShape(1, 1), 100)
+    assert cached.view_after_prefix("voco", 2).positions.tolist() == [5, 6]
+    sequential = dataclasses.replace(sample, unit=UnitShape(1, 3, "sequential"))
+    assert sequential.view("voco").positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 8, 9]
 
 
 def brute_force(sample, visibility):

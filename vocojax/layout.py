@@ -181,6 +181,8 @@ class SampleLayout:
       unit_length: number of tokens of a unit; the first `num_units * unit_length` tokens are units.
       dropped: number of text tokens that were cut off the end.
       question: token ids of the question that the units are compressed for, at most `unit.question`.
+      unread: number of each unit's last VoCo tokens that text does not see; it has the positions that it has after a
+        cache of the others.
     """
 
     record: str
@@ -193,6 +195,7 @@ class SampleLayout:
     unit_length: int
     dropped: int = 0
     question: tuple[int, ...] = ()
+    unread: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -209,7 +212,9 @@ class SampleLayout:
 
     def seen_by_text(self, visibility: Visibility) -> np.ndarray:
         """Returns bool [num_units * unit_length]: the tokens of the units that text sees and a cache must hold."""
-        return (self.roles[: self.text_start] == Role.VOCO) | (visibility == "causal")
+        place = np.arange(self.text_start) % max(self.unit_length, 1)  # VoCo tokens are a unit's last ones
+        is_read = (self.roles[: self.text_start] == Role.VOCO) & (place < self.unit_length - self.unread)
+        return is_read | (visibility == "causal")
 
     def view(self, visibility: Visibility) -> View:
         """Returns positions and visibility of the whole sample.
@@ -225,8 +230,9 @@ class SampleLayout:
         unit_index = np.minimum(np.arange(length) // max(self.unit_length, 1), self.num_units)
         in_unit = np.arange(length) < units_end
         if units_stand_alone(visibility):
-            stride = self.unit.stride(self.unit_length)
-            text_position = self.unit_length + (self.num_units - 1) * stride if self.num_units else 0
+            read_length = self.unit_length - self.unread
+            stride = self.unit._replace(vocos=self.unit.vocos - self.unread).stride(read_length)
+            text_position = read_length + (self.num_units - 1) * stride if self.num_units else 0
             start = np.where(in_unit, unit_index * self.unit_length, 0)
         else:
             stride = self.unit_length
@@ -269,9 +275,9 @@ class SampleLayout:
     def view_after_prefix(self, visibility: Visibility, prefix_length: int) -> View:
         """Returns positions and visibility of the text alone, after a prefix of cached tokens that replaces the units.
 
-        The prefix holds the tokens of the units that text sees, in their order, then padding that no token sees. Each
-        query has the position that it has in the whole sample, and sees the same text. For one unit (N = 2), a prefix
-        of four tokens and two threads:
+        The prefix holds the units' VoCo tokens (with `causal`, all their tokens) in their order, then padding that no
+        token sees. Each query has the position that it has in the whole sample, and sees the same text. For one unit
+        (N = 2), a prefix of four tokens and two threads:
 
             query \\ key  C C . . | t t | u u
               t           x x . .   x . | . .
@@ -280,14 +286,15 @@ class SampleLayout:
               u           x x . .   . . | x x
 
         Args:
-          visibility: see `view`; with `causal`, the cached tokens are whole units.
+          visibility: see `view`.
           prefix_length: number of cached tokens and padding, P.
         """
         whole, text_start = self.view(visibility), self.text_start
-        cached = int(self.seen_by_text(visibility).sum())
+        is_seen = self.seen_by_text(visibility)
+        seen = np.flatnonzero(is_seen[is_seen | (self.roles[:text_start] == Role.VOCO)])
         size = len(self) - text_start
         stop = np.arange(prefix_length + size, dtype=np.int32)
-        stop[:cached] = prefix_length + size
+        stop[seen] = prefix_length + size
         stop[prefix_length:] = whole.stop[text_start:] - text_start + prefix_length
         return View(whole.positions[text_start:], np.zeros(size, np.int32), stop)
 

@@ -1,5 +1,6 @@
 """The batch stream: deterministic, resumable, and honest about what it skips."""
 
+import collections
 import dataclasses
 import json
 import shutil
@@ -11,6 +12,7 @@ from absl import flags
 from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig, PartConfig
 from vocojax.data.loader import BatchStream, SkippedTooMany, StreamStateError, merge_states
+from vocojax.data.prepared import drawn_vocos
 from vocojax.data.sources import LlavaSource
 from vocojax.layout import IGNORE, LayoutError
 
@@ -56,6 +58,38 @@ def test_stream_resumes_with_exactly_the_next_batch(tiny_config, data, taken):
     resumed = BatchStream(tiny_config, data, 2, 7, "voco", "causal")
     resumed.set_state(state)
     assert all(same(batch, next(resumed)) for batch in expected)
+
+
+def test_elastic_samples_read_a_random_number_of_vocos(tiny_config, data):
+    """Only who sees whom and where differs, batches resume, and what is kept in memory is drawn again."""
+    model = dataclasses.replace(tiny_config, voco=dataclasses.replace(tiny_config.voco, num_vocos=3))
+    data = dataclasses.replace(data, row_length=60)
+    elastic = dataclasses.replace(data, fewest_vocos=1)
+    plain, stream = (BatchStream(model, each, 2, 7, "voco", "causal") for each in (data, elastic))
+    kept = BatchStream(model, dataclasses.replace(elastic, keep_in_memory=True), 2, 7, "voco", "causal")
+    resumed, read = BatchStream(model, elastic, 2, 7, "voco", "causal"), set()
+    for number in range(12):
+        if number == 5:
+            resumed.set_state(json.loads(json.dumps(stream.get_state())))
+        batch, whole = next(stream), next(plain)
+        assert same(batch, next(kept)) and (number < 5 or same(batch, next(resumed)))
+        assert {key for key in batch if not np.array_equal(batch[key], whole[key])} <= {"positions", "stop"}
+        is_seen = (batch["ids"] == model.voco.token_id) & (batch["stop"] == whole["stop"])
+        read |= set((is_seen.sum(-1) / np.maximum((whole["vision"] % 4 == 0).sum(-1), 1)).tolist())
+    assert {1.0, 2.0, 3.0} <= read
+    with pytest.raises(ConfigError, match=r"data\.fewest_vocos must be at most 3, the model's VoCo tokens, got 4"):
+        BatchStream(model, dataclasses.replace(data, fewest_vocos=4), 2, 7, "voco")
+    with pytest.raises(ConfigError, match="anneal_samples must be 0 without fewest_vocos, got 10"):
+        dataclasses.replace(data, anneal_samples=10)
+
+
+def test_the_fewest_vocos_go_down_over_the_samples():
+    draw = lambda position, anneal=0, fewest=1: drawn_vocos((1, 2, 4, 8), fewest, position, anneal, 7)
+    counts = collections.Counter(draw(position) for position in range(4000))
+    assert sorted(counts) == [1, 2, 4, 8] and all(900 < count < 1100 for count in counts.values())
+    assert {draw(position, fewest=3) for position in range(50)} == {4, 8}
+    seen = [{draw(position, 1200) for position in range(first, first + 400)} for first in (0, 400, 800, 1200)]
+    assert seen == [{8}, {4, 8}, {2, 4, 8}, {1, 2, 4, 8}]
 
 
 @pytest.mark.parametrize("processes", [2, 4])

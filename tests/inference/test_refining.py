@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vocojax.config import levels_of
 from vocojax.errors import InputError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.calibration import (
@@ -25,7 +26,6 @@ from vocojax.inference.refining import (
     FILE,
     Calibration,
     entropies,
-    levels_of,
     read_calibration,
     refine,
     write_calibration,

@@ -42,6 +42,28 @@ def test_answers_from_the_cache_are_those_of_a_single_pass(assistant, images, ca
     assert (np.asarray(single.ids_BT) == np.asarray(cached.ids_BT)).all()
 
 
+@pytest.mark.parametrize("positions", ["compact", "sequential"])
+def test_text_that_reads_fewer_tokens_is_trained_as_it_is_read(assistant, images, positions):
+    """A batch of texts that see one or both of the two VoCo tokens of each unit: as after a cache of so many."""
+    config = assistant.model.config
+    other = dataclasses.replace(config, voco=dataclasses.replace(config.voco, positions=positions))
+    model = with_parameters(VocoLlama(other, nnx.Rngs(0), jnp.float32), parameters_of(assistant.model))
+    reader = Assistant(model, assistant.tokenizer, assistant.template)
+    cache, about, unread = reader.compress(images), [[0], [3, 1], [1, 2, 4]], [1, 0, 1]
+    samples = [dataclasses.replace(reader.lay_out(ask(question), len(units)), unread=hidden)
+               for question, units, hidden in zip(QUESTIONS[:3], about, unread, strict=True)]
+    *_, single = reader.runner.run_whole(samples, [[images[u] for u in units] for units in about], [GREEDY] * 3)
+    for row, hidden in enumerate(unread):
+        kept = cache.truncate(2 - hidden)
+        behind = reader.generate_behind(kept, [ask(q) for q in QUESTIONS[:3]], about, GREEDY)
+        finite = np.isfinite(single.logits_BV[row])
+        np.testing.assert_allclose(np.asarray(behind.logits_BV)[row, finite], np.asarray(single.logits_BV)[row, finite],
+                                   atol=1e-4)
+        assert np.asarray(single.ids_BT)[row].tolist() == np.asarray(behind.ids_BT)[row].tolist()
+    with pytest.raises(CacheError, match="a cache of 2 VoCo tokens per unit cannot be truncated to 3"):
+        reader.read(cache, [QUESTIONS[0]], [[0]], vocos=3)
+
+
 def test_full_caching_agrees_with_the_causal_single_pass(assistant, images):
     """Keeping the whole unit is the usual caching of an image: the upper bound's second stage."""
     causal = Assistant(assistant.model, assistant.tokenizer, assistant.template, "causal")

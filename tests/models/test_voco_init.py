@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vocojax.config import ConfigError
+from vocojax.config import ConfigError, VocoConfig
 from vocojax.data.conversation import template
 from vocojax.errors import ConvertError
 from vocojax.inference.assistant import Assistant
@@ -18,7 +18,7 @@ from vocojax.inference.prompts import whole_rows
 from vocojax.inference.requests import Request
 from vocojax.layout import Role, Span, lay_out_sample, unit_shape
 from vocojax.models.parameters import parameters_of, with_parameters
-from vocojax.models.voco import VocoLlama, window_means
+from vocojax.models.voco import VocoLlama, grid_windows, voco_windows, window_means
 from vocojax.pretrained.loading import save_model
 from vocojax.runs.card import ModelCard
 from vocojax.testing import tiny_model as make_model
@@ -38,11 +38,26 @@ def pooling(model: VocoLlama, num_vocos: int) -> VocoLlama:
 
 def test_windows():
     tokens_UPE = jnp.arange(36.0)[None, :, None]  # 6 x 6, row after row
-    means = lambda rows, columns: window_means(tokens_UPE, rows, columns)[0, :, 0].tolist()
+    means = lambda *grid: window_means(tokens_UPE, grid_windows(*grid, 6))[0, :, 0].tolist()
     assert means(1, 1) == pytest.approx([17.5])
     assert means(1, 2) == pytest.approx([16.0, 19.0])  # columns 0-2 and 3-5
     assert means(2, 2) == pytest.approx([7.0, 10.0, 25.0, 28.0])
     assert means(1, 4) == pytest.approx([15.5, 17.0, 18.5, 20.0])  # 2, 1, 2 and 1 columns
+
+
+NESTED = ["xxxx xxxx xxxx xxxx", "xx.. xx.. .... ....", "..xx ..xx .... ....", ".... .... xx.. xx..",
+          ".... .... ..xx ..xx", "x... .... .... ....", ".x.. .... .... ....", "..x. .... .... ...."]
+
+
+def test_nested_windows():
+    """The whole image, its quarters, and theirs; a window does not depend on how many there are."""
+    found = voco_windows(VocoConfig(8, init="pool_nested"), 4)
+    shown = lambda window: " ".join("".join(".x"[cell] for cell in row) for row in window.reshape(4, 4).astype(int))
+    assert [shown(window) for window in found] == NESTED
+    for num_vocos, side in ((1, 1), (2, 2), (5, 2), (6, 4), (21, 4), (22, 8)):
+        config = VocoConfig(num_vocos, init="pool_nested")
+        assert config.windows == (side, side)
+        assert num_vocos > 8 or np.array_equal(voco_windows(config, 4), found[:num_vocos])
 
 
 @pytest.mark.parametrize(("num_vocos", "windows"), [(1, (1, 1)), (2, (1, 2)), (4, (2, 2)), (8, (2, 4)), (6, (2, 3))])
@@ -104,11 +119,11 @@ def test_more_windows_than_patches_are_refused(tiny_config):
         with_voco(tiny_config, num_vocos=8, init="pool")
 
 
-@pytest.mark.parametrize("layout", ["huggingface", "llava"])
-def test_published_layouts_refuse_pool(tiny_model, words, tmp_path, layout):
+def test_the_original_layout_refuses_pool(tiny_model, words, tmp_path):
     model = pooling(tiny_model, 1)
-    with pytest.raises(ConvertError, match=f"the layout '{layout}' has no voco.init 'pool'; use 'orbax'"):
-        save_model(model, ModelCard(model.config, words, "short", "pad", "voco"), tmp_path / "export", layout)
+    with pytest.raises(ConvertError, match=r"the layout 'llava' has no voco.init 'pool', which the original code does "
+                                           r"not compute; use 'huggingface' or 'orbax'"):
+        save_model(model, ModelCard(model.config, words, "short", "pad", "voco"), tmp_path / "export", "llava")
     assert not (tmp_path / "export").exists()
 
 

@@ -52,14 +52,17 @@ def plans_of(stage, vocos, chunk):
 
 
 def batches_of(drawn, single, double, words, seed):
-    """The same samples in the same rows for both plans. A sample is (units, words of a thread, threads)."""
+    """The same samples in the same rows for both plans. A sample is (units, words of a thread, threads).
+
+    Their texts read all, or one or two fewer, of the VoCo tokens.
+    """
     random, unit = np.random.default_rng(seed), unit_shape(single.model)
     whole = row_shape(single.data, SIDE, unit.tokens, "voco")
     text = text_row_shape(double.data, SIDE, unit, lay_out_unit("unit", words, unit))
     rows = [[] for _ in range(single.batch_size)]
     for number, (units, length, threads) in enumerate(drawn):
         spans = [[Span("red " * length), Span("yes no", True)]] * (threads if units else 1)
-        layout = lay_out_sample("x", units, spans, words, unit, 1000)
+        layout = dataclasses.replace(lay_out_sample("x", units, spans, words, unit, 1000), unread=number % unit.vocos)
         images = tuple(random.integers(0, 255, (units, SIDE, SIDE, 3), dtype=np.uint8))
         row = rows[number % len(rows)]
         row.append(Item(layout, images))

@@ -16,6 +16,7 @@ from vocojax.config.model import (
     VocoReads,
     VocoRows,
     VocoSees,
+    levels_of,
 )
 from vocojax.config.presets import PRESETS, preset
 from vocojax.config.reader import (
@@ -32,6 +33,6 @@ from vocojax.config.reader import (
 __all__ = [
     "PAPER_VOCO", "PRESETS", "SEEDS", "CompressorConfig", "ConfigError", "DecoderConfig", "LoraConfig", "ModelConfig",
     "Positions", "ProjectorConfig", "RopeScalingConfig", "VisionConfig", "VocoConfig", "VocoInit", "VocoPlaces",
-    "VocoReads", "VocoRows", "VocoSees", "build", "config_to_dict", "differing_keys", "preset", "require",
-    "require_positive", "require_seed",
+    "VocoReads", "VocoRows", "VocoSees", "build", "config_to_dict", "differing_keys", "levels_of", "preset",
+    "require", "require_positive", "require_seed",
 ]

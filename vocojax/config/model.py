@@ -145,11 +145,16 @@ class DecoderConfig:
 
 
 Positions = Literal["compact", "sequential"]
-VocoInit = Literal["learned", "pool"]
+VocoInit = Literal["learned", "pool", "pool_nested"]
 VocoRows = Literal["shared", "own"]
 VocoPlaces = Literal["end", "spread"]
 VocoSees = Literal["unit", "band"]
 VocoReads = Literal["input", "output"]
+
+
+def levels_of(num_vocos: int) -> tuple[int, ...]:
+    """Returns the powers of two below a number of VoCo tokens, and the number itself."""
+    return (*(1 << power for power in range((num_vocos - 1).bit_length())), num_vocos)
 
 
 @dataclass(frozen=True)
@@ -165,11 +170,13 @@ class VocoConfig:
       init: the input embedding of a VoCo token. `learned`: its row of the vocabulary, as in the paper. `pool`: that row
         plus the mean of the projected vision tokens in the VoCo token's window, so that the model begins as pooling.
         The N windows are a grid over the image's patches, as square as N allows; VoCo token n has window n, row after
-        row. Runs and caches keep the choice. Exports to published layouts refuse `pool`.
+        row. `pool_nested`: as `pool` with windows that do not depend on N, for a model that reads any number of its
+        tokens: the whole image, then its four quarters, then the 16 quarters of these, and so on. Runs and caches keep
+        the choice. The original layout has only `learned`.
       rows: how the VoCo tokens of a unit differ before the first layer. `shared`: not at all, as in the paper; all have
         the one row of `<voco>`. `own`: VoCo token n adds row n of the parameter `decoder/voco_offsets` [N, E], which
         trains with the embedding. A stage that starts from a model without it lists it in `init_new`. Runs and caches
-        keep the choice. Exports to published layouts refuse `own`.
+        keep the choice. The released code's layout has only `shared`.
       places: rotary positions of a unit's VoCo tokens. `end`: after its other tokens, as in the paper. `spread`: those
         of the vision tokens in the middle of N equal parts. Where a unit's text begins does not change.
       sees: which vision tokens a VoCo token sees. `unit`: all of its unit, as in the paper. `band`: one of N equal
@@ -199,8 +206,18 @@ class VocoConfig:
         return (self.init, self.places, self.sees) == ("learned", "end", "unit")
 
     @property
+    def levels(self) -> tuple[int, ...]:
+        """Numbers of VoCo tokens that elastic training draws and `vocos="auto"` reads: 1, 2, 4, ... and N."""
+        return levels_of(self.num_vocos)
+
+    @property
     def windows(self) -> tuple[int, int]:
-        """Rows and columns of the windows that `init="pool"` gives the VoCo tokens."""
+        """Rows and columns of the windows that `init="pool"` gives the VoCo tokens; of `pool_nested`, the finest."""
+        if self.init == "pool_nested":
+            side = 1
+            while (4 * side**2 - 1) // 3 < self.num_vocos:  # 1 + 4 + 16 + ... + side^2 windows
+                side *= 2
+            return side, side
         rows = max(side for side in range(1, math.isqrt(self.num_vocos) + 1) if self.num_vocos % side == 0)
         return rows, self.num_vocos // rows
 
@@ -334,10 +351,10 @@ class ModelConfig:
                 f"must be below {self.decoder.num_tokens}, the decoder's vocab_size without padding",
                 self.voco.token_id)
         kind, tokens, vision = self.compressor.kind, self.compressor.num_tokens, self.vision
-        if self.voco.init == "pool" and kind == "none":
+        if self.voco.init != "learned" and kind == "none":
             rows, columns = self.voco.windows
-            require(columns <= vision.grid, "voco.num_vocos", f"has {rows} x {columns} windows for voco.init 'pool', "
-                    f"more than the tower's {vision.grid} patches on a side; take another number",
+            require(columns <= vision.grid, "voco.num_vocos", f"has {rows} x {columns} windows for voco.init "
+                    f"{self.voco.init!r}, more than the tower's {vision.grid} patches on a side; take another number",
                     self.voco.num_vocos)
         if self.voco.sees == "band" and kind == "none":
             require(self.voco.num_vocos <= vision.num_patches, "voco.num_vocos",

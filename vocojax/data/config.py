@@ -71,6 +71,10 @@ class DataConfig:
         For `easy_vqa_clips`, the most frames of a clip.
       frame_sampling: which frames. `uniform`: from the first to the last at equal distances; `segments`: the middles of
         equal segments (Video-ChatGPT); `fps`: one per second, thinned evenly to `frames` (LLaMA-VID).
+      fewest_vocos: each sample's text reads a random number of its units' VoCo tokens, the first ones, and is trained
+        to answer from them alone: one of 1, 2, 4, ... and N from this number on (`VocoConfig.levels`), drawn again in
+        every epoch. Such a model reads any number of them (elastic). None: text reads all N.
+      anneal_samples: samples over which the fewest goes down from N to `fewest_vocos`; 0: none.
       frame_jitter: draw each frame among those nearest to the chosen one, again in every epoch. For training only.
       video_seconds: a video that takes longer to read is skipped. This is the last resort against a disk that hangs,
         and the only way in which a machine's load can change the stream; a video of too many pixels is refused before.
@@ -97,6 +101,8 @@ class DataConfig:
     fit: Fit = "pad"
     frames: int = 8
     frame_sampling: Sampling = "uniform"
+    fewest_vocos: int | None = None
+    anneal_samples: int = 0
     frame_jitter: bool = False
     video_seconds: float = 120.0
     num_threads: int = 16
@@ -111,6 +117,11 @@ class DataConfig:
         require(self.num_workers >= 0, "num_workers", "must be >= 0", self.num_workers)
         require(self.threads_per_sample is None or self.threads_per_sample >= 1, "threads_per_sample", "must be >= 1",
                 self.threads_per_sample)
+        require(self.fewest_vocos is None or self.fewest_vocos >= 1, "fewest_vocos", "must be >= 1, or none",
+                self.fewest_vocos)
+        require(self.anneal_samples >= 0, "anneal_samples", "must be >= 0", self.anneal_samples)
+        require(not self.anneal_samples or self.fewest_vocos is not None, "anneal_samples",
+                "must be 0 without fewest_vocos", self.anneal_samples)
         require(self.video_seconds > 0, "video_seconds", "must be > 0", self.video_seconds)
         require(not (self.frame_jitter and self.keep_in_memory), "frame_jitter", "must be off with keep_in_memory, "
                 "which keeps the frames of the first epoch", self.frame_jitter)

@@ -1,12 +1,13 @@
 """From a source's records to items for packing. Records are laid out first; images are read when a row is planned."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from vocojax.config import ModelConfig
+from vocojax.config import ConfigError, ModelConfig
 from vocojax.data.config import DataConfig
 from vocojax.data.conversation import Template, template
 from vocojax.data.images import ImageError, count_units, decode, pixel_size, prepare_frame, prepare_units, read
@@ -16,6 +17,8 @@ from vocojax.data.text_rows import TextRowShape
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.data.videos import FramePlan, plan_frames, read_plan
 from vocojax.layout import LayoutError, SampleLayout, lay_out_sample, require_targets, unit_shape
+
+VOCOS = 1  # stream of the random numbers for `drawn_vocos`: others than those for frames
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,13 @@ class PreparedSource:
       data: data config of the stage.
       tokenizer: the model's tokenizer.
       shape: of a row.
-      seed: of the draws of `data.frame_jitter`.
+      seed: of the draws of `data.frame_jitter` and `data.fewest_vocos`.
 
     Attributes:
       reads_videos: whether a record with videos was laid out. That reads their files, which takes time.
+
+    Raises:
+      ConfigError: `data.fewest_vocos` is more than the model has.
     """
 
     def __init__(self, source: Source, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer,
@@ -61,8 +67,12 @@ class PreparedSource:
         self._image_size = model.vision.image_size
         self._unit = unit_shape(model)
         self._template: Template = template(data.template)
+        if data.fewest_vocos is not None and data.fewest_vocos > model.unit_vocos:
+            raise ConfigError("data.fewest_vocos", f"must be at most {model.unit_vocos}, the model's VoCo tokens, got "
+                              f"{data.fewest_vocos}")
+        self._levels = model.voco.levels
         self._laid_out: dict[int, Prepared] = {}
-        self._loaded: dict[int, Item] = {}
+        self._loaded: dict[int, tuple[np.ndarray, ...]] = {}
         self.reads_videos = False
 
     def __len__(self) -> int:
@@ -80,12 +90,21 @@ class PreparedSource:
 
         Args:
           record: its number in the source.
-          position: where the record stands in the shuffled order: other frames are drawn in every epoch.
+          position: where the record stands in the shuffled order: other frames, and another number of VoCo tokens that
+            are read, are drawn in every epoch.
 
         Raises:
           LayoutError: the record can't be used.
           ImageError: the units of its images or videos can't be counted.
         """
+        prepared = self._lay_out(record, position)
+        if self._data.fewest_vocos is None:
+            return prepared
+        read = drawn_vocos(self._levels, self._data.fewest_vocos, position, self._data.anneal_samples, self._seed)
+        unread = prepared.layout.unit.vocos - read
+        return dataclasses.replace(prepared, layout=dataclasses.replace(prepared.layout, unread=unread))
+
+    def _lay_out(self, record: int, position: int) -> Prepared:
         if record in self._laid_out:
             return self._laid_out[record]
         sample = self._source[record]
@@ -118,7 +137,7 @@ class PreparedSource:
           ImageError: one of them can't be used.
         """
         if prepared.record in self._loaded:
-            return self._loaded[prepared.record]
+            return Item(prepared.layout, self._loaded[prepared.record])
         data, size, name = self._data, self._image_size, prepared.layout.record
         units: list[np.ndarray] = []
         for image in prepared.images:
@@ -129,16 +148,31 @@ class PreparedSource:
         if len(units) != prepared.layout.num_units:
             raise ImageError(name, f"has {len(units)} units, it was laid out with {prepared.layout.num_units}",
                              "changed file")
-        item = Item(prepared.layout, tuple(units))
         if self._data.keep_in_memory:
-            self._loaded[prepared.record] = item
-        return item
+            self._loaded[prepared.record] = tuple(units)
+        return Item(prepared.layout, tuple(units))
 
     def _count_units(self, images: Sequence[Path | bytes], record: str) -> int:
         """Counts the units of a sample's images, reading no more of their files than that takes."""
         if self._data.fit != "anyres":
             return len(images)
         return sum(count_units(*pixel_size(*_content(image, record)), self._image_size, "anyres") for image in images)
+
+
+def drawn_vocos(levels: Sequence[int], fewest: int, position: int, anneal_samples: int, seed: int) -> int:
+    """Draws how many VoCo tokens of its units a sample's text reads.
+
+    Args:
+      levels: the numbers that there are, ascending (`VocoConfig.levels`).
+      fewest: the least that may be drawn; with `anneal_samples` it goes down to this from all, by equal factors.
+      position: the sample's place in the shuffled order, on which alone the draw depends.
+      anneal_samples: samples over which it goes down; 0 for none.
+      seed: of the draws.
+    """
+    done = min(position / anneal_samples, 1.0) if anneal_samples else 1.0
+    least = levels[-1] * (fewest / levels[-1]) ** done
+    allowed = [level for level in levels if level >= least - 1e-9]
+    return int(np.random.default_rng([seed, position, VOCOS]).choice(allowed))
 
 
 def _content(image: Path | bytes, record: str) -> tuple[bytes, str]:

@@ -139,6 +139,7 @@ class TextRowShape:
         row["ids"][place], row["positions"][place] = layout.ids[layout.text_start :], view.positions
         row["start"][place] = keys.start if kept else key
         stop = view.stop - kept + key
+        # A key that no text sees stops before the sample's first query.
         row["stop"][keys], row["stop"][key : self.prefix + place.stop] = stop[:kept], stop[kept:]
 
     def _write_unit(self, row: Row) -> None:

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from vocojax.config import levels_of
 from vocojax.errors import InputError
 from vocojax.inference.assistant import Assistant
 from vocojax.inference.caches.cache import VocoCache
 from vocojax.inference.many import answer_many
-from vocojax.inference.refining import Calibration, entropies, levels_of
+from vocojax.inference.refining import Calibration, entropies
 from vocojax.inference.requests import Request
 
 NEVER = 1e9  # nats: the score of a question that agrees at every threshold

@@ -54,11 +54,6 @@ class Refined(NamedTuple):
     tokens: list[int]
 
 
-def levels_of(num_vocos: int) -> tuple[int, ...]:
-    """Returns the powers of two below a number of VoCo tokens, and the number itself."""
-    return (*(1 << power for power in range((num_vocos - 1).bit_length())), num_vocos)
-
-
 def entropies(logits_BV: np.ndarray) -> np.ndarray:
     """Returns the entropy [B] of each row's distribution, in nats; tokens with the logit -inf can't be drawn."""
     shifted = np.asarray(logits_BV, np.float64) - np.max(logits_BV, axis=-1, keepdims=True)

@@ -11,7 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 
-from vocojax.config import ModelConfig
+from vocojax.config import ModelConfig, VocoConfig
 from vocojax.errors import InputError
 from vocojax.kernels.interval_attention import IntervalMask
 from vocojax.models.clip import ClipVision, normalise
@@ -105,7 +105,7 @@ class VocoLlama(nnx.Module):
         questions_UT = None if questions_BUT is None else rearrange(questions_BUT, "b u t -> (b u) t")
         tokens_UPE = self.encode_images(images_UHWC, step, questions_UT)
         tokens_BTE = tokens_UPE.reshape(num_rows, -1, tokens_UPE.shape[-1])
-        if self.config.voco.init == "pool" and self.config.unit_vocos:
+        if self.config.voco.init != "learned" and self.config.unit_vocos:
             x_BSE = x_BSE + self._pooled(rows, tokens_UPE)
         if self.decoder.voco_offsets is not None:
             x_BSE = x_BSE + self._offsets(rows, self.decoder.voco_offsets[...])
@@ -114,7 +114,8 @@ class VocoLlama(nnx.Module):
 
     def _pooled(self, rows: Rows, tokens_UPE: jax.Array) -> jax.Array:
         """Returns [B, S, E]: at a VoCo token the mean of the vision tokens in its window, 0 elsewhere."""
-        means_UNE = window_means(tokens_UPE, *self.config.voco.windows)
+        windows_NP = voco_windows(self.config.voco, math.isqrt(tokens_UPE.shape[1]))
+        means_UNE = window_means(tokens_UPE, windows_NP)
         means_BTE = means_UNE.reshape(len(rows.ids_BS), -1, means_UNE.shape[-1])
         number_BS = self._voco_numbers(rows)
         # The latest vision token before a VoCo token is one of its own unit.
@@ -166,21 +167,33 @@ class VocoLlama(nnx.Module):
         )
 
 
-def window_means(tokens_UPE: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Returns [U, rows * columns, E], the means of images' tokens in a grid of windows, row after row.
-
-    Windows differ by one patch in height or width where rows or columns do not divide the patches of a side.
+def voco_windows(voco: VocoConfig, side: int) -> np.ndarray:
+    """Returns bool [N, P]: which of a square image's patches are in each VoCo token's window, see `VocoConfig.init`.
 
     Args:
-      tokens_UPE: tokens of square images.
-      rows: windows above one another, at most the patches of a side.
-      columns: windows side by side, likewise.
+      voco: config of the VoCo tokens.
+      side: patches on a side of an image, at least the windows above one another and side by side.
     """
-    side = math.isqrt(tokens_UPE.shape[1])
+    if voco.init == "pool":
+        return grid_windows(*voco.windows, side)
+    levels = voco.windows[0].bit_length()
+    grids = [grid_windows(1 << level, 1 << level, side) for level in range(levels)]
+    return np.concatenate(grids)[: voco.num_vocos]
+
+
+def grid_windows(rows: int, columns: int, side: int) -> np.ndarray:
+    """Returns bool [rows * columns, side * side], the patches of each of a grid's windows, row after row.
+
+    Windows differ by one patch in height or width where rows or columns do not divide the patches of a side.
+    """
     patch = np.arange(side)
     window_P = ((patch * rows // side)[:, None] * columns + patch * columns // side).reshape(-1)
-    shares_NP = (window_P == np.arange(rows * columns)[:, None]).astype(np.float32)
-    shares_NP /= shares_NP.sum(axis=1, keepdims=True)
+    return window_P == np.arange(rows * columns)[:, None]
+
+
+def window_means(tokens_UPE: jax.Array, windows_NP: np.ndarray) -> jax.Array:
+    """Returns [U, N, E], the means of images' tokens in windows, given as bool [N, P]."""
+    shares_NP = windows_NP.astype(np.float32) / windows_NP.sum(axis=1, keepdims=True, dtype=np.float32)
     return jnp.einsum("np,upe->une", shares_NP.astype(tokens_UPE.dtype), tokens_UPE)
 
 

@@ -320,6 +320,8 @@ class StageConfig:
         if self.model.voco.reads == "output" and self.visibility == "voco":
             require(self.plan == "two_stage", "plan", "must be 'two_stage' for model.voco.reads 'output', which a "
                     "single pass can't compute", self.plan)
+        require(self.data.fewest_vocos is None or self.visibility == "voco", "data.fewest_vocos",
+                "must be none for visibility 'causal', whose text sees whole images", self.data.fewest_vocos)
         if self.plan == "two_stage":
             require(self.visibility == "voco", "visibility", "must be 'voco' for plan 'two_stage', whose units run "
                     "alone", self.visibility)

@@ -83,9 +83,10 @@ def _add(one: TargetSums, other: TargetSums) -> TargetSums:
 def validation_data(data: DataConfig, validation: ValidationConfig) -> DataConfig:
     """Returns the data config of the validation: the stage's with another source.
 
-    It is read in threads of this process, and frames are not drawn at random.
+    It is read in threads of this process, frames are not drawn at random, and text reads all VoCo tokens.
     """
     return dataclasses.replace(
         data, mixture=(), source=validation.source, split=validation.split, path=validation.path,
-        image_root=validation.image_root, num_workers=0, frame_jitter=False,
+        image_root=validation.image_root, num_workers=0, frame_jitter=False, fewest_vocos=None,
+        anneal_samples=0,
     )
