@@ -121,8 +121,8 @@ def test_more_windows_than_patches_are_refused(tiny_config):
 
 def test_the_original_layout_refuses_pool(tiny_model, words, tmp_path):
     model = pooling(tiny_model, 1)
-    with pytest.raises(ConvertError, match=r"the layout 'llava' has no voco.init 'pool', which the original code does "
-                                           r"not compute; use 'huggingface' or 'orbax'"):
+    with pytest.raises(ConvertError, match=r"the layout 'llava' has no voco.init 'pool'; use 'huggingface' or 'orbax', "
+                                           r"or train with voco.init 'learned'"):
         save_model(model, ModelCard(model.config, words, "short", "pad", "voco"), tmp_path / "export", "llava")
     assert not (tmp_path / "export").exists()
 

@@ -154,6 +154,8 @@ def huggingface_table(config: ModelConfig, rows: int, new_id: int | None = None)
         *clip_rules(config.vision, "vision_tower.vision_model."),
         *projector_rules(config.projector, "multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
     ]
+    if config.voco_offsets:  # transformers' own class has no such tensor: the export's PyTorch code reads it
+        rules.append(Rule("voco_offsets.weight", "decoder/voco_offsets"))
     return Table("huggingface", tuple(rules), _unused(config.decoder, r"language_model\.lm_head"),
                  HUGGINGFACE_ALIASES)
 

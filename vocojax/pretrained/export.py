@@ -89,9 +89,11 @@ def _write_published(
     card, config, tokenizer = source.card, source.config, source.card.tokenizer
     check_tensors(parameter_shapes(config, source.decoder_only), source.weights.shapes, source.weights.where)
     for key, paper in PAPER_VOCO.items():
-        if (found := getattr(config.voco, key)) != paper:
+        found = getattr(config.voco, key)
+        if found != paper and (layout == "llava" or key not in pytorch.RECIPES):
+            remedy = "'huggingface' or 'orbax'" if key in pytorch.RECIPES else "'orbax'"
             raise ConvertError(f"{source.weights.where}: the layout {layout!r} has no voco.{key} {found!r}; use "
-                               f"'orbax', or train with voco.{key} {paper!r}")
+                               f"{remedy}, or train with voco.{key} {paper!r}")
     rows = config.decoder.num_tokens
     ids = _special_ids(tokenizer)
     if source.decoder_only and layout != "huggingface":

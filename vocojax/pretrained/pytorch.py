@@ -26,6 +26,8 @@ AUTO_MAP: Mapping[str, str] = {
     "AutoModel": _MODEL,
     "AutoModelForImageTextToText": _MODEL,
 }
+# Entries of `VocoConfig` by which a model may differ from the paper's, and which the sources compute.
+RECIPES = ("init", "rows")
 _PROCESSOR_MAP: Mapping[str, str] = {"AutoProcessor": f"{_PROCESSING}.VocoLlavaProcessor"}
 
 Base = tuple[str, str | None]

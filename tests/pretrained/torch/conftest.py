@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -64,6 +65,19 @@ def sequential(tiny_config, tiny_model, words, tmp_path_factory) -> Pair:
     config = dataclasses.replace(tiny_config, voco=dataclasses.replace(tiny_config.voco, positions="sequential"))
     directory = tmp_path_factory.mktemp("torch") / "sequential"
     model = with_parameters(abstract(lambda: VocoLlama(config, nnx.Rngs(0), np.float32)), parameters_of(tiny_model))
+    save_model(model, ModelCard(config, words, "short", "pad", "voco"), directory)
+    return open_pair(directory)
+
+
+@pytest.fixture(scope="session")
+def nested(tiny_config, tiny_model, words, tmp_path_factory) -> Pair:
+    """The same weights with four VoCo tokens, with the means of nested windows and offsets of their own."""
+    voco = dataclasses.replace(tiny_config.voco, num_vocos=4, init="pool_nested", rows="own")
+    directory = tmp_path_factory.mktemp("torch") / "nested"
+    config = dataclasses.replace(tiny_config, voco=voco)
+    offsets = 0.1 * np.random.default_rng(1).normal(size=(4, config.decoder.width)).astype(np.float32)
+    model = with_parameters(abstract(lambda: VocoLlama(config, nnx.Rngs(0), np.float32)),
+                            {**parameters_of(tiny_model), "decoder/voco_offsets": jnp.asarray(offsets)})
     save_model(model, ModelCard(config, words, "short", "pad", "voco"), directory)
     return open_pair(directory)
 

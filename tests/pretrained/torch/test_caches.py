@@ -1,15 +1,18 @@
 """Two stages in PyTorch are vocojax's, and caches are exchanged both ways."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from tests.pretrained.torch.test_single_pass import GREEDY, QUESTIONS, assert_same_answers, inputs_about, messages
+from vocojax.config import VocoConfig
 from vocojax.data.conversation import Turn
 from vocojax.inference.caches import files
 from vocojax.inference.caches.cache import VocoCache
+from vocojax.models.voco import voco_windows
 
 CONVERSATIONS = [(Turn("user", question),) for question in QUESTIONS]
 UNITS = [[0], [2, 0, 1], [1, 2]]
@@ -54,16 +57,28 @@ def test_text_after_a_cache_reads_as_in_vocojax(voco, ours, theirs, kept):
     assert_same_answers(found[:, inputs["input_ids"].shape[1] :], expected.ids_BT, voco.assistant.tokenizer.eos_id)
 
 
-def test_positions_may_be_sequential(sequential, images):
-    cache = sequential.model.compress(sequential.processor(images=images)["pixel_values"])
-    expected = sequential.assistant.generate_behind(sequential.assistant.compress(images), CONVERSATIONS, UNITS, GREEDY)
-    inputs = asked(sequential, cache)
-    found = sequential.model.generate(**inputs, voco_cache=cache, max_new_tokens=5, do_sample=False, pad_token_id=0)
+@pytest.mark.parametrize(("kind", "kept"), [("sequential", 2), ("nested", 4), ("nested", 1)])
+def test_positions_may_be_sequential_and_windows_nested(kind, kept, images, request):
+    pair = request.getfixturevalue(kind)
+    cache = pair.model.compress(pair.processor(images=images)["pixel_values"]).truncate(kept)
+    ours = pair.assistant.compress(images).truncate(kept)
+    assert cache.fingerprint == (ours.fingerprint.config, ours.fingerprint.parameters)
+    expected = pair.assistant.generate_behind(ours, CONVERSATIONS, UNITS, GREEDY)
+    inputs = asked(pair, cache)
+    found = pair.model.generate(**inputs, voco_cache=cache, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert_same_answers(found[:, inputs["input_ids"].shape[1] :], expected.ids_BT, 2)
     with torch.no_grad():
-        logits = sequential.model(**inputs, voco_cache=cache).logits[:, -1].numpy()
+        logits = pair.model(**inputs, voco_cache=cache).logits[:, -1].numpy()
     is_text = np.isfinite(expected.logits_BV[0])
     np.testing.assert_allclose(logits[:, : len(is_text)][:, is_text], expected.logits_BV[:, is_text], atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pool", "pool_nested"])
+def test_windows_are_those_of_vocojax(nested, init):
+    theirs = sys.modules[type(nested.model).__module__].voco_windows
+    for num_vocos, side in ((1, 2), (2, 2), (3, 4), (6, 4), (8, 5), (16, 6)):
+        ours = voco_windows(VocoConfig(num_vocos, init=init), side)
+        assert np.array_equal(theirs(init, num_vocos, side).numpy(), ours)
 
 
 def test_two_stages_are_a_single_pass(voco, images, theirs):

@@ -39,7 +39,7 @@ def prompts_about(pair, counts, images):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["voco", "causal", "sequential"])
+@pytest.mark.parametrize("kind", ["voco", "causal", "sequential", "nested"])
 def test_logits_are_those_of_vocojax(kind, side, images, request):
     pair = request.getfixturevalue(kind)
     counts = (0, 1, 3)

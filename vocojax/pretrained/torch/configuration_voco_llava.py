@@ -9,7 +9,9 @@ class VocoLlavaConfig(LlavaConfig):
     """A `LlavaConfig` that also holds what its `config.json` says of VoCo tokens, prompts and mask.
 
     Attributes:
-      voco: `num_vocos`, the VoCo tokens per unit; `token_id`, the id of `<voco>`; `positions`, see `unit_gap`.
+      voco: `num_vocos`, the VoCo tokens per unit; `token_id`, the id of `<voco>`; `positions`, see `unit_gap`; `init`:
+        `learned`, or how the mean of each VoCo token's window is added to its embedding, see `voco_windows`; `rows`:
+        `own` if each VoCo token of a unit has an offset of its own, which is added too.
       prompt: `template`, `fit` and `visibility`. `visibility` is the mask that the model was trained with: `voco`, or
         `causal` for upper bounds. Set `config.prompt["visibility"]` to evaluate with the other one.
       vocojax: `model`, the model's config in vocojax; `unit_ids`, the ids of BOS and newline in a unit.

@@ -68,8 +68,9 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], model: Mapping[str,
         dtypes[path] = str(tensor.dtype).removeprefix("torch.")
     text = "".join(f"{path} {dtypes[path]} {shapes[path]} {(sums[path] % 2**32).tolist()}\n" for path in sorted(sums))
     # These are left out, as vocojax leaves them out: an exported model has no compressor that reads text.
-    default = {"num_vocos": model["voco"]["num_vocos"], "positions": "compact", "init": "learned", "rows": "shared",
-               "places": "end", "sees": "unit", "reads": "input"}
+    default = {"positions": "compact", "rows": "shared", "places": "end", "sees": "unit", "reads": "input"}
+    if model["voco"].get("init", "learned") == "learned":  # else the number of VoCo tokens decides their windows
+        default |= {"num_vocos": model["voco"]["num_vocos"], "init": "learned"}
     of_text = ("num_queries", "question_tokens")
     config = {**model, "voco": {key: value for key, value in model["voco"].items() if value != default.get(key)},
               "compressor": {key: value for key, value in model["compressor"].items() if key not in of_text},
@@ -98,6 +99,7 @@ _SINGLE = {
     "post_layernorm.weight": "vision/post_norm/scale", "post_layernorm.bias": "vision/post_norm/bias",
     "linear_1.weight": "projector/linear_in/kernel", "linear_1.bias": "projector/linear_in/bias",
     "linear_2.weight": "projector/linear_out/kernel", "linear_2.bias": "projector/linear_out/bias",
+    "voco_offsets.weight": "decoder/voco_offsets",
 }
 _PREFIX = re.compile(r"(model\.)?((language_model|vision_tower|multi_modal_projector)\.)?(model\.|vision_model\.)?")
 _LAYER = re.compile(r"(encoder\.)?layers\.(\d+)\.(.*)")

@@ -8,6 +8,7 @@ A unit sees only itself. Text sees, of the units, only the VoCo tokens, and all 
 j iff `start[i] <= j <= i and i < stop[j]`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,48 @@ def allowed(layout: Layout, queries: int) -> torch.Tensor:
     query_Q1 = index_S[-queries:, None]
     window_BQS = (layout.start_BS[:, -queries:, None] <= index_S) & (query_Q1 < layout.stop_BS[:, None])
     return (window_BQS & (index_S <= query_Q1))[:, None]
+
+
+def voco_windows(init: str, num_vocos: int, side: int) -> torch.Tensor:
+    """Returns bool [N, P]: which of a square image's patches are in each VoCo token's window.
+
+    Args:
+      init: `pool`: windows that make up a grid, row after row. `pool_nested`: the whole image, its quarters, the 16
+        quarters of these, and so on.
+      num_vocos: number of VoCo tokens, N.
+      side: patches on a side of an image.
+    """
+    if init == "pool":
+        rows = max(number for number in range(1, math.isqrt(num_vocos) + 1) if num_vocos % number == 0)
+        return _grid_windows(rows, num_vocos // rows, side)
+    grids, windows = [_grid_windows(1, 1, side)], 1
+    while sum(map(len, grids)) < num_vocos:
+        windows *= 2
+        grids.append(_grid_windows(windows, windows, side))
+    return torch.cat(grids)[:num_vocos]
+
+
+def _grid_windows(rows: int, columns: int, side: int) -> torch.Tensor:
+    """Returns bool [rows * columns, side * side], the patches of each of a grid's windows, row after row."""
+    patch = torch.arange(side)
+    window_P = ((patch * rows // side)[:, None] * columns + patch * columns // side).reshape(-1)
+    return window_P == torch.arange(rows * columns)[:, None]
+
+
+def voco_places(
+    is_voco_BS: torch.Tensor, is_image_BS: torch.Tensor, per_image: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns int [V], for each VoCo token of rows with whole units: its image among all rows', and its number in it.
+
+    Args:
+      is_voco_BS: bool, True for VoCo tokens.
+      is_image_BS: bool, True for vision tokens.
+      per_image: vision tokens of an image.
+    """
+    index_S = torch.arange(is_voco_BS.shape[1], device=is_voco_BS.device)
+    latest_other_BS = torch.where(is_voco_BS, -1, index_S).cummax(-1).values
+    image_BS = (is_image_BS.flatten().cumsum(0).view_as(is_image_BS) - 1) // per_image
+    return image_BS[is_voco_BS], (index_S - latest_other_BS - 1)[is_voco_BS]
 
 
 def attention_mask_of(layout: Layout, queries: int, keys: int, attention: str, dtype: torch.dtype) -> object:

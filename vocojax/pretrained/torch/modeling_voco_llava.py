@@ -7,6 +7,7 @@ A single pass reads images and text together. In two stages, `compress` computes
 `generate(..., voco_cache=cache)` reads any number of texts after them; the answers are the same.
 """
 
+import math
 import os
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from .cache_voco_llava import VocoCache, image_digest
 from .configuration_voco_llava import VocoLlavaConfig
 from .fingerprint_voco_llava import Fingerprint, fingerprint
-from .layout_voco_llava import Layout, attention_mask_of, voco_layout
+from .layout_voco_llava import Layout, attention_mask_of, voco_layout, voco_places, voco_windows
 
 # Names of the tensors in the files, and of the modules that they belong to. transformers applies its own table of them
 # to its own classes only.
@@ -40,6 +41,14 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     config_class = VocoLlavaConfig
     config: VocoLlavaConfig
+
+    def __init__(self, config: VocoLlavaConfig):
+        super().__init__(config)
+        self.voco_offsets: torch.nn.Embedding | None = None
+        if config.voco.get("rows", "shared") == "own":
+            width = config.vocojax["model"]["decoder"]["width"]
+            self.voco_offsets = torch.nn.Embedding(config.voco["num_vocos"], width)
+            self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -253,8 +262,22 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             raise ValueError(f"the ids have {found} tokens of images, {per_image} for each, but pixel_values have room "
                              f"for {pixel_values.shape[1]} images a row: pass ids and pixels of one call of the "
                              "processor")
-        features = self._encode_images(pixel_values[is_used_BU.to(pixel_values.device)])
-        return embeddings.masked_scatter(is_image[..., None], features.to(embeddings))
+        features = self._encode_images(pixel_values[is_used_BU.to(pixel_values.device)]).to(embeddings)
+        is_voco = input_ids == self.config.voco["token_id"]
+        image_V, number_V = voco_places(is_voco, is_image, per_image)
+        vocos_VE = embeddings[is_voco]
+        if self.config.voco.get("init", "learned") != "learned":
+            vocos_VE = vocos_VE + self._window_means(features)[image_V, number_V]
+        if self.voco_offsets is not None:
+            vocos_VE = vocos_VE + self.voco_offsets(number_V)
+        return embeddings.masked_scatter(is_voco[..., None], vocos_VE).masked_scatter(is_image[..., None], features)
+
+    def _window_means(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns [U, N, E], for each VoCo token the mean of its image's vision tokens in its window."""
+        per_image = self.config.image_seq_length
+        windows_NP = voco_windows(self.config.voco["init"], self.config.voco["num_vocos"], math.isqrt(per_image))
+        shares_NP = windows_NP.float() / windows_NP.float().sum(-1, keepdim=True)
+        return shares_NP.to(features) @ features.view(-1, per_image, features.shape[-1])
 
     def _encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the tokens of uint8 images [U, 3, H, W] as embeddings [U * P, E]."""
