@@ -1,6 +1,7 @@
 """Every stage's config file opens with the commands that run it, and those are right."""
 
 import ast
+import dataclasses
 import json
 import re
 import shlex
@@ -162,3 +163,14 @@ def test_stages_and_presets_are_listed_with_what_they_are(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert text.startswith("Stage 2: projector and decoder learn to compress") and "* model.decoder.depth = 40" in text
     assert "--config.model.voco.num_vocos=2 \\\n        --config.data.path=llava" in text
+
+
+def test_the_best_recipe_without_its_switches_is_the_paper_s_stage(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (best, *_), (plain, *_) = commands("voco_7b_best"), commands("voco")
+    of_plain = [argument for argument in plain if "num_vocos" not in argument and "workdir" not in argument]
+    of_best = [argument for argument in best if "workdir" not in argument]
+    recipe = read(*of_best)
+    assert (recipe.model.voco.num_vocos, recipe.model.voco.init, recipe.data.fewest_vocos) == (8, "pool", None)
+    switched_off = read(*of_best, "--config.model.voco.num_vocos=1", "--config.model.voco.init=learned")
+    assert dataclasses.replace(switched_off, name="voco") == read(*of_plain)
