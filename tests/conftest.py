@@ -3,20 +3,12 @@
 import json
 import os
 
+from tests.helpers.environment import COMPILER_FLAGS, KEEPING_PROGRAMS
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests run their programs a few times on tiny shapes: most of their time is compilation. LLVM optimizes
-# less, which saves a quarter of the suite's time.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        os.environ.get("XLA_FLAGS", ""),
-    ]
-)
+os.environ["XLA_FLAGS"] = f"{COMPILER_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+os.environ.update(KEEPING_PROGRAMS)  # before JAX is imported; processes that tests start inherit them
 
-from pathlib import Path
-
-import jax
 import numpy as np
 import pytest
 import sentencepiece
@@ -29,10 +21,6 @@ from vocojax.data.config import DataConfig
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.models.voco import VocoLlama
 from vocojax.training.config import CheckpointConfig, OptimizerConfig, StageConfig
-
-# Many tests compile the same programs.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 SENTENCES = [
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import vocojax
-from tests.helpers.wheel import PIP, ROOT, build_wheel
+from tests.helpers.environment import on_cpu
+from tests.helpers.wheel import PIP, build_wheel
 from vocojax.config import config_to_dict
 
 pytest.importorskip("setuptools")
@@ -51,8 +52,7 @@ def run(installed, tmp_path_factory):
 
     def run(*arguments):
         done = subprocess.run([installed, *map(str, arguments)], cwd=directory, capture_output=True, text=True, env={
-            "PATH": os.environ["PATH"], "HOME": str(directory), "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")})
+            "PATH": os.environ["PATH"], "HOME": str(directory), **on_cpu(), "PYTHONPATH": ""})  # no checkout
         assert done.returncode == 0, done.stderr
         lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
         assert not any(WARNING.search(line) for line in lines), done.stderr
@@ -69,14 +69,31 @@ def is_progress(line):
     return re.search(r"\d+%\||\d+it \[|\x1b\[A", line) is not None
 
 
-def test_the_wheel_trains_converts_and_answers(run, stage, llava_data):
+@pytest.fixture
+def trained(run, stage):
+    """A run of one step by the console script; it is not repeated."""
     stage = dataclasses.replace(stage, learning_rates=((".*", 1.0),))  # random parameters that are frozen are warned of
     (run.directory / "my config.json").write_text(json.dumps(config_to_dict(stage)))
     (run.directory / "my config.py").write_text(CONFIG)
-    run("train", "--config", "my config.py", "--workdir=my run", "--config.steps=2", "--config.log_every", "1")
-    metrics = (run.directory / "my run" / "metrics.jsonl").read_text()
-    losses = [json.loads(line)["loss"] for line in metrics.splitlines()]
-    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+    workdir = run.directory / "my run"
+    if not workdir.exists():
+        run("train", "--config", "my config.py", "--workdir=my run", "--config.steps=1", "--config.log_every", "1")
+    return workdir
+
+
+def test_the_wheel_trains_exports_and_answers(run, trained, llava_data):
+    (line,) = (trained / "metrics.jsonl").read_text().splitlines()
+    assert 0 < json.loads(line)["loss"] < 20
+    run("convert", "--source=my run", "--target=export", "--target_layout=huggingface")
+    assert (run.directory / "export" / "modeling_voco_llava.py").exists()  # a file of the package's that is no module
+    image = llava_data / "images" / "0.png"
+    ask = ["--image", image, "--question=what color is the shape?", "--max_new_tokens=4"]
+    answer = run("answer", "--checkpoint=export", "--store=export caches", *ask)
+    assert answer.endswith("\n")
+
+
+@pytest.mark.slow
+def test_the_wheel_converts_to_every_layout_and_answers_from_a_store(run, trained, llava_data):
     image = llava_data / "images" / "0.png"
     stored = run("compress", "--images", image, "--checkpoint=my run", "--store=caches")
     assert "caches: 1 compressed" in stored, stored

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from tests.helpers import checkpoints
+from tests.helpers.environment import on_cpu
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.kernels.interval_attention import IntervalMask
 from vocojax.models.parameters import parameters_of
@@ -196,9 +197,8 @@ print('same')
 
 def test_every_device_of_a_mesh_reads_its_part(tmp_path):
     checkpoints.save_original(tmp_path / "source", checkpoints.original_tensors())
-    four_devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     result = subprocess.run([sys.executable, "-c", MESH_SCRIPT, str(tmp_path / "source")], capture_output=True,
-                            text=True, env=four_devices | {"PYTHONPATH": str(Path(__file__).parents[2])})
+                            text=True, env=on_cpu(devices=4))
     assert result.stdout == "same\n", result.stderr
 
 

@@ -234,16 +234,6 @@ def test_what_can_not_be_prepared_is_refused(tmp_path, source):
         Preparation((source,), "gs://b/x", "x")
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--shard=4"], "Unknown command line flag 'shard'"),
-    (["images", "--shards=4"], "Beam's come after `--`"),
-])
-def test_misspelt_flags_are_not_handed_to_beam(flags, message):
-    command = [sys.executable, "launch/prepare_data.py", "--target=x", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode != 0 and message in done.stderr + done.stdout
-
-
 def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path, source):
     def run(target, kill_behind=None):
         process = subprocess.Popen([sys.executable, "-c", SLOWLY, source.path, source.image_root, str(target)],

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers.environment import on_cpu
+
 ROOT = Path(__file__).parents[2]
 
 
 def evaluate(*flags):
     return subprocess.run([sys.executable, ROOT / "launch" / "evaluate.py", *flags], capture_output=True, text=True,
-                          timeout=120, env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"})
+                          timeout=120, env={"PATH": "/usr/bin:/bin", **on_cpu()})
 
 
 def test_predictions_are_scored_and_written(data_root, tmp_path):

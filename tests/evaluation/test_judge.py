@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.evaluation.yes_no_model import save_yes_no_model
+from tests.helpers.environment import on_cpu
 from vocojax.data.conversation import template
 from vocojax.errors import InputError
 from vocojax.evaluation.benchmarks.registry import open_benchmark
@@ -198,7 +199,7 @@ def test_hosts_wait_for_a_judge_that_takes_longer_than_a_minute(server, data_roo
                f"--judge=http://127.0.0.1:{server.server_port}/v1", f"--coordinator_address={address}",
                "--num_processes=2"]
     hosts = [subprocess.Popen([*command, f"--process_id={index}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}) for index in (0, 1)]
+                              text=True, env={"PATH": "/usr/bin:/bin", **on_cpu()}) for index in (0, 1)]
     said = [host.communicate(timeout=400)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], said
     result = json.loads((tmp_path / "out" / "msvd_qa" / "result.json").read_text())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 
+from tests.helpers.environment import on_cpu
 from vocojax.evaluation.training_scores import open_scorer
 from vocojax.parallel.cluster import Cluster, initialize
 from vocojax.parallel.preemption import Preempted, leave_on_sigterm
@@ -22,7 +23,6 @@ from vocojax.training.stage import train
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.run_processes", "tests.helpers.evaluation_work"])
-CACHE = Path(__file__).parents[2] / ".jax_cache"
 HEARTBEAT = 10
 
 
@@ -31,9 +31,7 @@ def _child(work: Callable[[], None], log: str, cluster: Cluster | None, devices:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
-    jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    os.environ.update(on_cpu(devices))
     status = 0
     try:
         initialize(cluster, 60, HEARTBEAT)

@@ -13,6 +13,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from tests.helpers.environment import on_cpu
 from vocojax.cli.flag_checks import refuse_empty, require_writable
 from vocojax.config import ConfigError
 from vocojax.data.conversation import Turn
@@ -201,8 +202,7 @@ def test_the_launch_scripts_on_one_device_on_a_mesh_and_on_two_processes(assista
     save_model(assistant.model, ModelCard(assistant.model.config, assistant.tokenizer), checkpoint, "orbax")
 
     def start(script, *flags, devices=1):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-                       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        environment = {**os.environ, **on_cpu(devices)}
         return subprocess.Popen([sys.executable, f"launch/{script}.py", f"--checkpoint={checkpoint}", *flags], cwd=ROOT,
                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 

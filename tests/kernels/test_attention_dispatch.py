@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.helpers.environment import on_cpu
 from vocojax.kernels import sharding
 from vocojax.kernels.interval_attention import IntervalMask, api, interval_attention
 
@@ -54,7 +55,7 @@ print("passed")
 def test_eight_devices_compute_their_rows_and_heads_without_a_collective(axis_type):
     process = subprocess.run(
         [sys.executable, "-c", ON_A_MESH, axis_type],
-        env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
+        env={"PATH": "/usr/bin:/bin", **on_cpu(devices=8)},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -22,6 +22,7 @@ def get_config(which=""):
 """
 TRAIN = "train --config={root}/tiny.py --workdir={root}/run"
 ANSWER = "answer --checkpoint={root}/none --store={root}/store"
+REPORT = "report --config={root}/tiny.py --topology=v5e:2x2"
 
 MISTAKES = [
     # verbs and flags
@@ -106,7 +107,14 @@ MISTAKES = [
     ("evaluate --benchmarks=pop --data_root={root} --checkpoint=x --output={root}/out", "pop"),
     ("report --config={root}/tiny.py --topology=tpu7x:2x2x1", "topology 'tpu7x:2x2x1' is of a generation whose costs"),
     ("report --config={root}/tiny.py --topology=v5x:2x2", "topology must look like v5p:4x4x4, v5e:16x16*2"),
+    ("report --topology=v5e:2x2", "--config must have a value"),
+    ("report --config={root}/tiny.py --topology=v5e:2x2*0", "topology must look like v5p:4x4x4"),
+    (REPORT + " --compare-remat --rows=1", "--rows goes with --search"),
+    (REPORT + " --policies=full", "--policies goes with --search or --compare-remat"),
+    (REPORT + " --search --compare-remat", "give one of them"),
     ("agreement --checkpoint={root}/none", "{root}/none"),
+    ("prepare_data --target={root}/out --shard=4", "Unknown command line flag 'shard'"),  # which is not Beam's
+    ("prepare_data --target={root}/out images --shards=4", "Beam's come after `--`"),
 ]
 
 

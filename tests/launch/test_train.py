@@ -47,12 +47,6 @@ def test_so_does_one_told_before_its_first_step():
     assert done.returncode == 75 and "SIGTERM: nothing new to save" in done.stderr, done.stderr
 
 
-def test_a_profile_is_two_numbers():
-    done = python("launch/train.py", "--profile=a,b")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "--profile" in done.stderr and "must be FIRST,LAST: the numbers of two steps" in done.stderr
-
-
 @pytest.mark.parametrize(("told", "environment", "message"), [
     ({"process_id": 1}, {}, r"must be given together, got None, None and 1.*JAX_COORDINATOR_ADDRESS"),
     ({}, {"JAX_PROCESS_ID": "1"}, r"must be given together, got None, None and 1"),

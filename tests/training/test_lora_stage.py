@@ -16,6 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from transformers import LlavaForConditionalGeneration
 
+from tests.helpers.environment import on_cpu
 from vocojax.config import ConfigError, LoraConfig, config_to_dict
 from vocojax.evaluation.report import loss_curve
 from vocojax.models.parameters import parameters_of, with_parameters
@@ -181,9 +182,8 @@ def test_a_mesh_trains_and_merges_the_same(lora_stage, base, tmp_path):
     meshed = dataclasses.replace(lora_stage, mesh=MeshConfig(data=1, fsdp=2, tensor=2))
     (tmp_path / "stage.json").write_text(json.dumps(config_to_dict(meshed)))
     command = [sys.executable, "-c", MESH_SCRIPT, *(str(tmp_path / name) for name in ("stage.json", "four", "m.npz"))]
-    four_devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     done = subprocess.run(command, capture_output=True, text=True,
-                          env=os.environ | four_devices | {"PYTHONPATH": str(Path(__file__).parents[2])})
+                          env={**os.environ, **on_cpu(devices=4)})
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(loss_curve(tmp_path / "four"), loss_curve(tmp_path / "one"), rtol=1e-5)
     values = {name.replace(".", "/"): value for name, value in np.load(tmp_path / "m.npz").items()}

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import run_processes as runs
+from tests.helpers.environment import on_cpu
 from vocojax.config import ConfigError, LoraConfig
 from vocojax.data.packing import Item, row_shape
 from vocojax.data.text_rows import text_row_shape
@@ -133,8 +134,7 @@ def report_of_eight_devices(stage, words, folder, *arguments):
     """The report of `helpers/plans_on_devices.py`, which runs both plans with eight virtual devices."""
     (folder / "stage.pkl").write_bytes(pickle.dumps(stage))
     words.save(folder / "tokenizer")
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
-                   "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
+    environment = {**os.environ, **on_cpu(devices=8)}
     command = [sys.executable, "-m", "tests.helpers.plans_on_devices", folder / "stage.pkl", folder / "tokenizer",
                *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, cwd=ROOT).stdout)

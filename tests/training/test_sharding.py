@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh
 
+from tests.helpers.environment import on_cpu
 from vocojax.config import ConfigError, preset
 from vocojax.models.parameters import abstract
 from vocojax.models.voco import VocoLlama
@@ -119,5 +120,4 @@ def test_gathers_in_stages_and_their_gradients_are_those_of_one_stage():
                 np.testing.assert_allclose(loss, wanted[0], rtol=1e-5)
                 np.testing.assert_allclose(grad, wanted[1], rtol=1e-4)
     """)
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **on_cpu(devices=8)})

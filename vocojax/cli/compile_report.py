@@ -104,4 +104,5 @@ def _refuse_what_does_nothing() -> None:
         raise app.UsageError("--price goes with a report on one setting: of several, the fastest is the cheapest")
     for name, goes_with in (("rows", ["search"]), ("meshes", ["search"]), ("policies", ["search", "compare-remat"])):
         if FLAGS[name].value and not any(FLAGS[mode].value for mode in goes_with):
-            raise app.UsageError(f"--{name} goes with {' or '.join('--' + mode for mode in goes_with)}")
+            modes = " or ".join(f"--{mode}" for mode in goes_with)
+            raise app.UsageError(f"--{name} goes with {modes}: add it, or leave --{name} out")

@@ -59,7 +59,12 @@ def run_job(job: Job, position: int = 0) -> float:
 
 
 def share_compilations(workdir: Path) -> None:
-    """Lets stages and seeds share their compiled programs, so that each is compiled once."""
+    """Lets stages and seeds share their compiled programs, so that each is compiled once.
+
+    Where JAX has a directory already (JAX_COMPILATION_CACHE_DIR), that one is used.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
