@@ -12,6 +12,7 @@ import pytest
 
 from configs import alignment, quickstart, voco
 from vocojax.config import ConfigError
+from vocojax.experiments import jobs
 from vocojax.experiments.quickstart import Quickstart
 from vocojax.inference.assistant import Assistant
 from vocojax.training.config import stage_config
@@ -71,7 +72,8 @@ def test_report_is_one_self_contained_page(finished):
         assert text in page
 
 
-def test_a_finished_quickstart_trains_nothing_again(finished):
+def test_a_finished_quickstart_trains_nothing_again(finished, monkeypatch):
+    monkeypatch.setattr(jobs.os, "cpu_count", lambda: 1)  # two processes that train nothing would be started
     workdir, result = finished
     written = workdir.glob("seed_0/*/checkpoints/*/_CHECKPOINT_METADATA")
     checkpoints = {path: path.stat().st_mtime_ns for path in written}
