@@ -8,6 +8,9 @@ and `random`. A recipe follows after a plus sign: `voco_1+pool`; several are joi
 
 * `pool`: `model.voco.init = "pool"`.
 * `own`: `model.voco.rows = "own"`.
+* `nested`: `model.voco.init = "pool_nested"`.
+* `elastic`: `data.fewest_vocos = 1`, so that any number of the VoCo tokens may be read.
+* `annealed`: the same, and the fewest goes down from all to one in the first half of the run.
 * `spread`: `model.voco.places = "spread"`.
 * `band`: `model.voco.sees = "band"`.
 * `output`: `model.voco.reads = "output"`.
@@ -90,6 +93,12 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
         elif recipe == "own":
             config.model.voco.rows = "own"
             config.init_new = (*config.init_new, "decoder/voco_offsets")
+        elif recipe == "nested":
+            config.model.voco.init = "pool_nested"
+        elif recipe == "elastic":
+            config.data.fewest_vocos = 1
+        elif recipe == "annealed":
+            config.data.update(fewest_vocos=1, anneal_samples=config.batch_size * config.steps // 2)
         elif recipe == "spread":
             config.model.voco.places = "spread"
         elif recipe == "band":
@@ -107,6 +116,6 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
         elif recipe == "embedding_lr":
             config.learning_rates = [("decoder/embedding", 5.0), *config.learning_rates]
         elif recipe != "kl":
-            raise ConfigError("stage", f"{stage!r} names the unknown recipe {recipe!r}: pool, own, spread, "
-                              "band, output, closing, kl, captions or embedding_lr")
+            raise ConfigError("stage", f"{stage!r} names the unknown recipe {recipe!r}: pool, own, nested, "
+                              "elastic, annealed, spread, band, output, closing, kl, captions or embedding_lr")
     return config

@@ -65,14 +65,22 @@ def test_a_run_of_a_few_steps(tmp_path):
     pytest.importorskip("easy_vqa")
     from configs.mosaic import get_config
     from tests.test_quickstart import Tiny
-    from vocojax.experiments.mosaic import ARMS, RECIPES, Mosaic
+    from vocojax.experiments.mosaic import ARMS, ELASTIC, RECIPES, Mosaic
+    from vocojax.inference.assistant import Assistant
 
-    result = Mosaic(get_config, tmp_path, recipes=RECIPES, steps=Tiny(), canvases=2).run()
+    result = Mosaic(get_config, tmp_path, recipes=RECIPES, steps=Tiny(), canvases=7).run()
     assert list(result["rows"]) == [arm.name for arm in ARMS]
-    assert list(result["table_4"]) == ["VoCo-8, 8 read", "VoCo-8, 4 read", "VoCo-8, 2 read", "VoCo-8, 1 read"]
+    assert list(result["table_4"]) == [f"{name}, {number} read" for name in ("VoCo-8", "VoCo-8 elastic")
+                                       for number in (8, 4, 2, 1)]
     assert result["table_4"]["VoCo-8, 8 read"] == result["rows"]["VoCo-8"]
-    assert result["questions"] == 32
+    assert result["questions"] == 112
     assert json.loads((tmp_path / "tables.json").read_text())["rows"] == result["rows"]
     recipes = json.loads((tmp_path / "recipes.json").read_text())["rows"]
     assert set(recipes) == {"Upper Bound", "Lower Bound", *(arm.name for arm in RECIPES)}
-    assert "Retention over the number of VoCo tokens" in (tmp_path / "report.html").read_text()
+    refining = result["refining"]
+    assert refining["questions"] == [112] and 1 <= refining["mean_tokens"][0] <= 8
+    assert refining["curve"][0][0] == [8.0, 1.0], "a threshold of 0 asks for all tokens"
+    page = (tmp_path / "report.html").read_text()
+    assert "Retention over the number of VoCo tokens" in page and "more where the answer is unsure" in page
+    assistant = Assistant.from_run(tmp_path / "seed_0" / ELASTIC)
+    assert assistant.calibration.levels == (1, 2, 4, 8) and assistant.calibration.questions == 112

@@ -36,6 +36,25 @@ def draw_retention(curves: Mapping[str, Mapping[int, SeedRow]]) -> Figure:
     return figure
 
 
+def draw_refining(refining: Mapping[str, Any]) -> Figure:
+    """Draws the agreement with all VoCo tokens over the mean number that is read, a line per seed.
+
+    Args:
+      refining: from `mosaic_refining.of_seeds`; the cross is what the calibrated threshold does.
+    """
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    for seed, points in enumerate(refining["curve"]):
+        line = axes.plot(*zip(*((tokens, 100 * share) for tokens, share in points), strict=True), ".-",
+                         label=f"seed {seed}")[0]
+        axes.plot(refining["mean_tokens"][seed], 100 * refining["agreement"][seed], "x", color=line.get_color(),
+                  markersize=9)
+    axes.axhline(100 * refining["asked_for"], color="grey", linewidth=0.8)
+    axes.set(xlabel="VoCo tokens read, mean", ylabel="same answer as from all (%)")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def rows_table(rows: Mapping[str, SeedRow]) -> str:
     """Returns a table of rows in HTML: mean, spread, each seed, each type of question, retention in both forms."""
     kinds = list(next(iter(rows.values()))["by_type"])
@@ -86,6 +105,11 @@ def write_mosaic_report(
         f"{html.escape(example.gold)}{report.answer_cells(example.answers, example.gold)}" for example in examples)
     elastic = ["<h2>Trained with 8 VoCo tokens, read with fewer</h2>", rows_table(result["table_4"])] if (
         result["table_4"]) else []
+    refining = ["<h2>Few tokens first, more where the answer is unsure</h2>",
+                report.picture(draw_refining(result["refining"]), "agreement over tokens read"),
+                f"<p class=note>The crosses are what the threshold does that was calibrated on the validation split "
+                f"for {100 * result['refining']['asked_for']:g} % of agreement (the line).</p>"] if (
+        result["refining"]) else []
     report.write_page(path, "vocojax mosaics", [
         "<h1>Mosaics</h1>",
         f"<p class=note>{result['questions']:,} questions of the {result['split']} split; "
@@ -95,7 +119,7 @@ def write_mosaic_report(
         "<p class=note>retention = (accuracy − lower bound) / (upper bound − lower bound); of upper = accuracy / upper "
         "bound. Means over the seeds; the spread is their standard deviation.</p>",
         "<h2>Retention over the number of VoCo tokens</h2>", report.picture(draw_retention(curves), "retention over N"),
-        *elastic,
+        *elastic, *refining,
         "<h2>Who sees whom</h2>", report.picture(report.draw_mask(sample), "attention mask of one sample"),
         "<h2>Answered by the upper bound only</h2>", f"<table class=text><tr>{head}{answers}</table>",
     ], versions)
