@@ -127,6 +127,14 @@ def test_layouts_are_what_their_titles_say():
     assert seen[576].sum() == 2 and seen[576, 575], "the first text token sees the VoCo token and itself"
 
 
+def test_visible_pairs_at_the_full_rate_take_what_theory_says():
+    """A causal row of 8,192 has 33,558,528 pairs; v5e does 197 TFLOP/s."""
+    causal = layouts.layouts()["d"]
+    forward, backward = (report.visible_seconds(causal, "TPU v5 lite", backward=backward) for backward in (False, True))
+    assert forward == pytest.approx(33_558_528 * 32 * 4 * 128 / 197e12)
+    assert backward == pytest.approx(2.5 * forward)
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
 )
@@ -171,4 +179,5 @@ def test_the_report_has_the_figures_that_it_promises(tmp_path):
         assert entry["ratio"] == pytest.approx(entry["splash"]["seconds"] / entry["ours"]["seconds"])
         for figure in ("seconds", "mxu_util", "spills"):
             assert entry["ours"][figure] > 0 and entry["splash"][figure] > 0
+        assert 0 < entry["ours"]["forward"]["visible_share"] < entry["ours"]["backward"]["visible_share"] < 1
     assert "splash" in printed

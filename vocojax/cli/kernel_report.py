@@ -53,4 +53,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _tpu(who: str, figures: dict) -> str:
-    return f"{who} {figures['seconds'] * 1e3:8.3f} ms, MXU {figures['mxu_util']:.0%}, {figures['spills']:.0f} spills"
+    shares = " + ".join(f"{figures[name]['visible_share']:.0%}" for name in ("forward", "backward"))
+    return (f"{who} {figures['seconds'] * 1e3:8.3f} ms, MXU {figures['mxu_util']:.0%}, visible pairs at its full rate "
+            f"{shares}, {figures['spills']:.0f} spills")

@@ -16,6 +16,7 @@ from vocojax.costs.kernels.tpu import Compiled, Job, TileCosts
 from vocojax.devices import known_tpu
 from vocojax.kernels.interval_attention import IntervalMask, tpu_blocks, tpu_tiles, tpu_windows
 from vocojax.kernels.interval_attention.block_info import DIRTY, EMPTY, FULL, PARTIAL, TileCode, padded_vectors
+from vocojax.training.flops import visible_pairs
 
 HEADS, WIDTH = 32, 128
 SPLASH_BLOCKS = ((256, 0), (512, 0), (1024, 0), (1024, 512))  # (block, block of one inner step)
@@ -54,7 +55,8 @@ def tpu_report(topologies: list[str]) -> dict[str, Any]:
 
     Returns:
       `{layout: {"live_tiles", "tiles_with_a_visible_pair", topology: {"ours", "splash", "ratio"}}}`. `ratio` is
-      splash's seconds over ours. The tile counts are those of the forward pass on the first topology.
+      splash's seconds over ours, `visible_share` of a pass is `visible_seconds` over its seconds. The tile counts are
+      those of the forward pass on the first topology.
     """
     report: dict[str, Any] = {}
     for topology in topologies:
@@ -68,19 +70,29 @@ def tpu_report(topologies: list[str]) -> dict[str, Any]:
         for (name, layout), ours in zip(layouts().items(), ours_by_layout, strict=True):
             entry = report.setdefault(name, {"title": layout.title} | live_tiles(layout, kind))
             theirs = [best_splash(layout, [job[i] for job in splash]) for i in range(2)]
-            entry[topology] = {"ours": _entry(ours), "splash": _entry(theirs)}
+            visible = [visible_seconds(layout, kind, backward=backward) for backward in (False, True)]
+            entry[topology] = {"ours": _entry(ours, visible), "splash": _entry(theirs, visible)}
             entry[topology]["ratio"] = entry[topology]["splash"]["seconds"] / entry[topology]["ours"]["seconds"]
     return report
 
 
-def _entry(passes: Sequence[Cost]) -> dict[str, Any]:
+def visible_seconds(layout: Layout, device_kind: str, *, backward: bool) -> float:
+    """Returns the seconds that a pass would take if its matrix units did, at their full rate, the products of visible
+    pairs and nothing else: two products of a pair forward, five backward."""
+    chip = known_tpu(device_kind)
+    flops = 2 * (5 if backward else 2) * WIDTH * HEADS * visible_pairs(layout.start, layout.stop)
+    return flops / chip.flops
+
+
+def _entry(passes: Sequence[Cost], visible: Sequence[float]) -> dict[str, Any]:
     seconds = sum(x.seconds for x in passes)
     return {
         "seconds": seconds,
         "mxu_util": sum(x.matrix_seconds for x in passes) / seconds,
         "spills": sum(x.spills for x in passes),
         "vmem_bytes": max(x.vmem_bytes for x in passes),
-        **{name: dataclasses.asdict(x) for name, x in zip(("forward", "backward"), passes, strict=True)},
+        **{name: {**dataclasses.asdict(x), "visible_share": least / x.seconds}
+           for name, x, least in zip(("forward", "backward"), passes, visible, strict=True)},
     }
 
 
