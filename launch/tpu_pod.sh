@@ -19,7 +19,7 @@
 #   SLICES=2      several slices, joined by the data centre's network: run with --config.mesh.slice=2
 #   SSH=iap       reach the machines through IAP; SSH=internal by their internal addresses
 #   INTERNAL_IPS=1  create them without external addresses
-#   DATA_DISK=projects/PROJECT/zones/ZONE/disks/DISK  attached read-only; v6e takes Hyperdisks alone
+#   DATA_DISK=projects/PROJECT/zones/ZONE/disks/DISK  attached read-only; v6e takes Hyperdisks only
 #   CREATE_ARGS   more words for the creation
 #   SETUP         a command that `install` ends with on every worker, such as a mount
 #   TPU_VERSION, REMOTE_DIR, POLL (seconds between two looks, 30)
@@ -124,7 +124,7 @@ need_hyperdisk() {  # v6e takes no other data disk
     type=$(ask hyperdisk-balanced gcloud compute disks describe "${DATA_DISK##*/}" "${place[@]}" '--format=value(type)')
     case $type in
         *hyperdisk*) ;;
-        *) refuse "DATA_DISK $DATA_DISK is a ${type##*/}, and v6e takes Hyperdisks alone: copy it to one \
+        *) refuse "DATA_DISK $DATA_DISK is a ${type##*/}, and v6e takes Hyperdisks only: copy it to one \
 (hyperdisk-balanced or hyperdisk-ml)" ;;
     esac
 }

@@ -88,7 +88,7 @@ def json_line(value: Any, encoding: str | None = None) -> str:
 
 
 class NotAFile(OSError):
-    """A named pipe, a socket or a device in a file's place: reading it may wait for ever."""
+    """A named pipe, a socket or a device in a file's place: reading it may never end."""
 
 
 def read_file(path: epath.Path) -> bytes:

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import io
 import json
+import logging
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from vocojax.data.loader import BatchStream
 from vocojax.data.packing import Size
 from vocojax.data.row_page import mask_picture, page
 from vocojax.layout import Role
+from vocojax.training.start import warn_of_unknown_words
 
 
 @pytest.fixture
@@ -51,6 +54,31 @@ def test_every_bad_record_is_named_with_its_reason(tiny_config, spoiled, tmp_pat
     other = BatchStream(tiny_config, dataclasses.replace(spoiled, template="bare"), 2, 0, "voco")
     other.close()
     assert check(other, 1, limit=1).digest != report.digest and check(other, 1, limit=1).records == 1
+
+
+def test_words_that_the_tokenizer_does_not_know_are_counted(tiny_config, stage, spoiled, caplog):
+    path = Path(spoiled.path)
+    records = json.loads(path.read_text())
+    records[7]["conversations"][0]["value"] = "<image>\nwhat zebra is the zebra?"
+    records[8]["conversations"][1]["value"] = "a red gnu"
+    path.write_text(json.dumps(records))
+    stream = BatchStream(tiny_config, spoiled, 2, 0, "voco")
+    stream.close()
+    report = check(stream, threads=1)
+    assert report.unknown_words == {"zebra": 2, "gnu": 1}
+    assert (report.unknown_records, report.unknown_targets) == (2, 1)
+    assert "unknown words   3 in 2 records, 1 of them targets: zebra (2), gnu (1)" in str(report).splitlines()
+    with caplog.at_level(logging.WARNING, "vocojax"):
+        warn_of_unknown_words(stream)
+    (message,) = caplog.messages
+    assert message.startswith("the tokenizer does not know some words, which all become <unk>: zebra, gnu (2 of")
+    assert " of the 12 records that were looked at have such words, 1 in an answer" in message
+
+
+def test_known_words_and_byte_fallback_are_no_unknown_words(words, llama_tokenizer):
+    assert words.unknown_words("what zebra is red? gnu <unk>") == ["zebra", "gnu"]
+    assert words.has_unknown_words and words.unknown_words("what color?") == []
+    assert not llama_tokenizer.has_unknown_words and llama_tokenizer.unknown_words("\u56fe zebra \U0001f642") == []
 
 
 def test_rows_are_filled_as_a_packer_fills_them(tiny_config, stage):

@@ -240,6 +240,8 @@ def test_the_launch_scripts_on_one_device_on_a_mesh_and_on_two_processes(assista
     line = finish(start("answer", f"--store={one}", f"--questions={tmp_path}/q.jsonl", "--max_new_tokens=6"))
     assert json.loads(line) == {"image": f"{photos}/4.png", "question": ask, "id": 1,
                                 "answer": loaded.read(expected, [ask], [[4]], SamplingConfig(max_new_tokens=6))[0]}
+    odd = start("answer", f"--image={photos}/4.png", "--question=what zebra is red?", "--max_new_tokens=2")
+    assert "these words of the question, and reads each as <unk>: zebra" in odd.communicate(timeout=300)[1]
     refused = start("compress", f"--images={photos}/none*", f"--store={one}")
     assert "error: no file matches" in refused.communicate(timeout=300)[1] and refused.returncode == 1
 

@@ -227,7 +227,7 @@ def test_what_an_installation_needs_is_looked_at_first(tmp_path, pod):
         (tmp_path / "disk").write_text(f"https://www.googleapis.com/{kind}\n")
         done = pod("create", **disk)
         assert done.returncode == status, done.stderr
-        assert status == 0 or "is a pd-ssd, and v6e takes Hyperdisks alone" in done.stderr
+        assert status == 0 or "is a pd-ssd, and v6e takes Hyperdisks only" in done.stderr
     assert "--data-disk=source=projects/p/zones/z/disks/data,mode=read-only" in calls(tmp_path)[-1]
 
 

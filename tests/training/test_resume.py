@@ -44,7 +44,7 @@ def test_data_and_tokenizer_elsewhere_and_what_changes_no_step(stage, trained, l
     with caplog.at_level(logging.INFO, "vocojax"):
         train(changed, run)
     for key in ("name", "init_from", "accumulate", "data.path", "data.image_root", "data.tokenizer"):
-        assert any(f"resumes with another {key}: " in message for message in caplog.messages), key
+        assert any(f"resumes with a changed config: {key} is now " in message for message in caplog.messages), key
     np.testing.assert_allclose(loss_curve(run), loss_curve(whole), rtol=1e-5)
     assert run_config(run)["name"] == "other"
 

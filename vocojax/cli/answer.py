@@ -12,8 +12,10 @@ not trained with the VoCo mask (an upper bound, a baseline, plain LLaVA) reads w
 """
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
@@ -22,7 +24,11 @@ from vocojax.cli.program_cache import keep_programs
 from vocojax.errors import InputError
 from vocojax.files import json_line
 
+if TYPE_CHECKING:
+    from vocojax.inference.assistant import Assistant
+
 FLAGS = flags.FLAGS
+SHOWN = 10  # unknown words that are named
 
 
 def define_flags() -> None:
@@ -75,6 +81,7 @@ def main(arguments: Sequence[str]) -> None:
                               FLAGS.repetition_penalty, tuple(FLAGS.stop))
     questions = read_questions(FLAGS.questions, FLAGS.seed) if FLAGS.questions else []
     assistant = Assistant.from_pretrained(FLAGS.checkpoint, mesh=parse_mesh(FLAGS.mesh), dtype=FLAGS.dtype)
+    _warn_of_unknown_words(assistant, [FLAGS.question] if FLAGS.question else [each.text for each in questions])
     store = Store(FLAGS.store, FLAGS.storage) if FLAGS.store else None
     if questions:
         for question, answer in answer_all(assistant, store, questions, sampling, FLAGS.batch_size, FLAGS.vocos,
@@ -97,3 +104,13 @@ def main(arguments: Sequence[str]) -> None:
     for (piece,) in assistant.stream(cache, [FLAGS.question], None, sampling, [FLAGS.seed]):
         print(piece, end="", flush=True)
     print()
+
+
+def _warn_of_unknown_words(assistant: "Assistant", questions: Sequence[str]) -> None:
+    """Warns of words in the questions that the model can't read."""
+    words = list(dict.fromkeys(word for text in questions for word in assistant.tokenizer.unknown_words(text)))
+    if words:
+        logging.getLogger("vocojax").warning(
+            "the model's tokenizer does not know these words of the question%s, and reads each as %s: %s%s",
+            "s" * (len(questions) > 1), assistant.tokenizer.huggingface.unk_token, ", ".join(words[:SHOWN]),
+            ", ..." * (len(words) > SHOWN))

@@ -34,7 +34,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("fast", False, "Stop at the scheduled program: seconds, not minutes; times from a roofline.")
     flags.DEFINE_bool("compare-remat", False, "Report on every rematerialisation policy.")
     flags.DEFINE_bool("search", False, "Try rows per device x policy x mesh (fast) and rank them.")
-    flags.DEFINE_list("frames", [], "Report on both plans of a stage of videos with so many frames per row.")
+    flags.DEFINE_list("frames", [], "Report on both plans of a stage of videos, with each of these numbers of "
+                      "frames per row.")
     flags.DEFINE_list("policies", [], "Policies to compare or search; default: all.")
     flags.DEFINE_list("rows", [], "Rows per device, and part of a batch, to search.")
     flags.DEFINE_list("meshes", [], "Meshes to search, data x fsdp x tensor: 1x256x1,2x128x1.")

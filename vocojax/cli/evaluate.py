@@ -57,7 +57,7 @@ def define_flags() -> None:
     flags.DEFINE_string("predictions", None, "File of answers to score, in place of a model.")
     flags.DEFINE_bool("allow_missing", False, "Accept questions without an answer, as the official tool treats them.")
     flags.DEFINE_string("convention", "official", "Definition of the scores: official, llava or lmms-eval.")
-    flags.DEFINE_integer("limit", None, "Ask the first so many questions of each benchmark only.", lower_bound=1)
+    flags.DEFINE_integer("limit", None, "Ask only the first LIMIT questions of each benchmark.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 32, "Questions that are answered at once.", lower_bound=1)
     flags.DEFINE_integer("vocos", None, "Number of each image's VoCo tokens to read; default: all.", lower_bound=1)
     flags.DEFINE_enum("visibility", None, ["voco", "causal"], "Who sees whom; default: as trained. A lower bound is an "

@@ -30,7 +30,7 @@ def define_flags() -> None:
     config_flag.define_config("The stage.")
     flags.DEFINE_string("workdir", None, "Directory of checkpoints and logs; a run in it is resumed.")
     flags.DEFINE_bool("extend", False, "Train a finished run for more steps: those of the config. The learning rate "
-                      "is then that of a run of so many steps.")
+                      "is then that of a run with the new number of steps.")
     flags.DEFINE_bool("dry_run", False, "Open the data, make one batch, print what a start would do, and stop.")
     flags.DEFINE_list("profile", [], "FIRST,LAST: writes a trace of these steps to WORKDIR/profile.")
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where it is not detected.")

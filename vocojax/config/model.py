@@ -276,12 +276,12 @@ class CompressorConfig:
       num_tokens: compressed tokens of an image; a square number for `avg_pool`, whose side divides the tower's patches
         on a side, and for `downsample`; for `llama_vid` one more than such a number.
       num_queries: queries of `llama_vid`'s Q-Former; `qformer` has `num_tokens`.
-      question_tokens: the last so many tokens of a question guide `llama_vid`.
+      question_tokens: how many of a question's last tokens guide `llama_vid`.
       depth: number of the Q-Former's blocks; its defaults are BLIP-2's.
       width: width of the Q-Former's hidden states.
       num_heads: attention heads of a Q-Former's block.
       mlp_width: width of the hidden layer of the Q-Former's MLPs.
-      cross_attention_every: the first of every so many blocks has cross-attention to the vision tokens.
+      cross_attention_every: of each group of this many blocks, the first has cross-attention to the vision tokens.
       norm_eps: epsilon of the Q-Former's layer norms.
     """
 

@@ -222,7 +222,7 @@ def _state(config: ModelConfig, dtype: DTypeLike, create: Create) -> nnx.State:
 
 
 def _model(config: ModelConfig, vocos: int, dtype: DTypeLike, state: nnx.State) -> VocoLlama:
-    """Returns a model of so many VoCo tokens (0: it is read without any) with these parameters."""
+    """Returns a model with this number of VoCo tokens (0: it is read without any) with these parameters."""
     config = dataclasses.replace(config, voco=dataclasses.replace(config.voco, num_vocos=max(1, vocos)))
     return nnx.merge(nnx.graphdef(abstract(lambda: VocoLlama(config, nnx.Rngs(0), dtype))), state)
 

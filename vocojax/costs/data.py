@@ -1,4 +1,4 @@
-"""Costs of the input pipeline, measured on synthetic data; `launch/data_report.py` prints it."""
+"""Costs of the input pipeline, measured on synthetic data; `vocojax data_report` prints them."""
 
 import json
 import multiprocessing
@@ -36,7 +36,7 @@ def write_images(folder: Path, count: int) -> list[str]:
 
 
 def write_records(path: Path, count: int, images: Sequence[str], words: int) -> None:
-    """Writes a LLaVA JSON of `count` records with about so many words each; every 16th has no image."""
+    """Writes a LLaVA JSON of `count` records with about `words` words each; every 16th has no image."""
     random = np.random.default_rng(0)
     texts = [" ".join(random.choice(WORDS, words // 6)) for _ in range(1000)]
     with path.open("w", encoding="utf-8") as file:
@@ -62,7 +62,7 @@ def stage(folder: Path) -> tuple[ModelConfig, DataConfig]:
 
 
 def stream_rate(folder: Path, images: int) -> Callable[[], float]:
-    """Returns a function that takes batches with about so many images and returns images per second of CPU time."""
+    """Returns a function that takes batches with about `images` images and returns images per second of CPU time."""
     stream = BatchStream(*stage(folder), 8, 0, "voco")
     next(stream)  # compiles, fills the windows
     _settled()

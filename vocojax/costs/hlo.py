@@ -172,7 +172,7 @@ def parse(text: str, open_loops: Mapping[str, int] | None = None) -> Module:
 def _count_runs(
     computations: dict[str, list[Instruction]], name: str, times: int, runs: Counter[str], open_loops: Mapping[str, int]
 ) -> None:
-    """Adds to `runs` that a computation runs so many times, with all that it calls. Every branch of a conditional
+    """Adds to `runs` that a computation runs `times` times, with all that it calls. Every branch of a conditional
     counts."""
     runs[name] += times
     for instruction in computations.get(name, ()):

@@ -97,7 +97,7 @@ def rows_of(samples: Sequence[SampleLayout], visibility: Visibility) -> Rows:
 
 
 def lay_out(num_units: int, text: int, unit: UnitShape = UNIT, most: int | None = None) -> SampleLayout:
-    """Lays out a sample of so many units and tokens of text, at most `most` tokens in all.
+    """Lays out a sample with these numbers of units and tokens of text, at most `most` tokens in all.
 
     The newline after the units, in a sample without units the BOS, is one of the tokens of text.
     """

@@ -25,6 +25,7 @@ from vocojax.data.prepared import PreparedSource
 from vocojax.data.text_rows import TextRowShape
 from vocojax.layout import LayoutError
 
+SHOWN = 10  # unknown words that are printed
 AT_ONCE = 1024  # records that wait for a thread
 
 
@@ -39,6 +40,7 @@ class Checked:
       dropped: tokens that were cut off its end.
       reason: a short key for why it can't be used; '' if it can.
       problem: the whole message.
+      unknown: words that the tokenizer does not know, each with whether it is a target.
     """
 
     record: int
@@ -47,6 +49,7 @@ class Checked:
     dropped: int = 0
     reason: str = ""
     problem: str = ""
+    unknown: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class DataReport:
       images: the same of its images, tiles and frames.
       truncated: records of which text was cut off.
       dropped_tokens: tokens that were cut off.
+      unknown_words: how often each word is there that the tokenizer does not know, the most frequent first. All of
+        them are one token, which says nothing of the word.
+      unknown_targets: how many of them are targets: the model learns to answer with that token.
+      unknown_records: how many records have such words.
       rows: rows of one epoch.
       fill: share of these rows' tokens that is no padding.
       images_per_row: images, tiles and frames of a row, on average.
@@ -79,6 +86,9 @@ class DataReport:
     images: dict[str, float]
     truncated: int
     dropped_tokens: int
+    unknown_words: dict[str, int]
+    unknown_targets: int
+    unknown_records: int
     rows: int
     fill: float
     images_per_row: float
@@ -107,10 +117,19 @@ class DataReport:
             f"targets         {numbers(self.targets)}",
             f"images          {numbers(self.images)}",
             f"cut off         {self.dropped_tokens:,} tokens of {self.truncated:,} records",
+            f"unknown words   {self._unknown()}",
             f"rows per epoch  {self.rows:,}: {self.fill:.1%} full, with {self.samples_per_row:.2f} records and "
             f"{self.images_per_row:.2f} images",
             f"digest          {self.digest}",
         ])
+
+    def _unknown(self) -> str:
+        """Returns how many words the tokenizer does not know, and the most frequent ones."""
+        if not self.unknown_words:
+            return "0"
+        first = ", ".join(f"{word} ({count:,})" for word, count in list(self.unknown_words.items())[:SHOWN])
+        return (f"{sum(self.unknown_words.values()):,} in {self.unknown_records:,} records, {self.unknown_targets:,} "
+                f"of them targets: {first}{', ...' * (len(self.unknown_words) > SHOWN)}")
 
 
 def check(stream: BatchStream, threads: int, decodes: bool = True, limit: int | None = None) -> DataReport:
@@ -129,6 +148,7 @@ def check(stream: BatchStream, threads: int, decodes: bool = True, limit: int | 
     good = [(record, one.size) for record, one in zip(chosen, checked, strict=True) if one.size is not None]
     bad = tuple({"record": one.record, "id": one.id, "reason": one.reason, "problem": one.problem}
                 for one in checked if one.reason)
+    unknown = [entry for one in checked for entry in one.unknown]
     shuffled = grain.MapDataset.range(len(records)).shuffle(stream.seed)
     order = {int(shuffled[place]): place for place in range(len(records))}
     sizes = [size for _, size in sorted(good, key=lambda entry: order[entry[0]])]
@@ -140,6 +160,9 @@ def check(stream: BatchStream, threads: int, decodes: bool = True, limit: int | 
         tokens=_spread([size.tokens for size in sizes]), targets=_spread([size.targets for size in sizes]),
         images=_spread([size.images for size in sizes]),
         truncated=sum(one.dropped > 0 for one in checked), dropped_tokens=sum(one.dropped for one in checked),
+        unknown_words=dict(collections.Counter(word for word, _ in unknown).most_common()),
+        unknown_targets=sum(is_target for _, is_target in unknown),
+        unknown_records=sum(bool(one.unknown) for one in checked),
         rows=len(rows), fill=share(sum(row.tokens for row in rows)) / stream.shape.length,
         images_per_row=share(sum(row.images for row in rows)), samples_per_row=share(len(sizes)),
         digest=digest(stream),
@@ -160,7 +183,8 @@ def check_record(source: PreparedSource, record: int, decodes: bool) -> Checked:
             source.load(prepared)
     except (LayoutError, ImageError) as error:
         return Checked(record, source.record_id(record), reason=error.reason, problem=str(error))
-    return Checked(record, prepared.layout.record, prepared.size, prepared.layout.dropped)
+    return Checked(record, prepared.layout.record, prepared.size, prepared.layout.dropped,
+                   unknown=tuple(source.unknown_words(record)))
 
 
 def pack(sizes: Sequence[Size], shape: RowShape | TextRowShape, window: int) -> Iterator[Size]:

@@ -85,6 +85,19 @@ class PreparedSource:
         except LayoutError:
             return ""
 
+    def unknown_words(self, record: int) -> list[tuple[str, bool]]:
+        """Returns the words of a record that its tokenizer does not know, each with whether it is a target.
+
+        Raises:
+          LayoutError: the record can't be used.
+        """
+        if not self._tokenizer.has_unknown_words:
+            return []
+        sample = self._source[record]
+        spans = [span for thread in sample.threads for span in self._template.spans(
+            thread, self._tokenizer.eos_token, bool(sample.images or sample.videos))]
+        return [(word, span.is_target) for span in spans for word in self._tokenizer.unknown_words(span.text)]
+
     def lay_out(self, record: int, position: int = 0) -> Prepared:
         """Reads a record, chooses the frames of its videos and lays its text out.
 

@@ -77,7 +77,7 @@ class TextRowShape:
         return Size(len(layout) - layout.text_start, layout.num_units, layout.num_targets)
 
     def most_tokens(self, num_units: int) -> int:
-        """Returns the most tokens that a sample with so many units may have, its units included."""
+        """Returns the most tokens that a sample with `num_units` units may have, its units included."""
         return self.length + num_units * (len(self.alone) if self.alone is not None else 0)
 
     def empty(self, count: int) -> Row:

@@ -259,6 +259,21 @@ class Tokenizer:
         encoding = self.huggingface.backend_tokenizer.encode(text, add_special_tokens=False)
         return Encoded(encoding.ids, [end for _, end in encoding.offsets])
 
+    @property
+    def has_unknown_words(self) -> bool:
+        """True if some texts can't be written in this vocabulary; one that falls back to bytes writes every text."""
+        is_bytes = getattr(self.huggingface.backend_tokenizer.model, "byte_fallback", False)
+        return self.huggingface.unk_token_id is not None and not is_bytes
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Returns the pieces of a text that become the unknown token, in their order."""
+        if not self.has_unknown_words:
+            return []
+        encoding = self.huggingface.backend_tokenizer.encode(text, add_special_tokens=False)
+        pieces = [text[slice(*place)] for id_, place in zip(encoding.ids, encoding.offsets, strict=True)
+                  if id_ == self.huggingface.unk_token_id]
+        return [piece for piece in pieces if piece != self.huggingface.unk_token]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of some ids, without special tokens."""
         return str(self.huggingface.decode(list(ids), skip_special_tokens=True))

@@ -39,7 +39,7 @@ class Asking:
       model: name of the model in answer files.
       batch_size: questions that are answered at once.
       num_vocos: how many VoCo tokens of each unit are read; None for all.
-      limit: ask the first so many questions only; None for all.
+      limit: ask the first `limit` questions only; None for all.
       store: where caches of visuals are sought and put; None keeps none on disk.
     """
 

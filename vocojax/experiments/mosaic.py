@@ -49,7 +49,7 @@ class Arm:
 
 
 def voco(number: int, recipe: str = "") -> Arm:
-    """Returns the row of a model that was trained with so many VoCo tokens, plainly or by a recipe."""
+    """Returns the row of a model that was trained with this number of VoCo tokens, plainly or by a recipe."""
     name = f"VoCo-{number}" + (f" + {recipe}" if recipe else "")
     return Arm(name, f"voco_{number}" + (f"+{recipe}" if recipe else ""), "voco")
 

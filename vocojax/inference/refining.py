@@ -66,7 +66,7 @@ def refine(ask: Ask, count: int, calibration: Calibration) -> Refined:
     """Answers questions from few tokens, and again from more where the answer is unsure.
 
     Args:
-      ask: answers some of the questions from so many tokens.
+      ask: answers some of the questions, given their places, from a number of tokens.
       count: how many questions there are.
       calibration: the rule.
     """

@@ -14,7 +14,7 @@ def cut(pixels_UHWC: jax.Array, config: VisionConfig, grid: int) -> jax.Array:
     Args:
       pixels_UHWC: normalised pixels of the tower's image size.
       config: the tower's.
-      grid: patches on a side; an image is reduced to so many with a bicubic, antialiased filter.
+      grid: patches on a side; an image is reduced to this grid with a bicubic, antialiased filter.
 
     Raises:
       InputError: images of another size than the tower's.
@@ -31,7 +31,7 @@ def cut(pixels_UHWC: jax.Array, config: VisionConfig, grid: int) -> jax.Array:
 
 
 def positions_of(embedding_SE: jax.Array, config: VisionConfig, grid: int) -> jax.Array:
-    """Returns the position embeddings [1 + grid * grid, E] of an image with so many patches.
+    """Returns the position embeddings [1 + grid * grid, E] of an image with this grid of patches.
 
     The patches' are interpolated with a bicubic, antialiased filter, as DINOv2 does (arXiv 2304.07193). The class
     token's, which comes first, stays.

@@ -43,7 +43,7 @@ class MeshConfig:
         return self.slice, self.data, self.fsdp, self.tensor
 
     def over(self, count: int) -> "MeshConfig":
-        """Returns the mesh over so many devices: what is left of them in place of -1.
+        """Returns the mesh over this number of devices, with what is left of them in place of -1.
 
         Raises:
           ConfigError: the sizes do not multiply to `count`.

@@ -36,7 +36,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "vocab": ("tensor", "fsdp"),
 }
 TILE_ROWS = 16  # rows of a bfloat16 tile in a TPU's memory; a part of fewer rows would be padded and copied
-LARGE = 1 << 20  # a parameter of at least so many elements must not be whole on every device
+LARGE = 1 << 20  # a parameter with at least this many elements must not be whole on every device
 PLANE = 16  # devices in a plane of a TPU's torus
 
 

@@ -223,7 +223,7 @@ def _changed(path: epath.Path, config: Any, extend: bool) -> str:
         return (f"{path.parent} is at step {newest} of {before['steps']}: run its own command to finish it before it "
                 "is extended")
     for key in (key for key in before if key in now and now[key] != before[key]):
-        LOG.info("%s: resumes with another %s: %r, before %r", path.parent, key, now[key], before[key])
+        LOG.info("%s: resumes with a changed config: %s is now %r, it was %r", path.parent, key, now[key], before[key])
     return ""
 
 

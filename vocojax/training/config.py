@@ -106,7 +106,7 @@ class CheckpointConfig:
       every: steps between checkpoints.
       minutes: a checkpoint is also written where metrics are logged if the last one is older; 0 is never.
       keep: how many of the newest are kept.
-      keep_every: checkpoints of multiples of so many steps are kept for good; 0 is none.
+      keep_every: checkpoints of the steps that are multiples of this are never deleted; 0 is none.
       keep_best: how many are kept in addition, by `best_metric`; 0 is none.
       best_metric: the mean since metrics were last logged of `loss`, `cross_entropy`, `kl` (with a teacher), `accuracy`
         or `grad_norm`; or of the same step `validation/loss`, `validation/accuracy`, or `validation/BENCHMARK` with one

@@ -108,7 +108,7 @@ class Composition:
         self._pairs += visible_pairs(np.concatenate([own, batch["start"]], axis=1), batch["stop"]) - added
 
     def utilisation(self, flops: StepFlops, tokens: float, targets: float, seconds: float) -> float | None:
-        """Returns the MFU of steps with so many tokens and targets in so many seconds; None if no peak is known."""
+        """Returns the MFU of steps with these tokens and targets in these seconds; None if no peak is known."""
         if self._peak is None or not self._tokens:
             return None
         share = tokens / self._tokens

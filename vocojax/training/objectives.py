@@ -111,7 +111,7 @@ class _Slots(NamedTuple):
 
     @classmethod
     def of(cls, target_index_BT: jax.Array, target_ids_BT: jax.Array, length: int) -> "_Slots":
-        """Returns the slots of rows of so many states."""
+        """Returns the slots of rows, given their number of states."""
         rows_B1 = jnp.arange(len(target_ids_BT), dtype=jnp.int32)[:, None]
         ids_A = target_ids_BT.reshape(-1)
         order_A = jnp.argsort(ids_A == IGNORE, stable=True)

@@ -49,7 +49,7 @@ class RunLog:
         if self._temporary and (self._target / "metrics.jsonl").exists():
             self._history.write_bytes((self._target / "metrics.jsonl").read_bytes())
         _forget_after(self._history, first_step, self._target / "metrics.jsonl")
-        # Not `SummaryWriter`: its thread dies on a full disk, and the next write then waits for it for ever.
+        # Not `SummaryWriter`: its thread dies on a full disk, and the next write then never ends.
         self._tensorboard = EventsWriter(str(self._local / "events"), f".{os.getpid()}")
         purge = SessionLog(status=SessionLog.START)
         self._tensorboard.write_event(Event(wall_time=time.time(), step=first_step + 1, session_log=purge))

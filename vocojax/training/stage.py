@@ -116,6 +116,7 @@ def _train(
             batches = opened = start.open_first(stream)
             if processes.is_first():
                 LOG.info("\n%s", start.banner(config, workdir, program, opened, first_step, count))
+                start.warn_of_unknown_words(stream)
         if restored is None:
             state = _initial_state(config, program)
             parameters = program.abstract_parameters
@@ -175,7 +176,10 @@ def dry_run(
                 Validation(config, program, index, count)
             _open_scoring(config, program, stream, open_scorer)
             opened = start.open_first(stream)
-            return start.banner(config, workdir, program, opened, first_step, count) if processes.is_first() else ""
+            if not processes.is_first():
+                return ""
+            start.warn_of_unknown_words(stream)
+            return start.banner(config, workdir, program, opened, first_step, count)
 
 
 def _checked_program(config: StageConfig, mesh: Mesh, is_new: bool) -> Program:

@@ -17,6 +17,7 @@ from vocojax.config import ConfigError
 from vocojax.data.config import DataConfig
 from vocojax.data.loader import BatchStream
 from vocojax.errors import CheckpointError
+from vocojax.layout import LayoutError
 from vocojax.parallel.mesh import BATCH_AXES
 from vocojax.runs.directory import changed_keys, checkpoint_steps, run_config, run_path
 from vocojax.training.config import StageConfig
@@ -24,6 +25,8 @@ from vocojax.training.optimizer import described_schedule, matches
 from vocojax.training.program import Program
 
 LOG = logging.getLogger(__name__)
+LOOKS = 200  # records whose words are looked at, evenly spread
+SHOWN = 10  # unknown words that are logged
 GIB = devices.GIB
 
 
@@ -67,6 +70,25 @@ def _samples_read(stream: BatchStream) -> int:
     state = stream.get_state()
     return sum((packer["position"] - int(number)) // state["packers"] - len(packer["window"])
                - sum(packer["counts"]["skipped"].values()) for number, packer in state["state"].items())
+
+
+def warn_of_unknown_words(stream: BatchStream) -> None:
+    """Logs the first words that the tokenizer does not know, if some of the records that are looked at have any."""
+    looked = sorted({index * stream.records // LOOKS for index in range(LOOKS)})
+    found: list[list[tuple[str, bool]]] = []
+    for record in looked if stream.tokenizer.has_unknown_words else []:
+        try:
+            found.append(stream.source.unknown_words(record))
+        except LayoutError:  # skipped and counted when it is read for training
+            continue
+    words = list(dict.fromkeys(word for own in found for word, _ in own))
+    if words:
+        targets = sum(any(is_target for _, is_target in own) for own in found)
+        LOG.warning(
+            "the tokenizer does not know some words, which all become %s: %s%s (%d of the %d records that were looked "
+            "at have such words, %d in an answer); use a tokenizer that knows them; vocojax check_data counts all",
+            stream.tokenizer.huggingface.unk_token, ", ".join(words[:SHOWN]), ", ..." * (len(words) > SHOWN),
+            sum(map(bool, found)), len(found), targets)
 
 
 def check_new(config: StageConfig, program: Program) -> None:

@@ -43,7 +43,7 @@ def stage_targets(config: StageConfig, rows: Rows) -> float:
 
 
 def head_chunks(config: StageConfig, rows: int) -> tuple[int, int]:
-    """Returns how many chunks of target slots so many typical rows of one device fill, and how many there are."""
+    """Returns how many chunks of target slots the typical rows of one device fill, and how many there are."""
     slots = (row_counts(config).targets, config.data.target_slots)
     filled, all_of_them = (math.ceil(rows * each / objectives.CHUNK) for each in slots)
     return filled, all_of_them
@@ -101,7 +101,7 @@ def unit_length(config: StageConfig) -> int:
 
 
 def gpu_kernel_seconds(config: StageConfig, kind: str, rows: int) -> dict[str, float]:
-    """Returns the seconds of one call of each kernel on so many rows, by the kernel's name, for a GPU.
+    """Returns the seconds of one call of each kernel on `rows` rows, by the kernel's name, for a GPU.
 
     A tile costs what bounds the loop over tiles of its kind, and tiles are spread evenly over the cores. Latency and
     the tail are left out, so this is a lower bound.
@@ -138,7 +138,7 @@ def _gpu_loops(kind: str) -> dict[str, list[gpu.Loop]]:
 
 
 def kernel_seconds(config: StageConfig, topology: str, rows: int) -> dict[str, float]:
-    """Returns the seconds of one call of each kernel on so many rows, by the kernel's name, for a TPU.
+    """Returns the seconds of one call of each kernel on `rows` rows, by the kernel's name, for a TPU.
 
     `rotary` is the mean of a call on queries and a call on keys, of which there are as many. Its tables count as if
     `tensor` cut them like the heads.

@@ -48,7 +48,7 @@ def frames_report(
 
 
 def with_frames(config: StageConfig, plan: Plan, frames: int) -> StageConfig:
-    """Returns a stage whose rows hold one video of so many frames and its text."""
+    """Returns a stage whose rows hold one video of this many frames and its text."""
     length = config.data.row_length
     if plan == "single_pass":
         length = math.ceil((length + frames * unit_length(config)) / LANES) * LANES

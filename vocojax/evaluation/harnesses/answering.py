@@ -72,7 +72,7 @@ class Answering:
         return self.assistant.model.config.decoder.max_positions
 
     def video(self, path: str | Path, frames: int | None = None) -> Video:
-        """Returns a video file as a visual, of which so many frames are read; None for the number given at first."""
+        """Returns a video file as a visual of at most `frames` frames; None for the number given at first."""
         return Video(path, frames or self._frames, self._frame_sampling)
 
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
