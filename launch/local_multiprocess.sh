@@ -5,7 +5,7 @@
 #
 # Each process finds JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in its environment; set
 # XLA_FLAGS=--xla_force_host_platform_device_count=D for D devices each on a CPU. On a GPU machine process I of several
-# has GPU I alone (JAX_LOCAL_DEVICE_IDS); the chips of a TPU machine can't be divided like this. Process 0 has the
+# has only GPU I (JAX_LOCAL_DEVICE_IDS); the chips of a TPU machine can't be divided like this. Process 0 has the
 # terminal, the others' lines carry their number. Signals go to all; when one process fails, the others are stopped
 # (killed after GRACE_SECONDS, 30 by default) and its status is returned.
 set -uo pipefail

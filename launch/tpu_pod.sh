@@ -5,7 +5,7 @@
 #   bash launch/tpu_pod.sh create                             # the machines; with a queue, waits until they are there
 #   bash launch/tpu_pod.sh install                            # this checkout's HEAD and the locked packages, on every worker
 #   bash launch/tpu_pod.sh run --config=configs/voco.py --workdir=gs://bucket/voco ...    # launch/train.py's arguments
-#   bash launch/tpu_pod.sh tail                               # worker 0's log; Ctrl-C leaves the run alone
+#   bash launch/tpu_pod.sh tail                               # worker 0's log; Ctrl-C does not stop the run
 #   bash launch/tpu_pod.sh stop                               # SIGTERM: the run saves; returns when the run has ended
 #   bash launch/tpu_pod.sh resume --config=... --workdir=...  # as `run`; pods that were preempted are created again first
 #   bash launch/tpu_pod.sh keep --config=... --workdir=...    # resumes after every preemption until the run has ended
@@ -66,7 +66,7 @@ case $TPU_TYPE in
     v5litepod-*) generation=v5e version=v2-alpha-tpuv5-lite ;;
     v5p-*) generation=v5p version=v2-alpha-tpuv5 ;;
     v6e-*) generation=v6e version=v2-alpha-tpuv6e ;;
-    tpu7x* | v7x-*) refuse "TPU7x is on GKE alone, not a TPU VM: use launch/gke_jobset.yaml or XPK, see README.md" ;;
+    tpu7x* | v7x-*) refuse "TPU7x is only on GKE, not a TPU VM: use launch/gke_jobset.yaml or XPK, see docs/train.md" ;;
     *) refuse "TPU_TYPE must begin with v4-, v5litepod-, v5p- or v6e-, got $TPU_TYPE" ;;
 esac
 [[ $slices =~ ^[1-9][0-9]*$ ]] || refuse "SLICES must be a whole number, got $slices"

@@ -108,6 +108,18 @@ def test_every_page_is_in_the_navigation():
     assert yaml.safe_load(text)["site_name"] == "vocojax"
 
 
+def test_every_public_name_is_on_the_page_of_the_api():
+    text = (SITE / "api.md").read_text()
+    assert not [name for name in vocojax.__all__ if f"`{name}`" not in text]
+
+
+def test_commands_of_the_site_are_written_in_one_form():
+    """`vocojax VERB` and a config's short name; the quickstart says once what else there is."""
+    odd = [(block.page.name, line) for page in SITE.glob("*.md") for block in blocks(page) if block.language == "bash"
+           for line in block.code.splitlines() if re.search(r"python launch/|--config=configs/", line)]
+    assert not odd
+
+
 @pytest.mark.parametrize("path", sorted((SITE / "measured").glob("*.json")), ids=lambda path: path.stem)
 def test_stored_figures_name_their_origin(path):
     entry = json.loads(path.read_text())

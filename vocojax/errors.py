@@ -23,7 +23,7 @@ def first_line(error: BaseException) -> str:
 
 
 def os_problem(error: OSError) -> str:
-    """Returns a failed system call as place, problem and remedy; the message alone if it names no place."""
+    """Returns a failed system call as place, problem and remedy; only the message if it names no place."""
     if not error.filename or not error.strerror:
         return str(error)
     remedy = _REMEDIES.get(error.errno or 0, "")

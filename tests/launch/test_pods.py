@@ -232,7 +232,7 @@ def test_what_an_installation_needs_is_looked_at_first(tmp_path, pod):
 
 
 @pytest.mark.parametrize(("variables", "message"), [
-    ({"TPU_TYPE": "tpu7x-16"}, "TPU7x is on GKE alone, not a TPU VM: use launch/gke_jobset.yaml or XPK"),
+    ({"TPU_TYPE": "tpu7x-16"}, "TPU7x is only on GKE, not a TPU VM: use launch/gke_jobset.yaml or XPK"),
     ({"SLICES": "two"}, "SLICES must be a whole number, got two"),
     ({"SSH": "tunnel"}, "SSH must be iap or internal, got tunnel"),
     ({"SPOT": "1", "RESERVED": "1"}, "machines are either SPOT=1 or RESERVED=1"),

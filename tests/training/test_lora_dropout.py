@@ -164,5 +164,5 @@ def test_eight_devices_draw_the_masks_of_one(dropping, words, tmp_path):
 def test_targets_outside_the_decoder_have_no_dropout(dropping):
     lora = dataclasses.replace(dropping.lora, targets=("decoder/blocks/.*/kernel", "projector/linear_in/kernel"))
     rules = (("projector/linear_in/kernel", "freeze"), *RULES)
-    with pytest.raises(ConfigError, match=r"lora\.dropout is for targets in the decoder's layers alone"):
+    with pytest.raises(ConfigError, match=r"lora\.dropout is only for targets in the decoder's layers"):
         make_program(dataclasses.replace(dropping, lora=lora, learning_rates=rules), make_mesh(MeshConfig()))

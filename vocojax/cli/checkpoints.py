@@ -5,7 +5,7 @@
 
 Every array is read and compared with its checksum, unless --nocheck is given. A checkpoint is named RUN@STEP, and the
 best one by the run's `checkpoint.best_metric` RUN@best, wherever a run is named (convert, answer, compress, evaluate,
-init_from, a teacher); RUN alone is the newest.
+init_from, a teacher); RUN without it is the newest.
 """
 
 import dataclasses

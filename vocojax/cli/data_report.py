@@ -1,11 +1,14 @@
 """Reports what the data pipeline costs on this machine.
 
     vocojax data_report --json=report.json
+    vocojax data_report --image_root=images
 
-It is compared with PIL and transformers' CLIP processor in a torch DataLoader. Takes minutes; the comparison needs the
-extra `test`.
+It reads synthetic images of COCO's sizes, or those of --image_root. Where torch is installed (pip install -e '.[test]')
+the same work by PIL and transformers' CLIP processor in a torch DataLoader is measured for comparison. Takes minutes;
+most of them are for the large JSON file, which --records makes smaller.
 """
 
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -16,8 +19,7 @@ from pathlib import Path
 
 from absl import flags
 
-from vocojax.cli.flag_checks import refuse_arguments, require_writable
-from vocojax.errors import MissingPackage
+from vocojax.cli.flag_checks import refuse_arguments, refuse_empty, require_writable
 
 FLAGS = flags.FLAGS
 REPEATS = 5
@@ -26,8 +28,10 @@ REPEATS = 5
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("json", None, "File to write the figures to.")
+    flags.DEFINE_string("image_root", None, "Directory of images to read; default: synthetic ones.")
     flags.DEFINE_integer("images", 120, "Images per measurement.", lower_bound=1)
     flags.DEFINE_integer("records", 665_000, "Records of the large JSON file.", lower_bound=1)
+    refuse_empty("image_root")
     require_writable("json")
 
 
@@ -39,25 +43,32 @@ def main(arguments: Sequence[str]) -> None:
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        images = data.write_images(folder / "images", 60)
+        images = data.own_images(folder / "images", FLAGS.image_root) if FLAGS.image_root else data.write_images(
+            folder / "images", 60)
         data.write_records(folder / "records.json", 600, images, 200)
-        ours, theirs = data.stream_rate(folder, FLAGS.images), torch_rate(folder, FLAGS.images)
-        rates = [(ours(), theirs()) for _ in range(REPEATS + 1)][1:]  # interleaved; the first pair warms up
-        medians = {who: statistics.median(values) for who, values in zip(("vocojax", "torch_dataloader"),
-                                                                         zip(*rates, strict=True), strict=True)}
+        measures = {"vocojax": data.stream_rate(folder, FLAGS.images)}
+        if importlib.util.find_spec("torch"):
+            measures["torch_dataloader"] = torch_rate(folder, FLAGS.images)
+        # Measured in turn; the first round warms up.
+        rates = [{who: measure() for who, measure in measures.items()} for _ in range(REPEATS + 1)][1:]
+        medians = {who: statistics.median(each[who] for each in rates) for who in measures}
         data.write_records(folder / "records.json", FLAGS.records, images, 240)
         size = (folder / "records.json").stat().st_size
         (building, _), (seconds, gib) = data.first_batch(folder), data.first_batch(folder)
     figures = {
-        "images_per_second_per_core": medians, "speedup": medians["vocojax"] / medians["torch_dataloader"],
+        "images_per_second_per_core": medians,
+        "speedup": medians["vocojax"] / medians["torch_dataloader"] if "torch_dataloader" in medians else None,
         "fill_ratio": data.fill_ratio(2000), "first_batch_seconds_665k": seconds, "resident_gib_665k": gib,
         "first_batch_seconds_665k_building_the_file": building, "records": FLAGS.records, "json_gib": size / 2**30,
     }
     if FLAGS.json:
         Path(FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(f"images/s per core, JPEG file to packed batch     {medians['vocojax']:8.1f}")
-    print(f"  PIL + CLIP processor in a torch DataLoader     {medians['torch_dataloader']:8.1f}")
-    print(f"  ratio                                          {figures['speedup']:8.2f}")
+    print(f"images/s per core, image file to packed batch    {medians['vocojax']:8.1f}")
+    if "torch_dataloader" in medians:
+        print(f"  PIL + CLIP processor in a torch DataLoader     {medians['torch_dataloader']:8.1f}")
+        print(f"  ratio                                          {figures['speedup']:8.2f}")
+    else:
+        print("  no comparison: torch is not installed; pip install -e '.[test]'")
     print(f"row fill at 2,048 tokens                         {figures['fill_ratio']:8.1%}")
     print(f"first batch, {FLAGS.records:,} records in {size / 2**30:.2f} GiB    {seconds:8.1f} s")
     print(f"  when the columnar file is made first           {building:8.1f} s")
@@ -69,10 +80,7 @@ def torch_rate(folder: Path, images: int) -> Callable[[], float]:
 
     There is no worker process, so nothing is copied between processes.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingPackage("the comparison needs torch: pip install -e '.[test]'") from error
+    import torch
     from PIL import Image
     from transformers import CLIPImageProcessor
 

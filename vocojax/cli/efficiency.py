@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     print(format_rows(report["rows"]))
     print(f"\n{summary['vocos']} VoCo tokens, {summary['text']} text tokens: cache -{summary['cache_saved']:.2%} of "
           f"the full one, FLOPs -{summary['flops_saved']:.2%} of no cache and {summary['flops_over_text_only']:.4f} x "
-          f"text alone, time to the first token {summary['measured_first_token_ratio']:.2%} of no cache")
+          f"text only, time to the first token {summary['measured_first_token_ratio']:.2%} of no cache")
     print(f"FLOPs: {report['flops_counted_in']}")
     print(f"times: {measured['device']}, model: " + (model if isinstance(model, str) else (
         f"reduced to width {model['decoder']['width']}, {model['decoder']['depth']} layers, random parameters")))

@@ -165,7 +165,7 @@ class VocoConfig:
       num_vocos: VoCo tokens after the vision tokens of each unit, N.
       token_id: their row in the vocabulary.
       positions: rotary positions of several units (images, frames). `compact`: unit t has those of the first one, t * N
-        higher, so the VoCo tokens of all units are consecutive, and a context is spent on them alone. `sequential`: all
+        higher, so the VoCo tokens of all units are consecutive, and a context is spent only on them. `sequential`: all
         tokens are numbered one after the other, as if nothing were compressed.
       init: the input embedding of a VoCo token. `learned`: its row of the vocabulary, as in the paper. `pool`: that row
         plus the mean of the projected vision tokens in the VoCo token's window, so that the model begins as pooling.
@@ -271,7 +271,7 @@ class CompressorConfig:
       kind: `none` (the decoder compresses into VoCo tokens), or a baseline. `avg_pool`: means of the vision tokens in
         square windows. `qformer`: BLIP-2's Q-Former. `downsample`: the vision tokens of a smaller image, which the same
         tower encodes with interpolated position embeddings. `random`: some of the vision tokens, drawn for each image
-        and each training step. In evaluation the draw depends on the image alone. `llama_vid` (arXiv 2311.17043): one
+        and each training step. In evaluation the draw depends only on the image. `llama_vid` (arXiv 2311.17043): one
         context token, made for the sample's first question, and means in square windows.
       num_tokens: compressed tokens of an image; a square number for `avg_pool`, whose side divides the tower's patches
         on a side, and for `downsample`; for `llama_vid` one more than such a number.

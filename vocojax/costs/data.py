@@ -1,4 +1,4 @@
-"""Costs of the input pipeline, measured on synthetic data; `vocojax data_report` prints them."""
+"""Costs of the input pipeline, measured on synthetic records; `vocojax data_report` prints them."""
 
 import json
 import multiprocessing
@@ -17,8 +17,10 @@ from vocojax.costs.rows import typical_rows
 from vocojax.data.config import DataConfig
 from vocojax.data.loader import BatchStream
 from vocojax.data.tokenizer import word_tokenizer
+from vocojax.errors import InputError
 
 WORDS = ("a", "photo", "of", "the", "bus", "dog", "tree", "red", "small", "person", "near", "left", "what", "how", "is")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PIXELS = ((640, 480), (480, 640), (640, 427), (500, 375), (1024, 768))  # sizes like COCO's and OCR-VQA's
 
 
@@ -33,6 +35,19 @@ def write_images(folder: Path, count: int) -> list[str]:
         pixels = 127 + 100 * waves + random.normal(0, 8, waves.shape)
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.jpg", quality=90)
     return [f"{index}.jpg" for index in range(count)]
+
+
+def own_images(folder: Path, root: str | Path) -> list[str]:
+    """Makes a folder of images from a directory, by a link, and returns their names.
+
+    Raises:
+      InputError: the directory has no image.
+    """
+    names = sorted(str(path.relative_to(root)) for path in Path(root).rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not names:
+        raise InputError(f"{root}: there is no image in this directory ({', '.join(SUFFIXES)})")
+    folder.symlink_to(Path(root).resolve())
+    return names
 
 
 def write_records(path: Path, count: int, images: Sequence[str], words: int) -> None:

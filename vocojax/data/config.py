@@ -56,7 +56,7 @@ class DataConfig:
         limit. For `easy_vqa_clips`, the number of questions about a clip; None for 24.
       template: how a conversation becomes text. `vicuna_v1`: system prompt, USER: question ASSISTANT: answer</s>, as
         LLaVA-1.5. `released`: the same as VoCo-LLaMA's released code writes it, which deletes newlines. `short`: as
-        `vicuna_v1` without a system prompt. `bare`: question and answer without roles. `plain`: the answer alone, a
+        `vicuna_v1` without a system prompt. `bare`: question and answer without roles. `plain`: only the answer, a
         caption. `vocojax check_data` shows the tokens that it makes.
       row_length: tokens per row; with the stage's `plan="two_stage"` tokens of text, as units have their own room.
       images_per_row: the most units (images, tiles, frames) per row.

@@ -165,7 +165,7 @@ def _deep_grey(image: Image.Image, name: str) -> Image.Image:
 
 
 def pixel_size(content: bytes, name: str) -> tuple[int, int]:
-    """Returns width and height, read from the header alone.
+    """Returns width and height, read only from the header.
 
     Raises:
       ImageError: as `decode`.

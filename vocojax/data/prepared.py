@@ -178,7 +178,7 @@ def drawn_vocos(levels: Sequence[int], fewest: int, position: int, anneal_sample
     Args:
       levels: the numbers that there are, ascending (`VocoConfig.levels`).
       fewest: the least that may be drawn; with `anneal_samples` it goes down to this from all, by equal factors.
-      position: the sample's place in the shuffled order, on which alone the draw depends.
+      position: the sample's place in the shuffled order; the draw depends on nothing else.
       anneal_samples: samples over which it goes down; 0 for none.
       seed: of the draws.
     """

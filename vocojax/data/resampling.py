@@ -28,7 +28,7 @@ def resize(image: Image.Image, width: int, height: int) -> np.ndarray:
 
 
 def reduce_columns(image: Image.Image, out: np.ndarray) -> None:
-    """Does the horizontal pass alone.
+    """Does only the horizontal pass.
 
     Args:
       image: an RGB image.
@@ -40,7 +40,7 @@ def reduce_columns(image: Image.Image, out: np.ndarray) -> None:
 
 
 def reduce_rows(pixels: np.ndarray, height: int) -> np.ndarray:
-    """Does the vertical pass alone.
+    """Does only the vertical pass.
 
     Args:
       pixels: uint32 [h, w], pixels of four bytes.

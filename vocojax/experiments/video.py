@@ -1,7 +1,7 @@
 """A proof that time is learnt: clips of real images, questions that depend on the order of frames, four kinds of rows.
 
 A stage for images comes before the video stage, as in the paper (§3.4). The video stage is compared with the model of
-the image stage, with itself where a clip's frames are shuffled, and with the best guess from a question's text alone.
+the image stage, with itself where a clip's frames are shuffled, and with the best guess from only the question's text.
 """
 
 import collections

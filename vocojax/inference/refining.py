@@ -33,7 +33,7 @@ class Calibration:
       threshold: an answer whose entropy, in nats, is below it stands.
       agreement: share of the answers that agree with those from all tokens, as asked for.
       questions: how many held-out questions the threshold comes from.
-      model: digest of the fingerprint of the model, to which alone it applies.
+      model: digest of the fingerprint of the only model that it applies to.
     """
 
     levels: tuple[int, ...]

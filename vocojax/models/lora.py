@@ -4,7 +4,7 @@ A layer computes `x W + scale (x A) B`, so that neither the sum nor its gradient
 `X/kernel` are the parameters `X/lora/a` [in, rank] and `X/lora/b` [rank, out], stacked like the kernel.
 
 In training some elements of x may be dropped before A, as PEFT's `lora_dropout` does; W sees all of x. The mask of a
-row depends on the row's key, the layer and the kernel's name alone, and so on no mesh, no part of a batch and no
+row depends only on the row's key, the layer and the kernel's name, and so on no mesh, no part of a batch and no
 rematerialisation. A model has dropout only where `with_dropout` gave it keys; nothing else draws random numbers.
 """
 

@@ -122,7 +122,7 @@ def over_devices(
     manual = BATCH_AXES if mesh.shape["tensor"] > 1 else AXES
 
     def specs_of(parameters: Mapping[str, Any]) -> dict[str, PartitionSpec]:
-        """Returns the cuts of parameters by `fsdp` alone."""
+        """Returns the cuts of parameters by `fsdp` only."""
         return {name: PartitionSpec(*(axis if axis == "fsdp" else None for axis in shardings[name].spec))
                 for name in parameters}
 

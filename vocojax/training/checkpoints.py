@@ -1,7 +1,7 @@
 """The checkpoints of a run (Orbax): how they are written, which are kept, and how they are restored.
 
     WORKDIR/checkpoints/STEP/parameters   what trains, a flat dict by path name
-                             optimizer    what training alone needs
+                             optimizer    what only training needs
                              ema          averages of `parameters`, with `optimizer.ema`: what readers of the run get
                              progress     JSON: the data stream's state, the run's config, checksums of all of it
     WORKDIR/frozen                        the other parameters, written once

@@ -114,11 +114,11 @@ def make_model(config: StageConfig, rngs: nnx.Rngs) -> VocoLlama:
 
 
 def _check_lora(config: StageConfig, model: VocoLlama, multipliers: Mapping[str, float]) -> None:
-    """Raises `ConfigError` unless factors train and their kernels don't, and dropout is for decoder layers alone."""
+    """Raises `ConfigError` unless factors train and their kernels don't, and dropout is only for decoder layers."""
     names = variables_of(model)
     for kernel in (name for name in names if factor_names(name)[0] in names):
         if config.lora.dropout and not kernel.startswith("decoder/blocks/"):
-            raise ConfigError("lora.dropout", f"is for targets in the decoder's layers alone, but lora.targets match "
+            raise ConfigError("lora.dropout", f"is only for targets in the decoder's layers, but lora.targets match "
                               f"{kernel!r}; set it to 0, or leave that target out")
         if kernel in multipliers or not all(factor in multipliers for factor in factor_names(kernel)):
             raise ConfigError("learning_rates", f"must freeze {kernel!r} and train its factors {factor_names(kernel)}, "

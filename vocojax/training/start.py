@@ -144,7 +144,7 @@ def banner(config: StageConfig, workdir: str | Path, program: Program, opened: O
         names = ", ".join(asked.benchmarks) or "no benchmark"
         lines["questions"] = (f"every {asked.ask_every:,} steps, {len(asked.prompts)} prompts and about "
                               f"{asked.questions:,} questions of each of {names}")
-    lines["programs"] = f"compiled ones are kept in {config.run.compilation_cache or 'memory alone'}"
+    lines["programs"] = f"compiled ones are kept in {config.run.compilation_cache or 'memory only'}"
     width = max(map(len, lines))
     return "\n".join(f"  {name:{width}}  {text}" for name, text in lines.items())
 

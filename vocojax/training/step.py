@@ -143,7 +143,7 @@ def make_evaluation(
 ) -> Evaluate:
     """Returns the function (state, batch) -> sums over the batch's targets; arguments as of `make_step`.
 
-    It measures the averages of the parameters, if there are any. LoRA's dropout and `closing` are for training alone.
+    It measures the averages of the parameters, if there are any. LoRA's dropout and `closing` are only for training.
     """
     config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, dropout=0.0), closing=0.0)
     objective = make_objective(model, teacher, config, axes)

@@ -255,7 +255,7 @@ def _reasons(trial: Trial, reports: Sequence[dict[str, Any]]) -> Iterator[str]:
         kinds = report["hbm_bytes_per_device"].items()
         held = sum(size for kind, size in kinds if kind not in ("temporaries", "batch"))
         if held > report["hbm_limit"]:
-            yield f"parameters and optimizer alone take {held / 1e9:.1f} GB on this mesh"
+            yield f"parameters and optimizer already take {held / 1e9:.1f} GB on this mesh"
         # A batch that is not cut needs no sum of gradients, so more rows may take less memory.
         holds_sum = trial.accumulate > 1 or report["accumulate"] == 1
         keeps = trial.remat == report["remat"] or trial.remat in KEEP_MORE[report["remat"]]

@@ -13,7 +13,7 @@ How to read it
 memory       bytes on one device; the lines below it add up to it. "temporaries" are all that a step needs besides what
              it is given: activations, gradients, gathered layers. "averages" are those of optimizer.ema
 step         compute + attention + interconnect + between_slices. In no sum: hidden_interconnect (collectives that run
-             while the device computes) and hbm_traffic (what moving that many bytes alone would take)
+             while the device computes) and hbm_traffic (what it would take only to move that many bytes)
 by part      the same seconds as "step", by part of the model; a wait for a collective counts for the part that waits
 collectives  bytes of the whole arrays that one device gathers or sums in a step, inside its slice; those "hidden by
              nothing" are a part of them

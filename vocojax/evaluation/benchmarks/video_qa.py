@@ -16,7 +16,7 @@ class OpenVideoQa(Benchmark):
     """Questions about videos with one gold answer each.
 
     The score is the official exact match: equality, without any cleaning. Papers report a judge model's accuracy beside
-    it (`evaluation.judge`). The prompt is the question alone; answers are greedy, where the papers' code samples at
+    it (`evaluation.judge`). The prompt is only the question; answers are greedy, where the papers' code samples at
     temperature 0.2.
     """
 

@@ -37,7 +37,7 @@ class Table:
       layout: its columns.
       rows: from top to bottom.
       notes: what a reader must know.
-      conventions: the definition that each benchmark was scored by; a benchmark of given figures alone has none.
+      conventions: the definition that each benchmark was scored by; one that has only given figures has none.
     """
 
     layout: Layout

@@ -85,7 +85,7 @@ def stream(
     every: int,
     is_over: Callable[[int, Sequence[int]], bool],
 ) -> Iterator[Generation]:
-    """Answers a batch of prompts; a row's answer depends on its own tokens and its own settings alone.
+    """Answers a batch of prompts; a row's answer depends only on its own tokens and settings.
 
     Args:
       model: answers.

@@ -7,7 +7,7 @@
     DIRECTORY/dataset_info.json, features.json         TFDS's metadata, written last
     DIRECTORY/SHA256SUMS                               sums of the metadata; shards have checksums of their own
 
-A shard depends on its records alone and appears only when it is complete. So the writing may be killed and started
+A shard depends only on its records and appears only when it is complete. So the writing may be killed and started
 again: complete shards are kept, and the result is the same to the byte. A shard that lacks a record because of a bad
 image is written again, since the image may have been repaired. While a shard is replaced there is no
 `dataset_info.json`: a data set opens only when it is complete.
