@@ -18,6 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import vocojax
 from docs import front_page, measure, tables
 from tests.test_quickstart import Tiny
 from vocojax.cli.main import VERBS
