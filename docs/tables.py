@@ -90,9 +90,9 @@ def mosaic(results: Sequence[Any]) -> Rows:
 
 
 def mosaic_elastic(results: Sequence[Any]) -> Rows:
-    """Reads, from the mosaics' tables.json, a model that was trained with eight VoCo tokens and read with fewer."""
+    """Reads, from the mosaics' tables.json, models that were trained with eight VoCo tokens and read with fewer."""
     (result,) = results
-    rows = [["plain VoCo-8, tokens read", *(f"seed {seed}" for seed in result["seeds"]), "retention, mean"]]
+    rows = [["trained with eight VoCo tokens", *(f"seed {seed}" for seed in result["seeds"]), "retention, mean"]]
     return rows + [[name, *map(percent, row["accuracy"]), percent(statistics.fmean(row["retention"]))]
                    for name, row in result["table_4"].items()]
 
