@@ -34,7 +34,7 @@ def main(run: str, export: str, output: str) -> None:
             for text, answer in zip(texts, ours, strict=True):
                 turn = [{"role": "user", "content": text}]
                 inputs = processor.apply_chat_template(turn, tokenize=True, voco_cache=cache)
-                ids = model.generate(**inputs, voco_cache=cache)[:, inputs["input_ids"].shape[1] :]
+                ids = model.generate(**inputs, voco_cache=cache, max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]
                 (theirs,) = processor.batch_decode(ids, skip_special_tokens=True)
                 same, asked = same + (theirs.strip() == answer), asked + 1
     Path(output).write_text(json.dumps({"questions": asked, "identical_answers": same}) + "\n")

@@ -1,11 +1,15 @@
 """Tokenizer files are taken as they are: ids are those that the files define, whatever class they name."""
 
 import json
+import logging
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import sentencepiece
+import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -197,3 +201,12 @@ def test_chat_templates_are_kept(tmp_path, file):
     (tmp_path / "own" / file).write_text(text if file.endswith("jinja") else json.dumps({"chat_template": text}))
     Tokenizer.from_directory(tmp_path / "own").save(tmp_path / "saved")
     assert Tokenizer.from_directory(tmp_path / "saved").huggingface.chat_template == text
+
+
+def test_a_missing_pytorch_is_no_news(monkeypatch):
+    logger, seen = logging.getLogger("transformers"), []
+    monkeypatch.setattr(logger, "callHandlers", lambda record: seen.append(record.getMessage()))
+    (message,) = re.findall(r'"(PyTorch was not found.*)"', Path(transformers.__file__).read_text())
+    logger.warning(message)
+    logger.warning("another warning")
+    assert seen == ["another warning"]

@@ -63,7 +63,7 @@ def parts(
 
     @torch.no_grad()
     def compression() -> Any:
-        cache = model.decoder.model(**model.inputs(*unit_inputs), use_cache=True).past_key_values
+        _, cache = model.decoder.model(**model.inputs(*unit_inputs), use_cache=True).to_tuple()
         return [(layer.keys[:, :, -kept:].clone(), layer.values[:, :, -kept:].clone()) for layer in cache.layers]
 
     return {"training step": training_step, "prefill": prefill, "compression": compression}

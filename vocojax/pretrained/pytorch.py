@@ -54,8 +54,9 @@ def _readme(card: ModelCard, base: Base | None, rows: int) -> str:
     bos, *newline = model_entry(card)["unit_ids"]
     lead = ", ".join([str(bos), f"{card.unit.tokens} x <image>", *map(str, newline), f"{vocos} x {tokenizer.voco_id}"])
     values = {
-        "question": "What is in the picture?", "tokens": card.unit.tokens, "vocos": vocos, "fit": card.fit,
-        "template": card.template, "visibility": card.visibility, "meaning": _MEANING[card.visibility],
+        "question": "What is in the picture?", "tokens": card.unit.tokens, "fit": card.fit, "template": card.template,
+        "vocos": "1 VoCo token" if vocos == 1 else f"{vocos} VoCo tokens",
+        "visibility": card.visibility, "meaning": _MEANING[card.visibility],
         "prompt": f"{tokenizer.huggingface.bos_token}<image>\\n{tokenizer.voco_token * vocos}\\n", "ids": lead,
         "rows": rows, "model_class": _MODEL,
     }

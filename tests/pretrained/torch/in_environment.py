@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 directory, image, cache_file, out = sys.argv[1:]
 warnings.simplefilter("ignore")
+warnings.simplefilter("error", FutureWarning)  # such as of an argument that has another name by now
 assert importlib.util.find_spec("jax") is None and importlib.util.find_spec("vocojax") is None
 processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True).eval()

@@ -1,4 +1,4 @@
-"""An export answers where there is nothing but torch and transformers, of the lowest and of the locked version."""
+"""An export answers where there is nothing but torch and transformers, of the lowest to the highest tested version."""
 
 import json
 import subprocess
@@ -11,14 +11,21 @@ import pytest
 from tests.pretrained.torch.test_single_pass import QUESTIONS, assert_same_answers
 from vocojax.data.conversation import Turn
 from vocojax.inference.caches import files
+from vocojax.pretrained.torch.environment_voco_llava import HIGHEST, LOWEST
 
-ROOT = Path(__file__).parents[3]
-LOCKED = next(line.partition("==")[2] for line in (ROOT / "requirements.lock").read_text().splitlines()
-              if line.startswith("transformers=="))
+# The lowest, the last of version 4 that differs, the last and the first of two spellings of the cache, the highest.
+VERSIONS = ("4.53.0", "4.57.1", "5.23.0", "5.24.0")
+
+
+def test_the_ends_of_the_range_and_the_locked_version_are_tested():
+    lock = (Path(__file__).parents[3] / "requirements.lock").read_text().splitlines()
+    locked = next(line.partition("==")[2] for line in lock if line.startswith("transformers=="))
+    numbers = [tuple(map(int, version.split(".")[:2])) for version in VERSIONS]
+    assert (min(numbers), max(numbers)) == (LOWEST, HIGHEST) and locked in VERSIONS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["4.53.0", "4.57.1", LOCKED])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_an_environment_with_torch_and_transformers_only(voco, images, tmp_path, version):
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
@@ -31,6 +38,7 @@ def test_an_environment_with_torch_and_transformers_only(voco, images, tmp_path,
     done = subprocess.run([environment / "bin" / "python", "-I", script, voco.directory, tmp_path / "image.png",
                            tmp_path / "ours", tmp_path / "theirs"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr and "is tested with" not in done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["transformers"] == version
     question = [(Turn("user", QUESTIONS[0]),)]

@@ -2,8 +2,10 @@
 
 import ast
 import json
+import logging
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from vocojax.errors import ConvertError
 from vocojax.pretrained import pytorch
 from vocojax.pretrained.loading import load_card
+from vocojax.pretrained.torch.environment_voco_llava import HIGHEST, LOWEST, check_version
 
+ROOT = Path(__file__).parents[3]
 PACKAGES = {"torch", "transformers", "numpy", "PIL", "safetensors"}  # transformers needs the last three
 SOURCES = sorted(pytorch.SOURCES.glob("*.py"))
 
@@ -60,6 +64,31 @@ def test_an_export_is_read_again_without_running_them(voco, tmp_path):
         load_card(tmp_path)
 
 
+def test_versions_outside_the_tested_range_are_named(monkeypatch):
+    seen: list[str] = []
+    monkeypatch.setattr(logging.getLogger("transformers"), "callHandlers",
+                        lambda record: seen.append(record.getMessage()))
+    assert [check_version(version) for version in ("4.53.0", "5.0.0rc1", "5.24.3", "5.24.0.dev0")] == [
+        (4, 53), (5, 0), (5, 24), (5, 24)]
+    assert not seen
+    with pytest.raises(ImportError, match=re.escape(
+            "this model's code is tested with transformers 4.53 to 5.24, and can't run with 4.52.4, which is older: "
+            "pip install 'transformers>=4.53,<5.25'")):
+        check_version("4.52.4")
+    assert [check_version("5.25.1"), check_version("5.25.1"), check_version("6.0.0")] == [(5, 25), (5, 25), (6, 0)]
+    assert seen == [
+        f"this model's code is tested with transformers 4.53 to 5.24; {version} is newer. If it fails: "
+        "pip install 'transformers>=4.53,<5.25'" for version in ("5.25.1", "6.0.0")]
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs/pytorch.md", pytorch.SOURCES / "README.md",
+                                  pytorch.SOURCES / "ADAPTER.md"], ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_users_are_told_to_install_a_tested_version(path):
+    (low, lowest), (high, highest) = LOWEST, HIGHEST
+    installs = re.findall(r"pip install torch .*", path.read_text())
+    assert len(installs) == 1 and f"'transformers>={low}.{lowest},<{high}.{highest + 1}'" in installs[0]
+
+
 @pytest.mark.parametrize("kind", ["voco", "causal"])
 def test_the_readme_s_code_runs(kind, tmp_path, monkeypatch, capsys, request):
     directory = request.getfixturevalue(kind).directory
@@ -68,6 +97,7 @@ def test_the_readme_s_code_runs(kind, tmp_path, monkeypatch, capsys, request):
     text = (directory / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == {"voco": 2, "causal": 1}[kind] and "$" not in text
+    assert "has 4 vision tokens and 2 VoCo tokens, and is" in text
     names: dict[str, object] = {}
     for block in blocks:
         exec(block.replace("this directory", str(directory)).replace("max_new_tokens=64", "max_new_tokens=2"), names)

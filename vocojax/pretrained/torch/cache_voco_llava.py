@@ -36,7 +36,7 @@ class VocoCache:
         cache.save("photo.safetensors")
         cache = model.load_cache("photo.safetensors")
         inputs = processor(text=prompt, voco_cache=cache)
-        model.generate(**inputs, voco_cache=cache)
+        model.generate(**inputs, voco_cache=cache, max_new_tokens=64)
 
     Attributes:
       keys: [L, U, N, G, D], rotated to the positions that they have where the unit stands alone.

@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import LlavaConfig
 
+from .environment_voco_llava import PAST  # noqa: F401  # the import checks the version of transformers
+
 
 class VocoLlavaConfig(LlavaConfig):
     """A `LlavaConfig` that also holds what its `config.json` says of VoCo tokens, prompts and mask.

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from .cache_voco_llava import VocoCache, image_digest
 from .configuration_voco_llava import VocoLlavaConfig
+from .environment_voco_llava import PAST
 from .fingerprint_voco_llava import Fingerprint, fingerprint
 from .layout_voco_llava import Layout, attention_mask_of, voco_layout, voco_places, voco_windows
 
@@ -67,6 +68,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         voco_units: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the model. Arguments that are not named here are those of transformers' LLaVA.
@@ -84,6 +86,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             first and hold -1. None for all units of the cache.
           logits_to_keep: of how many of the last tokens logits are computed; 0 or None for all.
           use_cache: whether the output has the keys and values of all tokens; None for what the config says.
+          cache: another name of `past_key_values`, which transformers uses from 5.24 on.
 
         Returns:
           transformers' output of LLaVA. Logits of `<image>` and of padding rows are as low as they can be.
@@ -96,26 +99,25 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             raise ValueError("the layout is known from token ids only: pass input_ids in place of inputs_embeds")
         for derived in ("cache_position", "return_dict"):  # the cache says it; the output is always transformers' own
             kwargs.pop(derived, None)
-        is_first = _is_empty(past_key_values)
+        past = past_key_values if cache is None else cache
+        is_first = _is_empty(past)
         prefix = _prefix_length(voco_cache, voco_units) if is_first else 0
         queries = input_ids.shape[1] - prefix
         if attention_mask is None or len(attention_mask.shape) == 2:
-            attention_mask, positions = self._visibility(
-                input_ids, attention_mask, voco_cache, queries, past_key_values)
+            attention_mask, positions = self._visibility(input_ids, attention_mask, voco_cache, queries, past)
             position_ids = positions if position_ids is None else position_ids
         if voco_cache is not None and is_first:
-            past_key_values = DynamicCache() if past_key_values is None else past_key_values
-            self._place(voco_cache, voco_units, input_ids, past_key_values)
+            past = DynamicCache() if past is None else past
+            self._place(voco_cache, voco_units, input_ids, past)
         input_ids, labels = input_ids[:, prefix:], None if labels is None else labels[:, prefix:]
         position_ids = None if position_ids is None else position_ids[:, -queries:]
         outputs = super().forward(
             inputs_embeds=self._embed(input_ids, pixel_values), attention_mask=attention_mask,
-            position_ids=position_ids, past_key_values=past_key_values,
-            logits_to_keep=0 if logits_to_keep is None else logits_to_keep, return_dict=True,
-            use_cache=use_cache if voco_cache is None else True, **kwargs,
+            position_ids=position_ids, logits_to_keep=0 if logits_to_keep is None else logits_to_keep,
+            return_dict=True, use_cache=use_cache if voco_cache is None else True, **{PAST: past}, **kwargs,
         )
         if use_cache is False:
-            outputs.past_key_values = None
+            outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != PAST})
         outputs.logits[..., self.config.num_tokens :] = torch.finfo(outputs.logits.dtype).min
         if labels is not None:
             counted = {key: kwargs[key] for key in ("num_items_in_batch",) if key in kwargs}
@@ -188,18 +190,17 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: torch.Tensor,
-        past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Returns the inputs of the next forward pass, with the mask and the positions of its tokens."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,  # type: ignore[arg-type]
-            past_key_values=past_key_values,
             attention_mask=attention_mask,  # type: ignore[arg-type]
             **kwargs,
         )
-        is_first = _is_empty(past_key_values)
+        past = kwargs.get(PAST)
+        is_first = _is_empty(past)
         if not is_first:
             inputs.pop("pixel_values", None)  # of the prompt, which is in the cache
         if self.config.stands_alone:
@@ -207,7 +208,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             if is_first:
                 queries -= _prefix_length(kwargs.get("voco_cache"), kwargs.get("voco_units"))
             layout = self._layout(input_ids, attention_mask, kwargs.get("voco_cache"))
-            inputs["attention_mask"] = self._mask(layout, queries, past_key_values)
+            inputs["attention_mask"] = self._mask(layout, queries, past)
             inputs["position_ids"] = layout.positions_BS[:, -queries:]
         return inputs
 
@@ -222,8 +223,8 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             return attention_mask, positions[:, -input_ids.shape[1] :]
         if not _is_empty(past):
-            raise ValueError("after past_key_values, the mask can't be known from the new ids alone: use generate, or "
-                             "pass attention_mask [B, 1, Q, K] and position_ids")
+            raise ValueError("after cached keys and values, the mask can't be known from the new ids alone: use "
+                             "generate, or pass attention_mask [B, 1, Q, K] and position_ids")
         layout = self._layout(input_ids, attention_mask, cache)
         return self._mask(layout, queries, past), layout.positions_BS
 

@@ -12,6 +12,7 @@ import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .cache_voco_llava import VocoCache
+from .environment_voco_llava import PAST  # noqa: F401  # the import checks the version of transformers
 from .fingerprint_voco_llava import Fingerprint  # noqa: F401  # older versions copy only what is imported here
 from .image_processing_voco_llava import ImageSource, open_image, prepare_units
 
