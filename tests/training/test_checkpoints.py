@@ -57,6 +57,19 @@ def damage(directory):
     file.write_bytes(content)
 
 
+@pytest.mark.parametrize(("best_is", "kept"), [("lowest", [5, 6]), ("highest", [4, 6])])
+def test_a_run_that_is_resumed_may_be_kept_by_another_metric(best_is, kept, tmp_path):
+    """Checkpoints that were saved with the earlier one alone are worse than any that has the new one."""
+    by_accuracy = CheckpointConfig(keep=1, keep_best=1, best_metric="accuracy", best_is=best_is)
+    accuracies = {4: 6.0, 5: 1.0, 6: 3.0}
+    write(tmp_path, (1, 2, 3), CheckpointConfig(keep=2, keep_best=1), lambda step: {"loss": float(step)})
+    with Checkpoints(tmp_path, by_accuracy, RUN) as checkpoints:
+        checkpoints.restore(tiny_state(0))
+        for step, accuracy in accuracies.items():
+            checkpoints.save(step, tiny_state(step), {"data": step}, {"accuracy": accuracy})
+    assert on_disk(tmp_path) == kept
+
+
 @pytest.mark.parametrize("name", ["[v2] voco", "a*b? {0}", "~x", "100% über 模", "a:/b"])
 def test_a_path_is_never_taken_for_a_pattern(name, tmp_path):
     workdir = tmp_path / name / "run"

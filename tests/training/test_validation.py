@@ -94,6 +94,7 @@ def test_a_stop_ends_it_after_the_batch_in_progress(stage, held_out, tmp_path, m
     ({"batches": 0}, {}, "validation.batches must be >= 1, got 0"),
     ({}, {"keep_best": 1, "best_metric": "validation/loss"},
      "checkpoint.every must be a multiple of validation.every 0"),
+    ({}, {"keep_best": 1, "best_metric": "kl"}, "checkpoint.best_metric must be another one: without distill.teacher "),
     ({"every": 4}, {"every": 6, "keep_best": 1, "best_metric": "validation/loss"},
      "checkpoint.every must be a multiple of validation.every 4"),
 ])

@@ -13,6 +13,7 @@ order of the data are; they follow from the seed in the config, so that there is
 
 import errno
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,7 +65,9 @@ class Checkpoints:
         policies: list[Any] = [keep.LatestN(config.keep)]
         if config.keep_every:
             policies.append(keep.EveryNSteps(config.keep_every))
-        metric = lambda values: upgraded_metrics(values)[config.best_metric]
+        # A run that is resumed may be kept by another metric than before: what lacks it is the worst.
+        worst = math.inf if config.best_is == "lowest" else -math.inf
+        metric = lambda values: upgraded_metrics(values).get(config.best_metric, worst)
         if config.keep_best:
             policies.append(keep.BestN(get_metric_fn=metric, reverse=config.best_is == "lowest", n=config.keep_best,
                                        keep_checkpoints_without_metrics=False))
