@@ -53,7 +53,8 @@ class DataConfig:
       image_root: directory that the file names of images and videos are relative to.
       tokenizer: directory of a Hugging Face tokenizer, or `hf://org/name`.
       threads_per_sample: for `easy_vqa` and the mosaics, the most questions about an image in one sample; None for no
-        limit. For `easy_vqa_clips`, the number of questions about a clip; None for 24.
+        limit. For `easy_vqa_clips`, the number of questions about a clip; None for 24. It changes nothing for other
+        sources, where a record is one conversation: write a record per question.
       template: how a conversation becomes text. `vicuna_v1`: system prompt, USER: question ASSISTANT: answer</s>, as
         LLaVA-1.5. `released`: the same as VoCo-LLaMA's released code writes it, which deletes newlines. `short`: as
         `vicuna_v1` without a system prompt. `bare`: question and answer without roles. `plain`: only the answer, a

@@ -110,7 +110,7 @@ class CheckpointConfig:
       keep_best: how many are kept in addition, by `best_metric`; 0 is none.
       best_metric: the mean since metrics were last logged of `loss`, `cross_entropy`, `kl` (with a teacher), `accuracy`
         or `grad_norm`; or of the same step `validation/loss`, `validation/accuracy`, or `validation/BENCHMARK` with one
-        of `validation.benchmarks`.
+        of `validation.benchmarks` (of a file, its name without the suffix).
       best_is: whether the lowest or the highest value is the best.
     """
 
@@ -150,8 +150,10 @@ class ValidationConfig:
       path: as in `DataConfig`.
       image_root: as in `DataConfig`.
       ask_every: steps between two askings of `benchmarks` and `prompts`; 0 is never. The last step has one as well.
-      benchmarks: names of benchmarks or groups of them (`vocojax evaluate --list`), scored as `vocojax evaluate` does.
-      data_root: directory of the benchmarks' official files, a folder per benchmark.
+      benchmarks: names of benchmarks or groups of them (`vocojax evaluate --list`), or files of your own questions
+        (.json, .jsonl), scored as `vocojax evaluate` does.
+      data_root: directory of the benchmarks' official files, a folder per benchmark; for your own questions, of the
+        images.
       questions: about how many of each benchmark are asked, evenly spread; they are the same every time.
       prompts: pairs (image file, question), whose answers are logged; '' for no image.
     """
