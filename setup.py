@@ -75,6 +75,7 @@ setup(
         "av>=15",
         "pyarrow>=21",
         "msgspec>=0.20",
+        "filelock>=3.20",
         "tensorboardX>=2.6",
         "tqdm>=4.67",
     ],
