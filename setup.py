@@ -71,6 +71,7 @@ setup(
         "sentencepiece>=0.2",
         "protobuf>=5",
         "Pillow>=11.3",
+        "simplejpeg>=1.8",
         "numba>=0.62",
         "av>=15",
         "pyarrow>=21",

@@ -23,6 +23,7 @@ from vocojax.data.images import (
     prepare_units,
     too_large,
 )
+from vocojax.data.jpeg import decode_jpeg
 from vocojax.data.resampling import resize
 
 
@@ -94,11 +95,9 @@ def test_fits_are_those_of_pillow_to_the_bit(size, kind):
     assert np.array_equal(prepare(image, 224, "square"), image.resize((224, 224), Image.Resampling.BICUBIC))
 
 
-@pytest.mark.parametrize("band", [1, 2**22])
-@pytest.mark.parametrize("size", [(700, 30), (30, 700), (90, 61)])
-def test_a_padded_image_is_never_in_memory_as_a_whole(size, band, monkeypatch):
-    """Images of more than 8,192 pixels a side have squares of hundreds of megabytes."""
-    monkeypatch.setattr(images, "BAND", band * max(size))
+@pytest.mark.parametrize("size", [(700, 30), (30, 700), (90, 61), (64, 31), (33, 65)])
+def test_a_padded_image_is_never_in_memory_as_a_whole(size):
+    """Images of more than 8,192 pixels a side have squares of hundreds of megabytes; it is padded strip by strip."""
     image, side = photo(*size), max(size)
     square = Image.new("RGB", (side, side), MEAN_COLOUR)
     square.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
@@ -227,6 +226,66 @@ def test_what_looks_like_a_scan_elsewhere_is_none():
     jpeg = encoded(photo(16, 16), "JPEG")
     segment = b"\xff\xd8\xff\xec" + struct.pack(">H", 60002) + b"\xff\xda" * 30000
     assert np.array_equal(decode(segment + jpeg[2:] + jpeg * 600, "x"), decode(jpeg, "x"))
+
+
+JPEGS = {
+    "4:2:0": {"quality": 75, "subsampling": "4:2:0"}, "4:2:2": {"quality": 90, "subsampling": "4:2:2"},
+    "4:4:4": {"quality": 97, "subsampling": "4:4:4"}, "RGB": {"keep_rgb": True}, "coarse": {"quality": 5},
+    "progressive": {"progressive": True}, "progressive 4:4:4": {"progressive": True, "subsampling": "4:4:4"},
+    "restarts": {"restart_marker_blocks": 3}, "optimized": {"optimize": True},
+    "notes": {"comment": b"note", "icc_profile": bytes(70000), "exif": b"Exif\0\0" + bytes(20)},
+}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (16, 16), (17, 33), (130, 97)])
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_has_pillow_s_pixels(mode, options, size):
+    noise = np.random.default_rng(0).integers(0, 80, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(np.asarray(photo(*size)) // 2 + noise).convert(mode)
+    content = encoded(image, "JPEG", **{name: value for name, value in options.items() if mode == "RGB" or name not in (
+        "subsampling", "keep_rgb")})
+    fast = decode_jpeg(content, size)
+    assert fast is not None and fast.mode == "RGB" and fast.size == size
+    with Image.open(io.BytesIO(content)) as pillows:
+        assert np.array_equal(fast, pillows.convert("RGB"))
+    assert np.array_equal(decode(content, "x"), fast)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_no_cut_jpeg_is_filled_with_grey(options):
+    """Wherever it is cut: Pillow decides, which takes a file without its end marker and refuses all others."""
+    content = encoded(photo(64, 48), "JPEG", **options)
+    whole = decode_jpeg(content, (64, 48))
+    for length in {*range(0, len(content), 97), *range(len(content) - 4, len(content))}:
+        assert decode_jpeg(content[:length], (64, 48)) is None
+        try:
+            with Image.open(io.BytesIO(content[:length])) as image:
+                expected = np.asarray(image.convert("RGB"))
+        except OSError:
+            with pytest.raises(ImageError, match="cannot be decoded") as error:
+                decode(content[:length], "x")
+            assert error.value.reason == "undecodable image"
+        else:
+            assert length >= len(content) - 2 and np.array_equal(expected, whole)
+            assert np.array_equal(decode(content[:length], "x"), expected)
+
+
+def test_a_jpeg_that_simplejpeg_refuses_or_that_is_not_rgb_is_pillow_s():
+    """A damaged one, one whose header says another size, one of four colours, one of several pictures."""
+    content, four = encoded(photo(40, 30), "JPEG"), encoded(photo(40, 30).convert("CMYK"), "JPEG")
+    scan = content.index(b"\xff\xda") + 14
+    damaged = content[: scan + 20] + b"\x55\xaa" * 5 + content[scan + 30 :]
+    assert decode_jpeg(content, (30, 40)) is None and decode_jpeg(damaged, (40, 30)) is None
+    for case in (damaged, four, encoded(photo(40, 30), "MPO", save_all=True, append_images=[photo(8, 8)])):
+        with Image.open(io.BytesIO(case)) as image:
+            assert np.array_equal(decode(case, "x"), image.convert("RGB"))
+
+
+def test_decoded_jpegs_do_not_share_memory():
+    """The second one may be decoded while the first is still used."""
+    first, second = (decode(encoded(Image.new("RGB", (16, 16), (grey,) * 3), "JPEG"), "x") for grey in (10, 200))
+    assert first.getpixel((3, 3)) == (10, 10, 10) and second.getpixel((3, 3)) == (200, 200, 200)
 
 
 def test_exif_orientation_is_left_alone():

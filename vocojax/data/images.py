@@ -15,8 +15,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from vocojax.data.jpeg import decode_jpeg
 from vocojax.data.picture_files import too_many_scans, without_notes
-from vocojax.data.resampling import reduce_columns, reduce_rows, resize
+from vocojax.data.resampling import resize, resize_padded
 from vocojax.errors import InputError, VocojaxError, shown
 from vocojax.models.clip import CLIP_MEAN
 
@@ -24,10 +25,10 @@ Fit = Literal["pad", "pad_white", "crop", "square", "anyres"]
 MEAN_COLOUR = tuple(int(mean * 255) for mean in CLIP_MEAN)
 WHITE = (255, 255, 255)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that runs another program
+JPEGS = ("JPEG", "MPO")  # a phone's file of several pictures is an MPO
 MAX_PIXELS = 2**27  # 11,585 x 11,585; four bytes each while an image is decoded
 MAX_ASPECT = 200  # longer side to shorter one: `crop` enlarges the shorter one to the tower's size
 MAX_BYTES = 2**28
-BAND = 2**22  # pixels of a padded image that are in memory at once
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 # LLaVA-1.6's grids of tiles, (rows, columns), in the order in which ties are decided.
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
@@ -113,7 +114,8 @@ def decode(content: bytes, name: str) -> Image.Image:
         or a JPEG of too many scans.
     """
     with _open(content, name) as image:
-        return to_rgb(image, name)
+        decoded = decode_jpeg(content, image.size) if image.format in JPEGS and image.mode in ("L", "RGB") else None
+        return decoded or to_rgb(image, name)
 
 
 def to_rgb(image: Image.Image, name: str = "in memory") -> Image.Image:
@@ -221,7 +223,7 @@ def prepare(image: Image.Image, size: int, fit: Fit = "pad") -> np.ndarray:
     if fit == "square":
         return resize(image, size, size)
     if fit != "crop" and image.width != image.height:
-        return _pad_and_resize(image, size, WHITE if fit == "pad_white" else MEAN_COLOUR)
+        return resize_padded(image, size, WHITE if fit == "pad_white" else MEAN_COLOUR)
     shortest = min(image.size)
     width, height = (max(size, int(size * edge / shortest)) for edge in image.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -280,27 +282,3 @@ def choose_grid(width: int, height: int, size: int) -> tuple[int, int]:
         return kept, kept - rows * columns * size * size
 
     return max(GRIDS, key=merit)
-
-
-def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, ...]) -> np.ndarray:
-    """Puts the image in the middle of a square of one colour and resizes that to `size`."""
-    side = max(image.size)
-    left, top = (side - image.width) // 2, (side - image.height) // 2
-    if side < size:
-        square = Image.new("RGB", (side, side), colour)
-        square.paste(image, (left, top))
-        return resize(square, size, size)
-    # The horizontal pass does not change rows of one colour: only the image's own rows go through it.
-    across = np.empty((side, size), np.uint32)
-    across[:top] = across[top + image.height :] = np.array([*colour, 255], np.uint8).view(np.uint32)
-    own = across[top : top + image.height]
-    if image.width == side:
-        reduce_columns(image, own)
-        return reduce_rows(across, size)
-    rows = max(1, BAND // side)
-    for first in range(0, image.height, rows):
-        last = min(first + rows, image.height)
-        band = Image.new("RGB", (side, last - first), colour)
-        band.paste(image.crop((0, first, image.width, last)), (left, 0))
-        reduce_columns(band, own[first:last])
-    return reduce_rows(across, size)

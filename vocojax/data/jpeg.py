@@ -1,0 +1,32 @@
+"""JPEG files decoded by simplejpeg, with the pixels that Pillow gives, in less time and memory traffic.
+
+Both are libjpeg-turbo with the same settings: the exact inverse DCT, smooth upsampling of colours. Pillow copies every
+line once more, from three bytes per pixel to four.
+"""
+
+import numpy as np
+import pyarrow as pa
+import simplejpeg
+from PIL import Image
+
+
+def decode_jpeg(content: bytes, size: tuple[int, int]) -> Image.Image | None:
+    """Decodes a colour or greyscale JPEG to RGB.
+
+    Args:
+      content: the content of the file.
+      size: width and height that its header says.
+
+    Returns:
+      The image; None if there is anything unusual about the file, down to a missing byte at its end: Pillow then
+      decides whether it can be used.
+    """
+    width, height = size
+    pixels = np.empty((height, width, 4), np.uint8)
+    try:
+        decoded = simplejpeg.decode_jpeg(content, "RGBX", buffer=pixels, strict=True)
+    except ValueError:
+        return None
+    if decoded.shape != pixels.shape:
+        return None
+    return Image.fromarrow(pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), 4), "RGB", size)
