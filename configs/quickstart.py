@@ -10,7 +10,7 @@ A single one, after the quickstart's first stages:
 
 The stage is the config's argument: `alignment`; then, which start from it, `upper_bound` (its weights, read with the
 VoCo mask, are the lower bound as well), `voco_N`, and the baselines `avg_pool`, `qformer`, `llama_vid`, `downsample`
-and `random`.
+and `random`. `voco_N+own` is ours: `model.voco.rows = "own"`, without which more VoCo tokens are worse here.
 """
 
 import dataclasses
@@ -58,9 +58,12 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
         config.update(visibility="causal", steps=300, init_new=["projector/.*", "decoder/.*"], batch_size=32)
     elif stage == "upper_bound":
         config.visibility = "causal"
-    elif stage.removeprefix("voco_").isdecimal():
-        config.model.voco.num_vocos = int(stage.removeprefix("voco_"))
+    elif stage.removeprefix("voco_").removesuffix("+own").isdecimal():
+        config.model.voco.num_vocos = int(stage.removeprefix("voco_").removesuffix("+own"))
         config.data.row_length += config.model.voco.num_vocos - 1
+        if stage.endswith("+own"):
+            config.model.voco.rows = "own"
+            config.init_new = ("decoder/voco_offsets",)
     elif stage in ("avg_pool", "downsample", "random"):
         config.model.compressor.kind = stage
         config.visibility = "causal"
@@ -73,6 +76,6 @@ def get_config(stage: str = "voco_1") -> ConfigDict:
             config.data.update(threads_per_sample=1, images_per_row=4, keep_in_memory=False)
             config.batch_size = 35  # as many questions as the other stages' 40 rows
     else:
-        raise ConfigError("stage", f"{stage!r} is unknown: alignment, upper_bound, voco_N, avg_pool, qformer, "
-                          "llama_vid, downsample or random")
+        raise ConfigError("stage", f"{stage!r} is unknown: alignment, upper_bound, voco_N, voco_N+own, avg_pool, "
+                          "qformer, llama_vid, downsample or random")
     return config

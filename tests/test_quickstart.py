@@ -97,12 +97,13 @@ def test_its_runs_answer_questions(finished):
 def test_every_row_of_the_full_table(tmp_path):
     result = Quickstart(quickstart.get_config, tmp_path, full=True, steps=Tiny(), test_images=3).run()
     assert list(result["rows"]) == [
-        "Upper Bound", "VoCo-1", "Lower Bound", "VoCo-2", "VoCo-8", "Avg. Pool + Linear", "Q-Former (1 query)",
-        "LLaMA-VID (2 tokens)", "Downsampled image (1 token)", "Random (1 token)"]
+        "Upper Bound", "VoCo-1", "Lower Bound", "VoCo-2 (own rows)", "VoCo-8 (own rows)", "Avg. Pool + Linear",
+        "Q-Former (1 query)", "LLaMA-VID (2 tokens)", "Downsampled image (1 token)", "Random (1 token)"]
 
 
 @pytest.mark.parametrize("stage", [
-    "alignment", "upper_bound", "voco_1", "voco_8", "avg_pool", "qformer", "llama_vid", "downsample", "random"])
+    "alignment", "upper_bound", "voco_1", "voco_8", "voco_8+own", "avg_pool", "qformer", "llama_vid", "downsample",
+    "random"])
 def test_every_stage_s_config_is_valid(stage):
     values = quickstart.get_config(stage)
     values.data.tokenizer = "tokenizer"

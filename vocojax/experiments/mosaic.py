@@ -65,9 +65,13 @@ ARMS = (
     Arm("LLaMA-VID", "llama_vid", "causal"),
     Arm(LOWER, UPPER_STAGE, "voco"),
 )
-# Each alone, and the best together, on one VoCo token; compared on the validation split.
-RECIPES = tuple(voco(1, recipe) for recipe in ("", "pool", "kl", "captions", "embedding_lr", "pool+kl", "pool+captions",
-                                                 "pool+kl+captions"))
+# Each alone, and the best together, with the numbers of VoCo tokens they are for; compared on the validation split.
+RECIPES = (
+    *(voco(1, recipe) for recipe in ("", "pool", "kl", "captions", "embedding_lr", "spread", "output", "closing",
+                                     "pool+kl", "pool+output", "pool+closing")),
+    *(voco(4, recipe) for recipe in ("", "pool", "own", "band", "band+own", "pool+band", "pool+output")),
+    *(voco(8, recipe) for recipe in ("", "pool", "own", "output", "pool+own")),
+)
 # Table 4: trained with 8 VoCo tokens, read with fewer; as in the paper, and so that any number may be read.
 ELASTIC = "voco_8+own+nested+elastic"
 TABLE_4 = tuple(Arm(f"{name}, {number} read", stage, "voco", number)
@@ -83,7 +87,7 @@ class Mosaic:
       workdir: for runs, answers and tables; what is finished in it is not repeated.
       seeds: everything is trained once for each.
       arms: the rows.
-      recipes: models with one VoCo token that are compared on the validation split; none by default.
+      recipes: rows that are compared on the validation split; none by default.
       steps: number of steps by stage, in place of the configs'; also of `vision`.
       canvases: how many to ask about; None for all.
     """

@@ -51,8 +51,8 @@ ARMS = (
     Arm(LOWER, "upper_bound", "voco"),
 )
 FURTHER_ARMS = (
-    Arm("VoCo-2", "voco_2", "voco"),
-    Arm("VoCo-8", "voco_8", "voco"),
+    Arm("VoCo-2 (own rows)", "voco_2+own", "voco"),  # ours; see the last section of docs/science.md
+    Arm("VoCo-8 (own rows)", "voco_8+own", "voco"),
     Arm("Avg. Pool + Linear", "avg_pool", "causal"),
     Arm("Q-Former (1 query)", "qformer", "causal"),
     Arm("LLaMA-VID (2 tokens)", "llama_vid", "causal"),
