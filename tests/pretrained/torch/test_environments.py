@@ -13,8 +13,8 @@ from vocojax.data.conversation import Turn
 from vocojax.inference.caches import files
 from vocojax.pretrained.torch.environment_voco_llava import HIGHEST, LOWEST
 
-# The lowest, the last of version 4 that differs, the last and the first of two spellings of the cache, the highest.
-VERSIONS = ("4.53.0", "4.57.1", "5.23.0", "5.24.0")
+# In 5.12.0 a configuration is a dataclass with required fields; 5.24.0 calls past_key_values cache.
+VERSIONS = ("4.53.0", "4.57.1", "5.12.0", "5.23.0", "5.24.0")
 
 
 def test_the_ends_of_the_range_and_the_locked_version_are_tested():

@@ -1,6 +1,6 @@
 """The configuration of an exported VoCo-LLaMA: transformers' `LlavaConfig` with the entries that vocojax adds."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import LlavaConfig
 
@@ -19,9 +19,10 @@ class VocoLlavaConfig(LlavaConfig):
       vocojax: `model`, the model's config in vocojax; `unit_ids`, the ids of BOS and newline in a unit.
     """
 
-    voco: dict[str, Any]
-    prompt: dict[str, Any]
-    vocojax: dict[str, Any]
+    if TYPE_CHECKING:  # some versions 5 make a dataclass of the class, in which these would be required
+        voco: dict[str, Any]
+        prompt: dict[str, Any]
+        vocojax: dict[str, Any]
 
     @property
     def stands_alone(self) -> bool:

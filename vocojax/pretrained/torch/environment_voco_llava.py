@@ -8,7 +8,7 @@ import re
 import transformers
 from transformers.utils import logging
 
-LOWEST, HIGHEST = (4, 53), (5, 24)  # major and minor number; versions between them work too
+LOWEST, HIGHEST = (4, 53), (5, 24)  # major and minor number
 
 
 def check_version(version: str) -> tuple[int, int]:
