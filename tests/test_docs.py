@@ -148,6 +148,9 @@ MADE = {  # a table, a result of its command, and its rows after the columns
         "Upper Bound": {"accuracy": [1.0, 1.0], "retention": [1.0, 1.0], "of_upper": [1.0, 1.0]}}}, [
         ["Upper Bound (16 vision tokens)", "100.0 %", "100.0 / 100.0", "100.0 %", "100.0 / 100.0", "100.0 %"],
         ["VoCo-1", "37.5 %", "50.0 / 25.0", "37.5 %", "25.0 / 50.0", "37.5 %"]]),
+    "mosaic_refining": ({"seeds": [0], "refining": {
+        "asked_for": 0.99, "questions": [4000], "agreement": [0.9912], "mean_tokens": [6.125]}},
+        [["seed 0", "4,000", "99.1 %", "6.12"]]),
     "steps": ({"topology": "v5e:16x16", "remat": "full", "rows_per_device": 8, "estimated_seconds": 5.4256,
                "mfu_bound": 0.614, "tokens_per_second_per_device": 3019.6, "vision_share": 0.0212,
                "peak_bytes": 7.86e9},
