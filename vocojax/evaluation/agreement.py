@@ -79,7 +79,7 @@ def agreement(
         "joined": _apart_and_together(assistant, images, random),
     }
     voco = assistant.model.config.voco
-    if (voco.init, voco.rows) == ("learned", "shared"):
+    if voco.is_nested and voco.rows == "shared":  # offsets have a row for each VoCo token, and no more
         caches["cut"] = _cut(assistant, images).split()
     visuals = [Visual((image,)) for image in images]
     asked: list[tuple[str, int, list[int]]] = []  # question, one image, several images
