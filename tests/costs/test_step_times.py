@@ -47,7 +47,7 @@ def test_without_pytorch_the_extra_is_named(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_torch)
-    with pytest.raises(MissingPackage, match=r"needs torch: pip install 'vocojax\[test\]'"):
+    with pytest.raises(MissingPackage, match=r"needs torch: pip install -e '\.\[test\]'"):
         step_times.step_report(1, TINY)
 
 

@@ -121,7 +121,7 @@ def test_a_data_set_of_version_0_1_is_read(tmp_path, source, monkeypatch):
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ImportError, match=r"source 'tfds' needs pip install 'vocojax\[tfds\]'"):
+    with pytest.raises(ImportError, match=r"source 'tfds' needs pip install -e '\.\[tfds\]'"):
         open_source(DataConfig(source="tfds", path=str(tmp_path)))
 
 

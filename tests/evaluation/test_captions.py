@@ -29,5 +29,5 @@ def test_without_java_or_the_package_the_error_says_what_to_install(monkeypatch,
             benchmark.score(["a thing"] * len(benchmark.items))
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/java")
     monkeypatch.setitem(sys.modules, "pycocoevalcap.tokenizer.ptbtokenizer", None)
-    with pytest.raises(MissingPackage, match=r"pip install 'vocojax\[benchmarks\]'"):
+    with pytest.raises(MissingPackage, match=r"pip install -e '\.\[benchmarks\]'"):
         benchmark.score(["a thing"] * len(benchmark.items))

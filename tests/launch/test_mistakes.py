@@ -40,7 +40,7 @@ MISTAKES = [
     ("train --workdir=w --config=vocoo", "did you mean configs/voco.py? stages: alignment, "),
     ("train --workdir=w --config={root}", "--config={root}: there is no such file"),
     ("train --workdir=w --config=voco:tiny2", "preset must be one of ['clip_l_224_vicuna_7b', "),
-    ("train --workdir=w --config=quickstart:x", "stage 'x' is unknown: alignment, upper_bound, voco_N, avg_pool"),
+    ("train --workdir=w --config=quickstart:x", "stage 'x' is unknown: alignment, upper_bound, voco_N, voco_N+own, "),
     ("train --workdir=w --config={root}/records.json", "must be a Python file with a function get_config"),
     ("config vocoo", "did you mean configs/voco.py? stages: "),
     ("config voco nothing", "no key of the config begins with 'nothing' or holds it"),
@@ -143,6 +143,7 @@ def vocojax(root, stage, capsys, monkeypatch):
     def run(*arguments):
         capsys.readouterr()
         code = None
+        monkeypatch.setattr(sys, "argv", ["vocojax", *arguments])
         try:
             main(["vocojax", *arguments])
         except SystemExit as ended:
