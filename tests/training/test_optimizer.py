@@ -9,10 +9,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests.helpers import run_processes as runs
 from tests.helpers.metrics import lines, of_steps
 from tests.training.test_validation import loss_of
 from vocojax.config import ConfigError, config_to_dict
 from vocojax.errors import CheckpointError
+from vocojax.parallel.mesh import MeshConfig
 from vocojax.pretrained.conversion import convert
 from vocojax.runs.listing import list_checkpoints
 from vocojax.runs.weights import StoredWeights
@@ -131,3 +133,25 @@ def test_a_resumed_run_has_the_same_averages_and_a_damaged_one_is_found(stage, a
         StoredWeights(run)
     train(config, run)  # puts the damaged checkpoint aside, and takes its step again
     assert all((saved(run, 4, "ema")[name] == whole[name]).all() for name in whole)
+
+
+@pytest.mark.slow
+def test_averages_are_the_same_on_every_mesh(stage, tmp_path):
+    """And what is measured of them; their parts lie on the devices as those of the parameters do."""
+    held_out = ValidationConfig(every=2, batches=2, path=stage.data.path, image_root=stage.data.image_root)
+    config = dataclasses.replace(
+        stage, batch_size=8, steps=2, validation=held_out, optimizer=dataclasses.replace(stage.optimizer, ema=DECAY))
+    runs.run(config, tmp_path / "one")
+    whole = saved(tmp_path / "one", 2, "ema")
+    for name, processes, devices, mesh in (
+        ("two", 2, 1, MeshConfig(data=-1)), ("four", 1, 4, MeshConfig(data=2, fsdp=2)),
+        ("eight", 2, 4, MeshConfig(fsdp=4, tensor=2)),
+    ):
+        runs.run(dataclasses.replace(config, mesh=mesh), tmp_path / name, processes, devices)
+        found = StoredWeights(tmp_path / name)
+        assert {key for key in found.shapes if not key.startswith("vision/")} == whole.keys()
+        for key, value in whole.items():
+            np.testing.assert_allclose(found.read(key), value, rtol=1e-4, atol=1e-5, err_msg=f"{key}, {name}")
+        for line, other in zip(lines(tmp_path / name), lines(tmp_path / "one"), strict=True):
+            for key in ("learning_rate", "update_norm", *(("validation/loss",) if line["step"] == 2 else ())):
+                np.testing.assert_allclose(line[key], other[key], rtol=1e-4, err_msg=key)
