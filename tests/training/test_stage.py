@@ -76,7 +76,7 @@ def test_a_bucket_needs_the_package_that_opens_it(stage, monkeypatch):
     for name in ("gs", "gcs"):  # where another test has opened a bucket
         monkeypatch.delitem(_registry, name, raising=False)
     type(fsspec_backend)._get_filesystem.cache_clear()
-    with pytest.raises(CheckpointError, match=r"workdir 'gs://bucket/run' can't be reached: .*pip install -e '\.\[gcs\]'"):
+    with pytest.raises(CheckpointError, match=r"'gs://bucket/run' can't be reached: .*pip install -e '\.\[gcs\]'"):
         train(stage, "gs://bucket/run")
 
 
