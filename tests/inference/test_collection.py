@@ -245,8 +245,9 @@ def test_the_launch_scripts_on_one_device_on_a_mesh_and_on_two_processes(assista
     refused = start("compress", f"--images={photos}/none*", f"--store={one}")
     assert "error: no file matches" in refused.communicate(timeout=300)[1] and refused.returncode == 1
 
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"visibility": "causal"}))
-    bound = Assistant.from_pretrained(checkpoint)
+    causal = tmp_path / "causal"
+    save_model(assistant.model, ModelCard(assistant.model.config, assistant.tokenizer, visibility="causal"), causal,
+               "orbax")
+    bound = Assistant.from_pretrained(causal)
     whole = bound.generate_whole([[images[4], images[2]]], [(Turn("user", ask),)], SamplingConfig(max_new_tokens=6))
-    assert finish(start("answer", *flags)).strip() == bound.texts(whole)[0]
+    assert finish(start("answer", *flags, f"--checkpoint={causal}")).strip() == bound.texts(whole)[0]
