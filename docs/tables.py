@@ -1,4 +1,4 @@
-"""What each stored table (`measured/NAME.json`) is made from: a command, its result file, and how its rows are read.
+"""The origin of each stored table (`measured/NAME.json`): a command, its result file, and how its rows are read.
 
 `measure.py` runs the commands. A table that is not listed in `TABLES` has no command that makes it again; its note says
 where it comes from.

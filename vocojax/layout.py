@@ -26,6 +26,7 @@ import numpy as np
 
 from vocojax.config import ModelConfig, Positions, VocoPlaces, VocoSees
 from vocojax.errors import VocojaxError, shown
+from vocojax.view import View, close_bands
 
 Visibility = Literal["voco", "causal"]
 VISIBILITIES: tuple[Visibility, ...] = get_args(Visibility)
@@ -131,41 +132,6 @@ class LayoutError(VocojaxError, ValueError):
         super().__init__(f"record {shown(record)}: {problem}")
 
 
-class AnswerView(NamedTuple):
-    """The position of an answer, and what its tokens see of the prompt.
-
-    Attributes:
-      position: rotary position of the answer's first token; its further tokens follow one by one.
-      sees: bool [P + S], the keys of the prefix and of the prompt that each token of the answer sees. It also sees the
-        answer up to itself.
-    """
-
-    position: int
-    sees: np.ndarray
-
-
-class View(NamedTuple):
-    """The positions and the visibility of S tokens after a prefix of P tokens (P = 0 for a whole sample).
-
-    Query r has index P + r; key 0 is the prefix's first token.
-
-    Attributes:
-      positions: int32 [S], rotary positions.
-      start: int32 [S], the first key of each query's window.
-      stop: int32 [P + S], the first query that no longer sees each key.
-    """
-
-    positions: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-
-    def answer(self) -> AnswerView:
-        """Returns the view of an answer to the prompt: it sees what the prompt's last token sees."""
-        last = len(self.stop) - 1
-        sees = (self.start[-1] <= np.arange(last + 1)) & (last < self.stop)
-        return AnswerView(int(self.positions[-1]) + 1, sees)
-
-
 @dataclass(frozen=True)
 class SampleLayout:
     """One sample, token by token. All arrays have length S.
@@ -251,26 +217,14 @@ class SampleLayout:
         return View(positions.astype(np.int32), start.astype(np.int32), stop.astype(np.int32))
 
     def _place_vocos(self, positions: np.ndarray, start: np.ndarray, stop: np.ndarray) -> None:
-        """Writes what `UnitShape.places` and `UnitShape.sees` change into a view's arrays.
-
-        Two vectors describe bands if the first VoCo token sees the last one: `start` hides the bands before, and a band
-        stops after its VoCo token. For three vision tokens and three VoCo tokens:
-
-            query \\ key  B V V V n C C C
-              first        . . . x x x
-              second       . . x . x x x
-              third        x x . . x x x x
-        """
+        """Writes what `UnitShape.places` and `UnitShape.sees` change into a view's arrays."""
         unit, number_N = self.unit, np.arange(self.unit.vocos)
         first_U1 = self.unit_length * np.arange(self.num_units)[:, None]
-        vision_UP = first_U1 + 1 + np.arange(unit.tokens)
         voco_UN = first_U1 + self.unit_length - unit.vocos + number_N
         if unit.places == "spread":
             positions[voco_UN] = positions[first_U1] + 1 + (2 * number_N + 1) * unit.tokens // (2 * unit.vocos)
         if unit.sees == "band":
-            band_P = np.arange(unit.tokens) * unit.vocos // unit.tokens
-            stop[vision_UP] = voco_UN[:, ::-1][:, band_P] + 1
-            start[voco_UN[:, :-1]] = vision_UP[:, np.searchsorted(band_P, number_N[:0:-1])]
+            close_bands(start, stop, first_U1 + 1 + np.arange(unit.tokens), voco_UN)
 
     def view_after_prefix(self, visibility: Visibility, prefix_length: int) -> View:
         """Returns positions and visibility of the text alone, after a prefix of cached tokens that replaces the units.

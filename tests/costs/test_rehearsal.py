@@ -87,7 +87,7 @@ def test_the_rate_of_a_directory_is_measured_and_leaves_nothing(tmp_path, monkey
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu (extra `tpu`)")
 @pytest.mark.slow
 def test_a_tiny_stage_is_rehearsed_on_a_topology(stage, tmp_path):
-    """By the compiler, with the stage's own data and without it."""
+    """The compiler's report is real. The stage is rehearsed with its own data, and without."""
     stage = dataclasses.replace(stage, mesh=MeshConfig(data=1, fsdp=-1), attention="chunked")
     for has_data in (True, False):
         figures = rehearse(stage, Topology("v5e:2x2"), has_data=has_data, price=1.0, fast=True, seconds=0.5)

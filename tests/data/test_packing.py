@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tests.test_layout import Letters, pairs
 from vocojax.costs.data import fill_ratio
 from vocojax.data.packing import Item, RowShape, Size, best_fit, pack_row
-from vocojax.layout import IGNORE, LayoutError, Role, Span, UnitShape, View, lay_out_sample
+from vocojax.layout import IGNORE, LayoutError, Role, Span, UnitShape, lay_out_sample
+from vocojax.view import View
 
 UNIT = UnitShape(2, 1)
 SHAPE = RowShape(40, 3, 8, 4, 2, (("", "voco"), ("teacher_", "causal")))

@@ -142,7 +142,7 @@ def test_fingerprints_and_exports(tiny_config, tiny_model, words, tmp_path, chan
 
 
 def test_the_mask_closes_row_by_row(stage):
-    """Of four rows and a mask that closes in half of eight steps: 4, 3, 2, 1 and then no row are open."""
+    """Four rows, eight steps, closing = 0.5: in steps 0 to 4 the mask is open in 4, 3, 2, 1 and 0 rows."""
     config = dataclasses.replace(stage, closing=0.5, steps=8, batch_size=4)
     closed, opened = np.zeros((4, 3), np.int32), np.ones((4, 3), np.int32)
     batch = {"row": np.arange(4), "ids": closed, "vision": closed, "images": closed}

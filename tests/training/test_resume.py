@@ -1,4 +1,4 @@
-"""What a resumed run compares: content, not spelling; and finished runs that get more steps."""
+"""Resuming compares content, not spelling. A finished run can get more steps."""
 
 import dataclasses
 import logging

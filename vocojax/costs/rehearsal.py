@@ -32,7 +32,7 @@ DRAINED = 0.2  # share of the measurement in which batches that were made ahead 
 
 @dataclasses.dataclass(frozen=True)
 class MeanRow:
-    """What a packed row holds on average.
+    """The contents of a packed row on average.
 
     Attributes:
       origin: where the figures are from.

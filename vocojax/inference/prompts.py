@@ -14,9 +14,10 @@ from vocojax.data.conversation import Conversation, Template, is_unicode, requir
 from vocojax.data.packing import Item, RowShape, pack_row
 from vocojax.data.tokenizer import Tokenizer
 from vocojax.inference.decoding.decode import Prompts
-from vocojax.layout import LayoutError, Role, SampleLayout, UnitShape, View, Visibility, lay_out_sample
+from vocojax.layout import LayoutError, Role, SampleLayout, UnitShape, Visibility, lay_out_sample
 from vocojax.models.voco import Rows, rows_from_batch
 from vocojax.parallel.mesh import row_multiple
+from vocojax.view import View
 
 
 def lay_out_prompt(
