@@ -83,7 +83,7 @@ def rehearse(
         "epochs": config.steps * config.batch_size * row.samples / row.records if row.records else None,
         "images_per_second_per_host": {
             "needed": images / step / topology.hosts if step else None, "made_here": made,
-            "cores_here": len(os.sched_getaffinity(0))},
+            "cores_here": os.cpu_count() or 1},
         "checkpoint": {
             "bytes": checkpoint, "frozen_bytes": frozen, "gb_per_second": gb_per_second or None,
             "seconds": checkpoint / GB / gb_per_second if gb_per_second else None,
