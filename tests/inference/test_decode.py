@@ -25,6 +25,7 @@ from vocojax.inference.decoding.sampling import (
     SamplingInputs,
     SamplingStatics,
     choose,
+    likeliest,
     penalise,
     truncate,
 )
@@ -192,6 +193,11 @@ def test_a_temperature_close_to_zero_takes_the_likeliest_token(temperature):
     chosen = choose(jnp.array([[0.0, 3, 1], [0, 1, 3]]), None, jnp.int32(0), SamplingInputs.of(warm),
                     SamplingStatics.of(warm))
     assert chosen.tolist() == [1, 2]
+
+
+def test_of_equal_logits_the_first_token_is_the_likeliest():
+    logits_BV = jnp.array([[1, 3, 3, 2], [-jnp.inf, -5, -9, -4], [0, 0, 0, 0], [-jnp.inf] * 4, [jnp.nan] * 4])
+    np.testing.assert_array_equal(likeliest(logits_BV), [1, 3, 0, 0, 0])
 
 
 def test_settings_at_the_ends_of_their_ranges_choose_a_token_that_is_there():

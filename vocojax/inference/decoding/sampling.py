@@ -164,12 +164,23 @@ def choose(
     """
     if statics.penalises:
         logits_BV = penalise(logits_BV, held_BV, inputs)
-    likeliest_B = logits_BV.argmax(-1).astype(jnp.int32)
+    likeliest_B = likeliest(logits_BV)
     if not statics.draws:
         return likeliest_B
     keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(inputs.seeds_B)
     drawn_B = jax.vmap(jax.random.categorical)(keys_B, truncate(logits_BV, inputs)).astype(jnp.int32)
     return jnp.where(inputs.temperature_B > 0, drawn_B, likeliest_B)
+
+
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+    """Returns int32 [B], the first of each row's tokens with the largest logit.
+
+    This is `argmax` in two reductions. XLA's CPU backend does not vectorise a reduction that carries an index: at 32
+    rows it took a sixth of decoding.
+    """
+    highest_B1 = logits_BV.max(-1, keepdims=True)
+    last = logits_BV.shape[-1] - 1
+    return jnp.where(logits_BV < highest_B1, last, jnp.arange(last + 1, dtype=jnp.int32)).min(-1)
 
 
 def penalise(logits_BV: jax.Array, held_BV: jax.Array, inputs: SamplingInputs) -> jax.Array:
