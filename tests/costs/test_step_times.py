@@ -17,15 +17,18 @@ TINY = dataclasses.replace(preset("tiny"), decoder=dataclasses.replace(preset("t
 def test_both_sides_compute_the_same_shapes():
     ours, theirs = step_times.own_parts(TINY), step_times.peer_parts(TINY)
     assert ours["prefill"]().shape == tuple(theirs["prefill"]()[:, -1].shape) == (1, TINY.decoder.vocab_size)
-    keys_LUNGD, ((keys_UGND, _),) = ours["compression"]().k_LBKGD, theirs["compression"]()
+    keys_LUNGD, ((keys_UGND, _),) = (
+        ours["compression of 1 image"]().k_LBKGD, theirs["compression of 1 image"]())
     assert keys_LUNGD.shape[1:] == tuple(keys_UGND.transpose(1, 2).shape) == (1, 1, 2, 32)
+    answer = "decoding of 1 answer"
+    assert ours[answer]().shape == (1, 64) and theirs[answer]().shape == (1, 33 + 64), "theirs has the question, too"
     metrics, loss = ours["training step"]()[1], theirs["training step"]()
     assert float(metrics["targets"]) == 2 * step_times.ANSWER
     assert 3 < float(metrics["loss"]) < 8 and 3 < loss < 8, "random weights: about the log of 64 tokens, 4.2"
 
 
 def test_the_peer_has_the_dense_mask():
-    _, vision, pixels, mask, _ = torch_peer._tensors(step_times._unit_rows(TINY))
+    _, vision, pixels, mask, _ = torch_peer._tensors(step_times._unit_rows(TINY, 1))
     length = mask.shape[-1]
     np.testing.assert_array_equal(mask[0, 0] == 0, np.tril(np.ones((length, length), bool)))
     assert tuple(pixels.shape) == (1, 3, 64, 64) and int(vision.max()) == 15

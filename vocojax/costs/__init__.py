@@ -8,6 +8,6 @@
 `prices`: hours and dollars of a run.
 `rehearsal`: a run before it is booked, on one page. `launch/rehearse.py`.
 `answers`: an answer with and without a cache (paper Table 7). `launch/efficiency.py`.
-`step_times`: a step, a prefill and a compression beside `torch_peer`, measured on this CPU. `launch/step_report.py`.
+`step_times`: training and answers beside `torch_peer`, measured on this CPU. `launch/step_report.py`.
 `data`: the input pipeline, measured on this machine. `launch/data_report.py`.
 """

@@ -1,8 +1,9 @@
-"""Times of a training step, a prefill and a compression beside PyTorch's, measured on this machine's CPU.
+"""Times of training, prefill, compression and decoding beside PyTorch's, measured on this machine's CPU.
 
 Both sides run equal shapes in fp32: `answers.measurable`, a model of 58 million decoder parameters with a small CLIP
-tower, on rows of one image's unit and 130 tokens of text. Each side has a process of its own and they take turns, so
-that neither's threads count as the other's and a change of the machine's speed affects both.
+tower. Rows that are trained on or read whole have one image's unit and 130 tokens of text. Answers are 64 tokens to 33
+tokens of text. Each side has a process of its own and they take turns, so that neither's threads count as the other's
+and a change of the machine's speed affects both.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vocojax.costs.answers import NO_END, measurable
 from vocojax.costs.rows import LetterTokenizer
 from vocojax.data.packing import Item, RowShape, pack_row
 from vocojax.inference.compress import run_units
-from vocojax.inference.decoding.decode import first_token
+from vocojax.inference.decoding.decode import Prompts, first_token, more_tokens
 from vocojax.inference.decoding.sampling import SamplingConfig, SamplingInputs, SamplingStatics
 from vocojax.inference.prompts import whole_prompts, whole_rows
 from vocojax.layout import SampleLayout, Span, lay_out_sample, lay_out_unit, unit_shape
@@ -40,7 +41,11 @@ from vocojax.training.step import TrainState
 Side = Literal["vocojax", "torch"]
 SIDES: tuple[Side, ...] = ("vocojax", "torch")
 BATCH, TEXT, ANSWER = 2, 130, 60  # rows of a training step, tokens of text of a row, targets of them
-GOALS = {"training step": 0.70, "prefill": 0.65, "compression": 0.65}  # most CPU seconds, as a share of torch's
+QUESTION, NEW_TOKENS = 33, 64  # tokens of a question and of its answer
+IMAGES = {"compression of 1 image": 1, "compression of 8 images": 8}
+ANSWERS = {"decoding of 1 answer": 1, "decoding of 32 answers": 32}
+# Most CPU seconds, as a share of torch's.
+GOALS = {"training step": 0.70, "prefill": 0.65, **dict.fromkeys(IMAGES, 0.65), **dict.fromkeys(ANSWERS, 0.70)}
 
 _parts: Mapping[str, Callable[[], Any]] = {}  # of this process's side
 
@@ -98,18 +103,35 @@ def _time(part: str) -> tuple[float, float]:
 
 
 def own_parts(config: ModelConfig) -> dict[str, Callable[[], Any]]:
-    """Returns vocojax's training step, prefill and compression as functions without arguments."""
+    """Returns vocojax's parts as functions without arguments."""
     model = VocoLlama(config, nnx.Rngs(0), jnp.float32)
-    prompts = jax.tree.map(jnp.asarray, whole_prompts([_sample(config)], [[_image(config)]], config, "voco",
-                                                      len(_sample(config))))
-    unit = jax.tree.map(jnp.asarray, _unit_rows(config))
-    sampling = SamplingConfig(max_new_tokens=1)
-    statics, inputs = SamplingStatics.of([sampling]), SamplingInputs.of([sampling])
+    prompt = whole_prompts([_sample(config)], [[_image(config)]], config, "voco", len(_sample(config)))
+
+    def compression(count: int) -> Callable[[], Any]:
+        rows = jax.tree.map(jnp.asarray, _unit_rows(config, count))
+        return lambda: run_units(model, rows, config.unit_vocos)
+
     return {
         "training step": _training_step(config),
-        "prefill": lambda: first_token(model, prompts, None, inputs, end_id=NO_END, statics=statics)[0],
-        "compression": lambda: run_units(model, unit, config.unit_vocos),
+        "prefill": _answers(model, prompt, 1),
+        **{part: compression(count) for part, count in IMAGES.items()},
+        **{part: _answers(model, _questions(config, count), NEW_TOKENS) for part, count in ANSWERS.items()},
     }
+
+
+def _answers(model: VocoLlama, prompts: Prompts, new_tokens: int) -> Callable[[], Any]:
+    """Returns what answers prompts with so many tokens, and returns these or, of one token, its logits."""
+    prompts = jax.tree.map(jnp.asarray, prompts)
+    samplings = [SamplingConfig(max_new_tokens=new_tokens)] * len(prompts.lengths_B)
+    statics, inputs = SamplingStatics.of(samplings), SamplingInputs.of(samplings)
+
+    def answers() -> Any:
+        logits_BV, progress = first_token(model, prompts, None, inputs, end_id=NO_END, statics=statics)
+        if new_tokens == 1:
+            return logits_BV
+        return more_tokens(model, progress, inputs, np.int32(new_tokens), end_id=NO_END, statics=statics).ids_BT
+
+    return answers
 
 
 def _training_step(config: ModelConfig) -> Callable[[], Any]:
@@ -148,7 +170,10 @@ def peer_parts(config: ModelConfig) -> dict[str, Callable[[], Any]]:
     rows = whole_rows([sample] * BATCH, [images] * BATCH, config, "voco", len(sample))
     labels_BS = np.tile(sample.labels, (BATCH, 1))
     prompt = whole_rows([sample], [images], config, "voco", len(sample))
-    return torch_peer.parts(config, rows, labels_BS, prompt, _unit_rows(config), config.unit_vocos)
+    units = {part: _unit_rows(config, count) for part, count in IMAGES.items()}
+    questions = {part: _questions(config, count).rows for part, count in ANSWERS.items()}
+    inputs = torch_peer.Inputs(rows, labels_BS, prompt, units, questions)
+    return torch_peer.parts(config, inputs, config.unit_vocos, NEW_TOKENS)
 
 
 def _batch(config: ModelConfig) -> dict[str, np.ndarray]:
@@ -165,10 +190,18 @@ def _sample(config: ModelConfig) -> SampleLayout:
     return lay_out_sample("a row", 1, [spans], LetterTokenizer(config.voco.token_id), unit_shape(config), 10**6)
 
 
-def _unit_rows(config: ModelConfig) -> Rows:
-    """Returns a row of one image's unit."""
+def _unit_rows(config: ModelConfig, count: int) -> Rows:
+    """Returns so many rows of one image's unit each."""
     unit = lay_out_unit("unit", LetterTokenizer(config.voco.token_id), unit_shape(config))
-    return whole_rows([unit], [[_image(config)]], config, "voco", len(unit))
+    return whole_rows([unit] * count, [[_image(config)]] * count, config, "voco", len(unit))
+
+
+def _questions(config: ModelConfig, count: int) -> Prompts:
+    """Returns so many questions of text alone."""
+    spans = [Span("a" * (QUESTION - 1))]
+    sample = lay_out_sample("a question", 0, [spans], LetterTokenizer(config.voco.token_id), unit_shape(config), 10**6)
+    assert len(sample) == QUESTION
+    return whole_prompts([sample] * count, [[]] * count, config, "causal", QUESTION)
 
 
 def _image(config: ModelConfig) -> np.ndarray:
@@ -178,9 +211,9 @@ def _image(config: ModelConfig) -> np.ndarray:
 
 def format_report(report: Mapping[str, Any]) -> str:
     """Returns the report as a table for a terminal."""
-    lines = [f"{'':16}{'vocojax CPU s':>15}{'torch CPU s':>13}{'ratio':>8}{'goal':>8}{'vocojax s':>12}{'torch s':>10}"]
+    lines = [f"{'':24}{'vocojax CPU s':>15}{'torch CPU s':>13}{'ratio':>8}{'goal':>8}{'vocojax s':>12}{'torch s':>10}"]
     for part, figures in report.items():
         ours, theirs = figures["vocojax"], figures["torch"]
-        lines.append(f"{part:16}{ours['cpu_seconds']:15.3f}{theirs['cpu_seconds']:13.3f}{figures['ratio']:8.2f}"
+        lines.append(f"{part:24}{ours['cpu_seconds']:15.3f}{theirs['cpu_seconds']:13.3f}{figures['ratio']:8.2f}"
                      f"{GOALS[part]:8.2f}{ours['seconds']:12.3f}{theirs['seconds']:10.3f}")
     return "\n".join(lines)

@@ -6,8 +6,9 @@ own (`scaled_dot_product_attention`). Only the layers of the tower whose feature
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,24 +28,38 @@ def require_torch() -> None:
         raise MissingPackage("the comparison needs torch: pip install -e '.[test]'") from error
 
 
-def parts(
-    config: ModelConfig, training: Rows, labels_BS: np.ndarray, prompt: Rows, unit: Rows, kept: int
-) -> dict[str, Callable[[], Any]]:
-    """Returns the peer's training step, prefill and compression as functions without arguments.
+class Inputs(NamedTuple):
+    """The rows that the parts run on.
 
-    Args:
-      config: of the model.
+    Attributes:
       training: rows that are trained on.
       labels_BS: int, their targets or `IGNORE`, not shifted.
       prompt: a row whose next token is wanted.
-      unit: a row of one image's unit.
-      kept: how many of its last tokens' keys and values are kept.
+      units: rows of one image's unit each, by the part that compresses them.
+      questions: rows of text that are answered, by the part that does it.
+    """
+
+    training: Rows
+    labels_BS: np.ndarray
+    prompt: Rows
+    units: Mapping[str, Rows]
+    questions: Mapping[str, Rows]
+
+
+def parts(config: ModelConfig, inputs: Inputs, kept: int, new_tokens: int) -> dict[str, Callable[[], Any]]:
+    """Returns the peer's parts as functions without arguments.
+
+    Args:
+      config: of the model.
+      inputs: see `Inputs`.
+      kept: how many of a unit's last tokens' keys and values are kept.
+      new_tokens: of an answer.
     """
     import torch
 
     model = _Peer(config)
-    step_inputs, prompt_inputs, unit_inputs = (_tensors(rows) for rows in (training, prompt, unit))
-    labels = torch.from_numpy(np.asarray(labels_BS, np.int64))
+    step_inputs, prompt_inputs = _tensors(inputs.training), _tensors(inputs.prompt)
+    labels = torch.from_numpy(np.asarray(inputs.labels_BS, np.int64))
     trained = [*model.decoder.parameters(), *model.projector.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=2e-5)
     assert IGNORE == -100  # what transformers leaves out of the loss
@@ -62,11 +77,20 @@ def parts(
         return model.decoder(**model.inputs(*prompt_inputs), use_cache=True, logits_to_keep=1).logits
 
     @torch.no_grad()
-    def compression() -> Any:
+    def compression(unit_inputs: tuple[Any, ...]) -> Any:
         _, cache = model.decoder.model(**model.inputs(*unit_inputs), use_cache=True).to_tuple()
         return [(layer.keys[:, :, -kept:].clone(), layer.values[:, :, -kept:].clone()) for layer in cache.layers]
 
-    return {"training step": training_step, "prefill": prefill, "compression": compression}
+    def decoding(ids: Any) -> Any:
+        return model.decoder.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+                                      do_sample=False)
+
+    return {
+        "training step": training_step, "prefill": prefill,
+        **{part: functools.partial(compression, _tensors(rows)) for part, rows in inputs.units.items()},
+        **{part: functools.partial(decoding, torch.from_numpy(np.array(rows.ids_BS, np.int64)))
+           for part, rows in inputs.questions.items()},
+    }
 
 
 class _Peer:
@@ -82,7 +106,7 @@ class _Peer:
         import torch
         from transformers import CLIPVisionModel, LlamaForCausalLM
 
-        self.decoder = LlamaForCausalLM(_llama_config(config.decoder))
+        self.decoder: Any = LlamaForCausalLM(_llama_config(config.decoder))
         self.tower = CLIPVisionModel(_clip_config(config.vision)).eval()
         width = config.decoder.width
         self.projector = torch.nn.Sequential(
@@ -107,7 +131,8 @@ def _llama_config(config: DecoderConfig) -> Any:
     return LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.width, num_hidden_layers=config.depth,
         num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads, head_dim=config.head_width,
-        intermediate_size=config.mlp_width, tie_word_embeddings=config.tie_embeddings)
+        intermediate_size=config.mlp_width, tie_word_embeddings=config.tie_embeddings,
+        bos_token_id=None, eos_token_id=None)  # so that every answer has its full length
 
 
 def _clip_config(config: VisionConfig) -> Any:
