@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vocojax.config import VisionConfig
+from vocojax.models.image_chunks import ImageChunks, run_filled
 from vocojax.models.layers import BidirectionalAttention, LayerNorm, Linear, parameter
 from vocojax.models.patches import cut, positions_of
 from vocojax.models.stack import scan, stack
@@ -65,12 +66,15 @@ class ClipVision(nnx.Module):
         self.final_blocks = stack(make, config.depth - selected, rngs) if selected < config.depth else None
         self.post_norm = LayerNorm(width, config.norm_eps, rngs=rngs)
 
-    def hidden(self, pixels_UHWC: jax.Array, grid: int | None = None) -> jax.Array:
+    def hidden(
+        self, pixels_UHWC: jax.Array, grid: int | None = None, chunks: ImageChunks | None = None
+    ) -> jax.Array:
         """Returns the selected hidden state [U, 1 + P, E], class token first.
 
         Args:
           pixels_UHWC: normalised pixels of the tower's image size.
           grid: patches on a side to which the image is reduced before; None for all of them.
+          chunks: of the images. Layers run the filled ones only; None for all of them.
 
         Raises:
           InputError: images of another size than the tower's.
@@ -81,19 +85,19 @@ class ClipVision(nnx.Module):
         x_UPE = patches_UPC @ self.patch_embedding[...].astype(patches_UPC.dtype)
         class_U1E = jnp.broadcast_to(self.class_embedding[...].astype(x_UPE.dtype), (x_UPE.shape[0], 1, x_UPE.shape[2]))
         x_USE = jnp.concatenate([class_U1E, x_UPE], axis=1) + positions_SE.astype(x_UPE.dtype)
-        return scan(_run_block, self.pre_norm(x_USE), self.blocks)[0]
+        run = lambda x_USE, block, _: (run_filled(block, x_USE, chunks), None)
+        return scan(run, self.pre_norm(x_USE), self.blocks)[0]
 
-    def __call__(self, pixels_UHWC: jax.Array, grid: int | None = None) -> jax.Array:
-        """Returns the features [U, P, E] of normalised pixels: the selected hidden state without class token."""
-        return self.hidden(pixels_UHWC, grid)[:, 1:]
+    def __call__(
+        self, pixels_UHWC: jax.Array, grid: int | None = None, chunks: ImageChunks | None = None
+    ) -> jax.Array:
+        """Returns the features [U, P, E], the selected hidden state without class token; arguments as of `hidden`."""
+        return self.hidden(pixels_UHWC, grid, chunks)[:, 1:]
 
     def pooled(self, pixels_UHWC: jax.Array) -> jax.Array:
         """Returns CLIP's image feature [U, E] of normalised pixels: the normed class token after the last block."""
         x_USE = self.hidden(pixels_UHWC)
         if self.final_blocks is not None:
-            x_USE = scan(_run_block, x_USE, self.final_blocks)[0]
+            x_USE = scan(lambda x, block, _: (block(x), None), x_USE, self.final_blocks)[0]
         return self.post_norm(x_USE[:, 0])
 
-
-def _run_block(x_USE: jax.Array, block: ClipBlock, _: None) -> tuple[jax.Array, None]:
-    return block(x_USE), None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vocojax.config import VisionConfig
+from vocojax.models.image_chunks import ImageChunks, run_filled
 from vocojax.models.layers import LayerNorm, Linear, parameter
 from vocojax.models.patches import cut, positions_of
 from vocojax.models.stack import scan, stack
@@ -61,12 +62,15 @@ class EvaVision(nnx.Module):
         self.position_embedding = parameter(small, (config.num_patches + 1, width), (None, "embed"), rngs)
         self.blocks = stack(lambda layer_rngs: EvaBlock(config, layer_rngs), config.depth, rngs)
 
-    def hidden(self, pixels_UHWC: jax.Array, grid: int | None = None) -> jax.Array:
+    def hidden(
+        self, pixels_UHWC: jax.Array, grid: int | None = None, chunks: ImageChunks | None = None
+    ) -> jax.Array:
         """Returns the last block's output [U, 1 + P, E], class token first.
 
         Args:
           pixels_UHWC: normalised pixels of the tower's image size.
           grid: patches on a side to which the image is reduced before; None for all of them.
+          chunks: of the images. Layers run the filled ones only; None for all of them.
 
         Raises:
           InputError: images of another size than the tower's.
@@ -77,8 +81,10 @@ class EvaVision(nnx.Module):
         x_UPE = self.patch_embedding(patches_UPC)
         class_U1E = jnp.broadcast_to(self.class_embedding[...].astype(x_UPE.dtype), (x_UPE.shape[0], 1, x_UPE.shape[2]))
         x_USE = jnp.concatenate([class_U1E, x_UPE], axis=1) + positions_SE.astype(x_UPE.dtype)
-        return scan(lambda x, block, _: (block(x), None), x_USE, self.blocks)[0]
+        return scan(lambda x, block, _: (run_filled(block, x, chunks), None), x_USE, self.blocks)[0]
 
-    def __call__(self, pixels_UHWC: jax.Array, grid: int | None = None) -> jax.Array:
+    def __call__(
+        self, pixels_UHWC: jax.Array, grid: int | None = None, chunks: ImageChunks | None = None
+    ) -> jax.Array:
         """Returns the features [U, P, E] of normalised pixels, without class token; arguments as of `hidden`."""
-        return self.hidden(pixels_UHWC, grid)[:, 1:]
+        return self.hidden(pixels_UHWC, grid, chunks)[:, 1:]

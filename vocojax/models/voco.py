@@ -17,6 +17,7 @@ from vocojax.kernels.interval_attention import IntervalMask
 from vocojax.models.clip import ClipVision, normalise
 from vocojax.models.compressors import LlamaVid, RandomTokens, make_compressor
 from vocojax.models.eva import EvaVision
+from vocojax.models.image_chunks import ImageChunks
 from vocojax.models.llama import Decoder, KeyValues
 from vocojax.models.projector import Projector
 
@@ -69,7 +70,8 @@ class VocoLlama(nnx.Module):
 
     @jax.named_scope("vision")
     def encode_images(
-        self, images_UHWC: jax.Array, step: jax.Array | int = 0, questions_UT: jax.Array | None = None
+        self, images_UHWC: jax.Array, step: jax.Array | int = 0, questions_UT: jax.Array | None = None,
+        chunks: ImageChunks | None = None,
     ) -> jax.Array:
         """Returns the tokens of images as decoder embeddings [U, config.unit_tokens, E].
 
@@ -77,6 +79,7 @@ class VocoLlama(nnx.Module):
           images_UHWC: uint8 RGB.
           step: see `__call__`.
           questions_UT: see `Rows`.
+          chunks: of the images; those without an image skip the tower's layers. None for all of them.
 
         Raises:
           InputError: the compressor reads questions, and there are none.
@@ -85,17 +88,18 @@ class VocoLlama(nnx.Module):
         if isinstance(self.compressor, LlamaVid):
             if questions_UT is None:
                 raise InputError("the compressor 'llama_vid' makes an image's tokens for a question, got none")
-            context_U1E, content_UNE = self.compressor(self.vision.hidden(pixels_UHWC), questions_UT)
+            context_U1E, content_UNE = self.compressor(
+                self.vision.hidden(pixels_UHWC, chunks=chunks), questions_UT)
             return jnp.concatenate([context_U1E, self.projector(content_UNE)], axis=1)
-        features_UPE = self.vision(pixels_UHWC, self.config.tower_grid)
+        features_UPE = self.vision(pixels_UHWC, self.config.tower_grid, chunks)
         if isinstance(self.compressor, RandomTokens):
             features_UPE = self.compressor(features_UPE, images_UHWC, step)
         elif self.compressor is not None:
             features_UPE = self.compressor(features_UPE)
         return self.projector(features_UPE)
 
-    def embed(self, rows: Rows, step: jax.Array | int = 0) -> jax.Array:
-        """Returns the embeddings [B, S, E] of the rows' tokens, vision tokens in their places; `step` as `__call__`."""
+    def embed(self, rows: Rows, step: jax.Array | int = 0, axes: tuple[str, ...] | None = None) -> jax.Array:
+        """Returns the embeddings [B, S, E] of the rows' tokens, vision tokens in their places; see `__call__`."""
         x_BSE = self.decoder.embed(rows.ids_BS, self.dtype)
         num_rows, num_images = rows.images_BUHWC.shape[:2]
         if num_images == 0:
@@ -103,7 +107,7 @@ class VocoLlama(nnx.Module):
         images_UHWC = rearrange(rows.images_BUHWC, "b u h w c -> (b u) h w c")
         questions_BUT = rows.questions_BUT
         questions_UT = None if questions_BUT is None else rearrange(questions_BUT, "b u t -> (b u) t")
-        tokens_UPE = self.encode_images(images_UHWC, step, questions_UT)
+        tokens_UPE = self._encode_slots(rows.vision_BS, images_UHWC, step, questions_UT, axes)
         tokens_BTE = tokens_UPE.reshape(num_rows, -1, tokens_UPE.shape[-1])
         if self.config.voco.init != "learned" and self.config.unit_vocos:
             x_BSE = x_BSE + self._pooled(rows, tokens_UPE)
@@ -111,6 +115,18 @@ class VocoLlama(nnx.Module):
             x_BSE = x_BSE + self._offsets(rows, self.decoder.voco_offsets[...])
         placed_BSE = jnp.take_along_axis(tokens_BTE, jnp.maximum(rows.vision_BS, 0)[..., None], axis=1)
         return jnp.where(rows.vision_BS[..., None] >= 0, placed_BSE, x_BSE)
+
+    def _encode_slots(
+        self, vision_BS: jax.Array, images_UHWC: jax.Array, step: jax.Array | int, questions_UT: jax.Array | None,
+        axes: tuple[str, ...] | None,
+    ) -> jax.Array:
+        """Returns the tokens of all slots for images; those of a slot without one mean nothing, and nobody reads them.
+        """
+        if axes is None:
+            return self.encode_images(images_UHWC, step, questions_UT)
+        chunks = ImageChunks.of(vision_BS, len(images_UHWC) // len(vision_BS), self.config.unit_tokens, axes)
+        questions_UT = None if questions_UT is None else questions_UT[chunks.order_A]
+        return self.encode_images(images_UHWC[chunks.order_A], step, questions_UT, chunks)[chunks.place_A]
 
     def _pooled(self, rows: Rows, tokens_UPE: jax.Array) -> jax.Array:
         """Returns [B, S, E]: at a VoCo token the mean of the vision tokens in its window, 0 elsewhere."""
@@ -146,6 +162,7 @@ class VocoLlama(nnx.Module):
         keep: int = 0,
         keep_outputs: bool = False,
         step: jax.Array | int = 0,
+        axes: tuple[str, ...] | None = None,
         attention: str | None = None,
         remat: str = "none",
     ) -> tuple[jax.Array, KeyValues]:
@@ -153,6 +170,8 @@ class VocoLlama(nnx.Module):
 
         Args:
           step: the training step, by which a compressor's random choices differ; 0 for those of evaluation.
+          axes: the mesh axes that rows are split over in a `jax.shard_map`, `()` on one device. Slots without an image
+            skip the vision tower then. With None all slots run: rows may lie on several devices.
 
         Raises:
           InputError: a model whose text reads outputs (`VocoConfig.reads`) is given text and images together.
@@ -162,8 +181,8 @@ class VocoLlama(nnx.Module):
             raise InputError("a model with voco.reads 'output' reads images from caches alone: train it with plan "
                              "'two_stage', and ask it from caches, not in a single pass")
         return self.decoder(
-            self.embed(rows, step), rows.positions_BS, rows.mask, prefix=prefix, keep=keep, keep_outputs=keep_outputs,
-            attention=attention, remat=remat,
+            self.embed(rows, step, axes), rows.positions_BS, rows.mask, prefix=prefix, keep=keep,
+            keep_outputs=keep_outputs, attention=attention, remat=remat,
         )
 
 

@@ -36,7 +36,7 @@ def hidden_states(
       batch: rows of the plan.
       config: of the stage.
       view: prefix of another visibility's arrays in rows of whole samples.
-      axes: the mesh axes that share the units in a `jax.shard_map`.
+      axes: the mesh axes that rows and units are split over in a `jax.shard_map`.
       step: the training step; see `VocoLlama.__call__`.
       dropout: the step's key for LoRA's dropout; None for none. With it, or `config.closing`, the batch has the rows'
         numbers as `row`.
@@ -47,7 +47,7 @@ def hidden_states(
         rows = rows_from_batch(batch, view)
         if config.closing and not view:
             rows = _partly_open(rows, rows_from_batch(batch, "teacher_"), batch["row"], config, step)
-        return reader(rows, step=step, **options)[0]
+        return reader(rows, step=step, axes=axes, **options)[0]
     prefix = two_stage.compress_in_chunks(
         model, _units(batch, config.unit_chunk), batch["text"], config.data.images_per_row, axes=axes, dropout=dropout,
         **options)

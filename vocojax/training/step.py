@@ -60,7 +60,7 @@ def make_objective(
         if teacher is None:
             return None
         whole = gathered(with_parameters(teacher, state.teacher), stacked=False)
-        hidden_BSE = jax.lax.stop_gradient(hidden_states(whole, batch, config, "teacher_"))
+        hidden_BSE = jax.lax.stop_gradient(hidden_states(whole, batch, config, "teacher_", axes))
         return Teacher(whole.decoder, hidden_BSE, config.distill.temperature, config.distill.weight)
 
     def objective(trained: Parameters, state: TrainState, batch: Batch) -> tuple[jax.Array, TargetSums]:

@@ -20,6 +20,7 @@ from vocojax.kernels.interval_attention import IntervalMask, gpu_blocks
 from vocojax.kernels.interval_attention.block_info import FULL, PARTIAL, block_kinds, padded_vectors
 from vocojax.kernels.rotary import pallas_tpu as rotary_tpu
 from vocojax.layout import Visibility, lay_out_unit, unit_shape
+from vocojax.models.image_chunks import chunk_size
 from vocojax.parallel.mesh import MeshConfig
 from vocojax.training import objectives
 from vocojax.training.config import StageConfig
@@ -47,6 +48,13 @@ def head_chunks(config: StageConfig, rows: int) -> tuple[int, int]:
     slots = (row_counts(config).targets, config.data.target_slots)
     filled, all_of_them = (math.ceil(rows * each / objectives.CHUNK) for each in slots)
     return filled, all_of_them
+
+
+def image_chunks(config: StageConfig, rows: int, *, on_tpu: bool) -> tuple[int, int]:
+    """Returns how many chunks of images the typical rows of one device fill, and how many their slots make."""
+    slots = config.data.images_per_row
+    size = chunk_size(rows, slots, on_tpu=on_tpu)
+    return math.ceil(rows * row_counts(config).images / size), rows * slots // size
 
 
 class RowCounts(NamedTuple):

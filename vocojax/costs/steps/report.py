@@ -70,6 +70,8 @@ def compile_report(config: StageConfig, topology: Topology, *, fast: bool = Fals
       scope_seconds: by part of the model.
       head_chunks: chunks of target slots that typical rows fill, in a part of the batch. The head is priced by them.
       target_chunks: chunks that all target slots of these rows make.
+      image_chunks: chunks of images that typical rows fill, likewise. The vision tower is priced by them.
+      slot_chunks: chunks that all slots for images make.
       error: what the compiler said if it gave up.
 
     Raises:
@@ -96,7 +98,10 @@ def compile_report(config: StageConfig, topology: Topology, *, fast: bool = Fals
     if not compiled.hlo:
         return report | {"estimated_seconds": None, "mfu_bound": None, "collective_bytes": {}}
     report["head_chunks"], report["target_chunks"] = attention.head_chunks(config, rows)
-    costs = add_up(hlo.parse(compiled.hlo, {"head": report["head_chunks"]}), compiled.devices)
+    report["image_chunks"], report["slot_chunks"] = attention.image_chunks(
+        config, rows, on_tpu=not topology.is_gpu)
+    filled = {"head": report["head_chunks"], "vision": report["image_chunks"]}
+    costs = add_up(hlo.parse(compiled.hlo, filled), compiled.devices)
     attention_seconds = _attention(config, topology, costs, device, rows)
     return report | estimate(costs, device, compiled, tokens, attention_seconds, topology.slices)
 

@@ -53,6 +53,8 @@ def table(report: dict[str, Any]) -> str:
               for kind, size in report["between_slices_bytes"].items()]
     lines.append(f"head        {report['head_chunks']:8} of {report['target_chunks']} chunks of target slots: those "
                  "that typical rows fill")
+    lines.append(f"vision      {report['image_chunks']:8} of {report['slot_chunks']} chunks of images: those that "
+                 "typical rows fill")
     traffic = report["hbm_traffic_bytes"] / GB
     lines.append(f"products    {report['flops'] / 1e12:8.1f} TFLOP, HBM traffic {traffic:.0f} GB")
     compiler = report["compiler"]
