@@ -17,6 +17,7 @@ may attend to key j iff `start[i] <= j <= i and i < stop[j]`. For one unit (n = 
 """
 
 import enum
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Encoded(NamedTuple):
 
 
 class TextTokenizer(Protocol):
-    """A tokenizer, as the layout uses it.
+    """A tokenizer, as the layout uses it. It can be hashed: what it makes of all units is kept for it.
 
     Attributes:
       bos_id: id of BOS.
@@ -84,6 +85,8 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> Encoded:
         """Encodes a text. Adds no BOS; turns the text of a special token into its id."""
         ...
+
+    def __hash__(self) -> int: ...
 
 
 class UnitShape(NamedTuple):
@@ -300,12 +303,12 @@ def lay_out_sample(
     if room < 1:
         raise LayoutError(record, f"its {num_units} units have {num_units * len(unit_ids)} tokens, which leaves no "
                           f"room for text in a row of {max_length}: use fewer images or a longer row", "units too long")
-    head_ids, head_roles = unit_ids * num_units, unit_roles * num_units
+    head_ids, head_roles = np.tile(unit_ids, num_units), np.tile(unit_roles, num_units)
     if not num_units:
-        head_ids, head_roles = [tokenizer.bos_id], [Role.BOS]
+        head_ids, head_roles = np.array([tokenizer.bos_id], np.int32), np.array([Role.BOS], np.int8)
     text_ids, is_target = (np.concatenate(parts) for parts in zip(*bodies, strict=True))
-    ids = np.concatenate([np.array(head_ids, np.int32), text_ids])
-    roles = np.concatenate([np.array(head_roles, np.int8), np.full(len(text_ids), Role.TEXT, np.int8)])
+    ids = np.concatenate([head_ids, text_ids])
+    roles = np.concatenate([head_roles, np.full(len(text_ids), Role.TEXT, np.int8)])
     labels = np.concatenate([np.full(len(head_ids), IGNORE, np.int32), np.where(is_target, text_ids, IGNORE)])
     owners = np.repeat(np.arange(-1, len(bodies), dtype=np.int32), [len(head_ids), *(len(b[0]) for b in bodies)])
     if not num_units:
@@ -348,7 +351,7 @@ def lay_out_unit(record: str, tokenizer: TextTokenizer, unit: UnitShape) -> Samp
     ids, roles = _unit_tokens(tokenizer, unit)
     nothing = np.full(len(ids), IGNORE, np.int32)
     outside = np.full(len(ids), -1, np.int32)
-    return SampleLayout(record, unit, np.array(ids, np.int32), np.array(roles, np.int8), nothing, outside, 1, len(ids))
+    return SampleLayout(record, unit, ids.copy(), roles.copy(), nothing, outside, 1, len(ids))
 
 
 def _lead(tokenizer: TextTokenizer, vocos: int) -> tuple[str, int]:
@@ -356,12 +359,16 @@ def _lead(tokenizer: TextTokenizer, vocos: int) -> tuple[str, int]:
     return ("\n" + tokenizer.voco_token + "\n", 1) if vocos else ("\n", 1)
 
 
-def _unit_tokens(tokenizer: TextTokenizer, unit: UnitShape) -> tuple[list[int], list[Role]]:
+@functools.lru_cache(maxsize=8)
+def _unit_tokens(tokenizer: TextTokenizer, unit: UnitShape) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids (int32) and roles (int8) of a unit's tokens, which are the same for all samples; read-only."""
     lead, unit_end = _lead(tokenizer, unit.vocos)
     encoded = tokenizer.encode(lead)
     newline = [token for token, end in zip(encoded.ids, encoded.ends, strict=True) if end <= unit_end]
-    ids = [tokenizer.bos_id] * (1 + unit.tokens) + newline + [tokenizer.voco_id] * unit.vocos
-    roles = [Role.BOS] + [Role.VISION] * unit.tokens + [Role.NEWLINE] * len(newline) + [Role.VOCO] * unit.vocos
+    ids = np.array([tokenizer.bos_id] * (1 + unit.tokens) + newline + [tokenizer.voco_id] * unit.vocos, np.int32)
+    roles = np.repeat(np.array([Role.BOS, Role.VISION, Role.NEWLINE, Role.VOCO], np.int8),
+                      [1, unit.tokens, len(newline), unit.vocos])
+    ids.flags.writeable = roles.flags.writeable = False
     return ids, roles
 
 

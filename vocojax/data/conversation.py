@@ -14,6 +14,7 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 _RELEASED_SYSTEM = VICUNA_SYSTEM.replace("intelligence assistant.", "intelligence assistant of the image.")
+_MARKER = re.compile(r"\s*<(?:image|video)>\s*")
 # LLaVA's names, and those of Hugging Face's chat data.
 _ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -182,7 +183,12 @@ def _without_markers(turns: Conversation, has_visuals: bool) -> Conversation:
     """Markers go, with the white space around them; between two texts a newline is left."""
     del has_visuals
     newline = lambda found: "\n" if found.start() and found.end() < len(found.string) else ""
-    return tuple(turn._replace(text=re.sub(r"\s*<(?:image|video)>\s*", newline, turn.text).strip()) for turn in turns)
+    cleaned = []
+    for turn in turns:
+        # Most turns have no marker, and looking for one with white space before it takes longer than to see that.
+        text = _MARKER.sub(newline, turn.text) if "<image>" in turn.text or "<video>" in turn.text else turn.text
+        cleaned.append(Turn(turn.role, text.strip()))
+    return tuple(cleaned)
 
 
 def _as_released(turns: Conversation, has_visuals: bool) -> Conversation:
