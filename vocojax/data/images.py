@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from vocojax.data.jpeg import decode_jpeg
+from vocojax.data.jpeg import decode_jpeg, jpeg_size
 from vocojax.data.picture_files import too_many_scans, without_notes
 from vocojax.data.resampling import resize, resize_padded
 from vocojax.errors import InputError, VocojaxError, shown
@@ -25,7 +25,6 @@ Fit = Literal["pad", "pad_white", "crop", "square", "anyres"]
 MEAN_COLOUR = tuple(int(mean * 255) for mean in CLIP_MEAN)
 WHITE = (255, 255, 255)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that runs another program
-JPEGS = ("JPEG", "MPO")  # a phone's file of several pictures is an MPO
 MAX_PIXELS = 2**27  # 11,585 x 11,585; four bytes each while an image is decoded
 MAX_ASPECT = 200  # longer side to shorter one: `crop` enlarges the shorter one to the tower's size
 MAX_BYTES = 2**28
@@ -86,12 +85,13 @@ def read(path: str | Path) -> bytes:
         raise ImageError(str(path)[:200], "is a URL, and nothing is downloaded: pass a file, its bytes, or a PIL "
                          "image", "missing image")
     try:
-        status = os.stat(path)
+        status = os.stat(path)  # opening a pipe would wait for its writer
         if not stat.S_ISREG(status.st_mode):
             raise ImageError(str(path), "is not a file", "missing image")
         if status.st_size > MAX_BYTES:
             raise ImageError(str(path), f"has {status.st_size} bytes, more than {MAX_BYTES}", "too many bytes")
-        return Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
     except (OSError, ValueError) as error:  # ValueError: a path that no system call takes
         if isinstance(error, ImageError):
             raise
@@ -113,9 +113,11 @@ def decode(content: bytes, name: str) -> Image.Image:
       ImageError: it is empty, truncated, not an image, or (checked before decoding) above `MAX_PIXELS` or `MAX_ASPECT`,
         or a JPEG of too many scans.
     """
+    size = jpeg_size(content)
+    if size and not _problem(content, *size) and (decoded := decode_jpeg(content, size)):
+        return decoded
     with _open(content, name) as image:
-        decoded = decode_jpeg(content, image.size) if image.format in JPEGS and image.mode in ("L", "RGB") else None
-        return decoded or to_rgb(image, name)
+        return to_rgb(image, name)
 
 
 def to_rgb(image: Image.Image, name: str = "in memory") -> Image.Image:
@@ -187,11 +189,18 @@ def _open(content: bytes, name: str) -> ImageFile.ImageFile:
         raise ImageError(name, "cannot be decoded: not an image of a known format", "undecodable image") from error
     except Exception as error:
         raise ImageError(name, f"cannot be decoded: {error}", "undecodable image") from error
-    if problem := too_large(*image.size):
-        raise ImageError(name, problem, "too many pixels")
-    if problem := too_many_scans(content, image.width * image.height):
-        raise ImageError(name, problem, "too many scans")
+    if found := _problem(content, *image.size):
+        raise ImageError(name, *found)
     return image
+
+
+def _problem(content: bytes, width: int, height: int) -> tuple[str, str] | None:
+    """Returns what forbids to decode an image of this size, and a short key for it; None if nothing does."""
+    if problem := too_large(width, height):
+        return problem, "too many pixels"
+    if problem := too_many_scans(content, width * height):
+        return problem, "too many scans"
+    return None
 
 
 def too_large(width: int, height: int) -> str:

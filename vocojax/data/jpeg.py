@@ -9,13 +9,29 @@ import pyarrow as pa
 import simplejpeg
 from PIL import Image
 
+START = b"\xff\xd8\xff"
+
+
+def jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """Returns width and height of a colour or greyscale JPEG, from its header; None for anything else.
+
+    A phone's file of several pictures begins with such a JPEG.
+    """
+    if not content.startswith(START):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    return (width, height) if colours in ("Gray", "YCbCr", "RGB") else None
+
 
 def decode_jpeg(content: bytes, size: tuple[int, int]) -> Image.Image | None:
     """Decodes a colour or greyscale JPEG to RGB.
 
     Args:
       content: the content of the file.
-      size: width and height that its header says.
+      size: its width and height, see `jpeg_size`.
 
     Returns:
       The image; None if there is anything unusual about the file, down to a missing byte at its end: Pillow then

@@ -52,7 +52,7 @@ def resize_padded(image: Image.Image, size: int, colour: tuple[int, ...]) -> np.
 def _pixels(image: Image.Image) -> np.ndarray:
     """Returns Pillow's own memory as uint32 [h, w], or a copy if it is not contiguous, as for large images."""
     try:
-        flat = pa.array(image).flatten().to_numpy(zero_copy_only=True)
+        flat = pa.array(image).values.to_numpy(zero_copy_only=True)
     except ValueError:
         flat = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8)
     return flat.view(np.uint32).reshape(image.height, image.width)
