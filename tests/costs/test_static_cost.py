@@ -108,7 +108,7 @@ def test_a_warpgroup_product_is_shared_by_its_four_warps():
 def test_the_kernels_compute_the_tiles_with_a_visible_pair_and_no_other(letter):
     layout = layouts.layouts()[letter]
     tables = GENERATIONS.values()
-    cuts = [(x.forward, None) for x in tables] + [(x.backward, 2) for x in tables]
+    cuts = [(x.forward, None) for x in tables] + [(x.backward_of(layout.length), 2) for x in tables]
     sizes = {(fitted(blocks, layout.length, layout.length), spans) for blocks, spans in cuts}
     for q, k, spans in {(blocks.q, blocks.k, spans) for blocks, spans in sizes}:
         kinds = report.tile_codes(layout, q, k, spans) & TileCode.KIND

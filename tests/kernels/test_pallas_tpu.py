@@ -26,11 +26,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compila
 FEW = settings(oracle.QUICK, max_examples=4)
 SQUARE, TALL, WIDE = Blocks(128, 128, 256), Blocks(256, 128, 128), Blocks(128, 256, 512)
 TURNED = Blocks(128, 128, 256, transposed_dq=True)
+PAIRS = Blocks(128, 128, 512, together=2)
 ALL = 1 << 30  # room for the dq of any row, so that it is one span
 
 # (queries, keys, query heads, key/value heads, head width, forward blocks, backward blocks, bytes for dq)
 SHAPES = [
-    (256, 256, 4, 4, 64, SQUARE, SQUARE, ALL),
+    (256, 256, 3, 3, 64, SQUARE, PAIRS, ALL),
     (256, 256, 2, 2, 128, WIDE, TURNED, ALL),
     (300, 300, 4, 2, 72, SQUARE, WIDE, ALL),  # ragged, padded heads, two query heads per key/value head
     (200, 333, 8, 2, 128, SQUARE, SQUARE, 2 * 128 * 4 * 128 * 12),  # a prefix, heads in turns, dq in two spans

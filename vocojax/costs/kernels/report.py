@@ -127,7 +127,9 @@ def _tile_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: boo
     """Walks the kernel's own tile list: a step costs what its tile and flags say, or its DMA if that takes longer."""
     generation = tpu_blocks.generation(kernel.device_kind)
     table = tpu_blocks.GENERATIONS[generation]
-    blocks = tpu_blocks.fitted(table.backward if backward else table.forward, layout.length, layout.length)
+    blocks = tpu_blocks.fitted(
+        table.backward_of(layout.length) if backward else table.forward, layout.length, layout.length
+    )
     heads, spans = tpu_windows.heads_per_step(HEADS, blocks.columns // WIDTH, 1), None
     if backward:
         heads, spans = tpu_windows.backward_plan(layout.length, HEADS, 1, WIDTH, blocks, 2, table.dq_bytes)

@@ -143,7 +143,7 @@ def backward(
     B, Q, H, D = q_BQHD.shape
     K, G = k_BKGD.shape[1:3]
     spec = tpu_blocks.GENERATIONS[generation]
-    blocks = blocks or tpu_blocks.fitted(spec.backward, Q, K)
+    blocks = blocks or tpu_blocks.fitted(spec.backward_of(K), Q, K)
     Dp = -(-D // LANES) * LANES
     heads, spans = backward_heads(Q, H, G, Dp, blocks, q_BQHD.dtype.itemsize, dq_bytes or spec.dq_bytes)
     q, dout = (columns_of(x, spans * blocks.q, Dp) for x in (q_BQHD, dout_BQHD))
@@ -165,7 +165,7 @@ def backward(
     dq, dk, dv = pl.pallas_call(
         functools.partial(
             backward_kernel, at=tiles.layout, scale=scale, heads=heads.query, kv_heads=heads.kv, prefix=mask.prefix,
-            transposed_dq=blocks.transposed_dq,
+            together=blocks.together, transposed_dq=blocks.transposed_dq,
         ),
         name="interval_attention_backward",
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -21,12 +21,14 @@ class Blocks:
         cost of the step, and give the scheduler independent chains of work to interleave.
       transposed_dq: accumulates the gradient of q as `[D, Q]`. A matrix unit wider than the head width is then fed full
         rows. Backward pass only.
+      together: heads that take every stage of a tile together. Backward pass only.
     """
 
     q: int
     k: int
     columns: int
     transposed_dq: bool = False
+    together: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,28 +37,44 @@ class Generation:
 
     Attributes:
       forward: of the forward pass, for sequences of more than `SHORT` keys.
-      backward: of the backward pass, likewise.
+      backward: of the backward pass, likewise, for up to `PACKED` keys.
+      backward_long: of the backward pass, for more.
       dq_bytes: the most that the backward pass may keep of one span of dq. Longer rows are cut into spans.
       vmem_bytes: the limit given to the compiler.
     """
 
     forward: Blocks
     backward: Blocks
+    backward_long: Blocks
     dq_bytes: int
     vmem_bytes: int
 
+    def backward_of(self, keys: int) -> Blocks:
+        """Returns the blocks of the backward pass for rows of that many keys."""
+        return self.backward if keys <= PACKED else self.backward_long
 
-# Pieces of packed rows do not fill their tiles. On typical rows of 2,048 tokens on v5e (static cost, libtpu
-# 0.0.42.1), of the pairs in tiles of 512 x 512, 256 x 512 and 256 x 256, the visible are 31, 36 and 47 %. In the
-# forward pass the matrix units are busy 56, 52 and 41 % of the time, so these pairs take 17, 19 and 19 % of it; in
-# the backward pass they are busy 80 and 56 % with square tiles, which makes 24 and 25 %. What a smaller tile wins
-# at its edges it loses inside, and on causal rows of 8,192 tiles of 256 x 256 take 32 and 45 % longer.
+
+# Pieces of packed rows do not fill their tiles. On typical rows of 2,048 tokens (static cost, libtpu 0.0.42.1), of the
+# pairs in tiles of 512 x 512, 256 x 512 and 256 x 256, the visible are 31, 36 and 47 %. In the forward pass on v5e the
+# matrix units are busy 56, 52 and 41 % of the time, so these pairs take 17, 19 and 19 % of it: what a smaller tile
+# wins at its edges it loses inside.
+# In the backward pass the matrix units are busy 80 % with 512 x 512 on v5e, and 56 % with 256 x 256 of 4 heads, one
+# after another. With 8 heads, two at a time, it is 72 %: visible pairs take 33 % of the kernel's time in place of 24
+# (v5p: 35 in place of 25). Products of outputs and gradients, bound by HBM, are another 10 % (v5p: 8 %). On causal rows
+# of 8,192 such tiles would take 13 % more per pair than 512 x 512 of 4 heads, one after another (two at a time: 21 %).
 GENERATIONS = {
-    "v4": Generation(Blocks(512, 512, 256), Blocks(512, 512, 128), 6 * MIB, 16 * MIB),
-    "v5e": Generation(Blocks(512, 512, 1024), Blocks(512, 512, 512), 72 * MIB, 112 * MIB),
-    "v5p": Generation(Blocks(512, 512, 1024), Blocks(512, 512, 512), 36 * MIB, 56 * MIB),
-    "v6e": Generation(Blocks(512, 512, 1024), Blocks(512, 512, 512, transposed_dq=True), 72 * MIB, 112 * MIB),
+    "v4": Generation(Blocks(512, 512, 256), Blocks(512, 512, 128), Blocks(512, 512, 128), 6 * MIB, 16 * MIB),
+    "v5e": Generation(
+        Blocks(512, 512, 1024), Blocks(256, 256, 1024, together=2), Blocks(512, 512, 512), 72 * MIB, 112 * MIB
+    ),
+    "v5p": Generation(
+        Blocks(512, 512, 1024), Blocks(256, 256, 1024, together=2), Blocks(512, 512, 512), 36 * MIB, 56 * MIB
+    ),
+    "v6e": Generation(
+        Blocks(512, 512, 1024), Blocks(512, 512, 512, True), Blocks(512, 512, 512, True), 72 * MIB, 112 * MIB
+    ),
 }
+PACKED = 2048  # up to here rows are taken to be packed with short pieces
 SHORT = 1024  # up to here a tile of 512 would be mostly padding and diagonal
 
 

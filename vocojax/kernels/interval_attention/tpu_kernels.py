@@ -106,7 +106,8 @@ def forward_kernel(
 def backward_kernel(
     codes, q_ref, k_ref, v_ref, dout_ref, lse_ref, mean_ref, start_ref, stop_ref, dq_ref, dk_ref, dv_ref,
     dq_sum, dk_sum, dv_sum,
-    *, at: TileCode, scale: float, heads: int, kv_heads: int, prefix: int, transposed_dq: bool,
+    *, at: TileCode, scale: float, heads: int, kv_heads: int, prefix: int, together: int,
+    transposed_dq: bool,
 ) -> None:  # fmt: skip
     """Adds one tile to the three gradients, for the heads of the step. Scores are computed transposed, keys by queries.
 
@@ -131,6 +132,7 @@ def backward_kernel(
       heads: query heads of the step.
       kv_heads: key/value heads that they read.
       prefix: keys before the first query.
+      together: see `tpu_blocks.Blocks`.
       transposed_dq: see `tpu_blocks.Blocks`.
     """
     code, turn = codes[pl.program_id(1)], pl.program_id(2)
@@ -152,24 +154,41 @@ def backward_kernel(
     def accumulate(
         visible: jax.Array | None, seeing: jax.Array | None = None, seen: jax.Array | None = None
     ) -> None:
-        for h in range(heads):
-            head, kv = part(h, width), part(h * kv_heads // heads, width)
-            q, k, dout = only(seeing, q_ref[:, head]), only(seen, k_ref[:, kv]), only(seeing, dout_ref[:, head])
-            scores = product(k, q, ((1,), (1,))) * (scale * LOG2_E)
+        kv_of = lambda h: part(h * kv_heads // heads, width)
+
+        def operands(h: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+            head = part(h, width)
+            return only(seeing, q_ref[:, head]), only(seen, k_ref[:, kv_of(h)]), only(seeing, dout_ref[:, head])
+
+        def weigh(h: int, scores: jax.Array, dweights: jax.Array) -> tuple[jax.Array, jax.Array]:
+            scores = scores * (scale * LOG2_E)
             if visible is not None:
                 scores = jnp.where(visible, scores, HIDDEN)
             weights = jnp.exp2(scores - lse_ref[h])
-            dv_sum[:, kv] += product(weights.astype(dout.dtype), dout, ((1,), (0,)))
-            dweights = product(v_ref[:, kv], dout, ((1,), (1,)))
             dscores = weights * (dweights - mean_ref[h])
             if visible is not None and seen is not None:  # what nobody sees is in `dweights` and `mean_ref` too
                 dscores = jnp.where(visible, dscores, 0.0)
-            dscores = dscores.astype(q.dtype)
-            dk_sum[:, kv] += product(dscores, q, ((1,), (0,)))
-            if transposed_dq:
-                dq_sum[turn, head, rows] += product(k, dscores, ((0,), (0,)))
-            else:
-                dq_sum[turn, rows, head] += product(dscores, k, ((0,), (0,)))
+            return weights.astype(q_ref.dtype), dscores.astype(q_ref.dtype)
+
+        # The compiler's scheduler moves little past a product. So a few heads take every stage together, and the matrix
+        # units work on one of them while the vector units work on another.
+        for first in range(0, heads, together):
+            some = range(first, min(first + together, heads))
+            q, k, dout = zip(*map(operands, some), strict=True)
+            pairs = [
+                (product(k_h, q_h, ((1,), (1,))), product(v_ref[:, kv_of(h)], dout_h, ((1,), (1,))))
+                for h, q_h, k_h, dout_h in zip(some, q, k, dout, strict=True)
+            ]
+            weights, dscores = zip(*(weigh(h, *pair) for h, pair in zip(some, pairs, strict=True)), strict=True)
+            for h, weights_h, dout_h in zip(some, weights, dout, strict=True):
+                dv_sum[:, kv_of(h)] += product(weights_h, dout_h, ((1,), (0,)))
+            for h, dscores_h, q_h in zip(some, dscores, q, strict=True):
+                dk_sum[:, kv_of(h)] += product(dscores_h, q_h, ((1,), (0,)))
+            for h, dscores_h, k_h in zip(some, dscores, k, strict=True):
+                if transposed_dq:
+                    dq_sum[turn, part(h, width), rows] += product(k_h, dscores_h, ((0,), (0,)))
+                else:
+                    dq_sum[turn, rows, part(h, width)] += product(dscores_h, k_h, ((0,), (0,)))
 
     @pl.when(code & TileCode.KIND == FULL)
     def full_tile() -> None:
