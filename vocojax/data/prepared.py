@@ -10,7 +10,7 @@ import numpy as np
 from vocojax.config import ConfigError, ModelConfig
 from vocojax.data.config import DataConfig
 from vocojax.data.conversation import Template, template
-from vocojax.data.images import ImageError, count_units, decode, pixel_size, prepare_frame, prepare_units, read
+from vocojax.data.images import ImageError, count_units, decode_units, pixel_size, prepare_frame, read
 from vocojax.data.packing import Item, RowShape, Size
 from vocojax.data.sources.base import Source
 from vocojax.data.text_rows import TextRowShape
@@ -154,7 +154,7 @@ class PreparedSource:
         data, size, name = self._data, self._image_size, prepared.layout.record
         units: list[np.ndarray] = []
         for image in prepared.images:
-            units += prepare_units(decode(*_content(image, name)), size, data.fit)
+            units += decode_units(*_content(image, name), size, data.fit)
         for plan in prepared.videos:
             for frame in read_plan(plan, data.video_seconds):
                 units.append(prepare_frame(frame, size, data.fit))

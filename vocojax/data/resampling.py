@@ -10,8 +10,9 @@ import functools
 
 import numba
 import numpy as np
-import pyarrow as pa
 from PIL import Image
+
+from vocojax.data.rgbx import as_image, rgbx_pixel
 
 PRECISION_BITS = 22
 BLACK = (0, 0, 0)
@@ -22,45 +23,33 @@ TOGETHER = 4  # rows that both passes read in one loop; it divides STRIP
 _A = -0.5  # parameter of the cubic convolution
 
 
-def resize(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """Resizes an RGB image to uint8 [height, width, 3]; the pixels are those of Pillow's `BICUBIC`."""
-    reduced_x, reduced_y = image.width - width, image.height - height
+def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resizes an image (see `rgbx`) to uint8 [height, width, 3], whose pixels are those of Pillow's `BICUBIC`."""
+    own_height, own_width = pixels.shape
+    reduced_x, reduced_y = own_width - width, own_height - height
     # Pillow's horizontal pass comes first, as ours, except where rows are reduced most. Enlargements are cheap anyway.
     if min(reduced_x, reduced_y) < 0 or reduced_y >= 2 * reduced_x:
-        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.uint8)
-    across = np.empty((image.height, 3 * width), np.uint8)
-    _reduce_columns(_pixels(image), image.width, _pixel(BLACK), *_weights(image.width, width), across)
+        return np.asarray(as_image(pixels).resize((width, height), Image.Resampling.BICUBIC), np.uint8)
+    across = np.empty((own_height, 3 * width), np.uint8)
+    _reduce_columns(pixels, own_width, rgbx_pixel(BLACK), *_weights(own_width, width), across)
     return _reduce_rows(across, height)
 
 
-def resize_padded(image: Image.Image, size: int, colour: tuple[int, ...]) -> np.ndarray:
-    """Puts an RGB image in the middle of a square of one colour and resizes that to uint8 [size, size, 3]."""
-    side = max(image.size)
-    top = (side - image.height) // 2
+def resize_padded(pixels: np.ndarray, size: int, colour: tuple[int, ...]) -> np.ndarray:
+    """Puts an image (see `rgbx`) in the middle of a square of one colour and resizes that to uint8 [size, size, 3]."""
+    height, width = pixels.shape
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
     if side < size:
-        square = Image.new("RGB", (side, side), colour)
-        square.paste(image, ((side - image.width) // 2, top))
+        square = np.full((side, side), rgbx_pixel(colour))
+        square[top : top + height, left : left + width] = pixels
         return resize(square, size, size)
     # The horizontal pass does not change rows of one colour: only the image's own rows go through it.
     across = np.empty((side, 3 * size), np.uint8)
-    across[:top] = across[top + image.height :] = np.tile(np.array(colour, np.uint8), size)
-    own = across[top : top + image.height]
-    _reduce_columns(_pixels(image), side, _pixel(colour), *_weights(side, size), own)
+    across[:top] = across[top + height :] = np.tile(np.array(colour, np.uint8), size)
+    own = across[top : top + height]
+    _reduce_columns(pixels, side, rgbx_pixel(colour), *_weights(side, size), own)
     return _reduce_rows(across, size)
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    """Returns Pillow's own memory as uint32 [h, w], or a copy if it is not contiguous, as for large images."""
-    try:
-        flat = pa.array(image).values.to_numpy(zero_copy_only=True)
-    except ValueError:
-        flat = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8)
-    return flat.view(np.uint32).reshape(image.height, image.width)
-
-
-def _pixel(colour: tuple[int, ...]) -> np.uint32:
-    """Returns a pixel as Pillow keeps it, RGBX."""
-    return np.array([*colour, 255], np.uint8).view(np.uint32)[0]
 
 
 def _reduce_rows(pixels: np.ndarray, height: int) -> np.ndarray:
