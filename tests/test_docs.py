@@ -284,7 +284,7 @@ def test_links_lead_somewhere(tmp_path):
 @pytest.mark.slow
 def test_links_to_other_sites_are_not_dead():
     """Only an answer that says that the page is gone fails; a site that cannot be reached does not."""
-    gone = []
+    gone, reached = [], 0
     for link in sorted({link for page in LINKED for link in links(page) if link.startswith("http")}):
         request = urllib.request.Request(link, headers={"User-Agent": "Mozilla/5.0"})
         try:
@@ -293,6 +293,9 @@ def test_links_to_other_sites_are_not_dead():
             gone += [link] if error.code in (404, 410) else []
         except OSError:
             continue
+        reached += 1
+    if not reached:
+        pytest.skip("no site can be reached from here")
     assert not gone
 
 

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
+from vocojax.cli import runner
 from vocojax.cli.main import VERBS
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +115,22 @@ def test_a_fault_of_the_program_is_a_traceback(tmp_path):
                      for name in ("user", "fault"))
     assert mended.returncode == 1 and mended.stderr == "error: of a kind\n"
     assert fault.returncode == 1 and "Traceback" in fault.stderr and "ValueError: of" in fault.stderr
+
+
+@pytest.mark.parametrize(("arguments", "rest"), [
+    (["--", "--runner=x", "y"], ["--", "--runner=x", "y"]),
+    (["--target=a", "--", "--runner=x"], ["--", "--runner=x"]),
+    (["--target=a"], []),
+    (["--target=a", "--"], []),
+    (["photo", "--target=a"], ["photo"]),
+    (["photo", "--", "--runner=x"], ["photo", "--runner=x"]),
+])
+def test_arguments_of_another_program_begin_with_the_two_dashes(monkeypatch, arguments, rest):
+    values = flags.FlagValues()
+    flags.DEFINE_string("target", None, "A flag.", flag_values=values)
+    monkeypatch.setattr(runner.flags, "FLAGS", values)
+    monkeypatch.setattr(sys, "argv", ["pytest"])  # another program's
+    assert runner._parse_flags(["vocojax prepare_data", *arguments]) == ["vocojax prepare_data", *rest]
 
 
 CONFIG_FILE = """from vocojax.config import ConfigError

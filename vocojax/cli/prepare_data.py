@@ -13,7 +13,6 @@ Videos are decoded once, to the frames that the flags name (recorded in manifest
 takes some of these. Training reads the data set with --config.data.source=tfds --config.data.path=data/mix665k.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,8 +39,8 @@ def define_flags() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Writes the data set; the arguments are Beam's."""
-    if arguments and sys.argv[-len(arguments) - 1] != "--":
+    """Writes the data set; the arguments after `--` are Beam's."""
+    if arguments and arguments[0] != "--":
         raise app.UsageError(f"unexpected arguments (Beam's come after `--`): {' '.join(arguments)}")
     try:
         import apache_beam as beam
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     sources = tuple(build(PartConfig, {**part, "split": split}) for split in FLAGS.splits)
     stored = StoredFrames(FLAGS.frames, FLAGS.frame_sampling, FLAGS.jpeg_quality)
     preparation = Preparation(sources, FLAGS.target, FLAGS.name, FLAGS.shards, FLAGS.max_skipped_share, stored)
-    with beam.Pipeline(options=PipelineOptions(list(arguments))) as pipeline:
+    with beam.Pipeline(options=PipelineOptions(list(arguments[1:]))) as pipeline:
         _ = pipeline | beam.Create(preparation.tasks()) | beam.Reshuffle() | beam.Map(write_shard)
     manifest = preparation.finish()
     print(f"{manifest['records']} records in {len(manifest['shards'])} shards, {len(manifest['rejected'])} rejected")

@@ -25,7 +25,8 @@ def run(command: ModuleType, argv: Sequence[str] | None = None) -> None:
     Any other exception is a fault of the program and ends it with a traceback.
 
     Args:
-      command: a module of `vocojax.cli` with `define_flags` and `main`.
+      command: a module of `vocojax.cli` with `define_flags` and `main`, which takes the arguments that are no flags.
+        If these come after `--`, that is the first one.
       argv: the program's name and its arguments; those of this process by default.
     """
     program, *arguments = sys.argv if argv is None else argv
@@ -92,10 +93,13 @@ def _prepare_process() -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the flags. Returns the program's name and the other arguments, with the `--` that comes before them."""
     try:
-        return flags.FLAGS(argv)
+        program, *rest = flags.FLAGS(argv)
     except flags.Error as error:
         _end_by_mistake(f"{one_line(error)} (--help lists the flags)")
+    before = argv[len(argv) - len(rest) - 1]
+    return [program, before, *rest] if rest and before == "--" else [program, *rest]
 
 
 def _end_by_mistake(message: str) -> NoReturn:
