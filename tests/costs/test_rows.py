@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from tests.helpers.stages import load_for_a_pod
 from vocojax.costs.kernels.layouts import layouts
 from vocojax.costs.rows import TEXT, UNIT, lay_out, typical_rows
+from vocojax.costs.steps.attention import image_chunks
 from vocojax.data.config import DataConfig
 from vocojax.layout import UnitShape
 
@@ -48,3 +50,10 @@ def test_the_layouts_of_the_kernels_are_what_they_were():
 
 def test_the_shapes_are_the_seven_billion_s():
     assert UnitShape(576, 1) == UNIT and DataConfig.row_length == 2048
+
+
+def test_chunks_of_images():
+    """Of 24 slots of 8 rows with 3 each, typical samples fill 15."""
+    stage = load_for_a_pod("voco")
+    assert image_chunks(stage, 8, on_tpu=True) == (8, 12), "of 2 images"
+    assert image_chunks(stage, 8, on_tpu=False) == (2, 3), "of 8 images"

@@ -66,7 +66,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        # Named without its last axis, which a TPU would pad from 1 to 128.
+        mean_square = checkpoint_name(jnp.square(y).mean(-1), "norm")[..., None]
+        y = y * jax.lax.rsqrt(mean_square + self.eps)
         return _settled((y * self.scale[...]).astype(x.dtype))
 
 
@@ -81,6 +83,20 @@ def _settled(x: jax.Array) -> jax.Array:
 
 
 _settled.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.optimization_barrier(grad),))
+
+
+@jax.custom_vjp
+def settled_together(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns both. Their gradients are written to memory before they are used.
+
+    Without this, XLA on TPU computes the gradient of SwiGLU again in each of the four products that read it.
+    """
+    return gate, up
+
+
+settled_together.defvjp(
+    lambda gate, up: ((gate, up), None), lambda _, grads: jax.lax.optimization_barrier(grads)
+)
 
 
 class BidirectionalAttention(nnx.Module):

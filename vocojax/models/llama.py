@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from vocojax.config import DecoderConfig, RopeScalingConfig
 from vocojax.kernels.interval_attention import IntervalMask, interval_attention, one_query_attention
 from vocojax.kernels.rotary import Rotation, rotate
-from vocojax.models.layers import Linear, RMSNorm, parameter
+from vocojax.models.layers import Linear, RMSNorm, parameter, settled_together
 from vocojax.models.stack import scan, stack
 
 
@@ -102,15 +102,19 @@ class DecoderBlock(nnx.Module):
         mask: IntervalMask,
         prefix_BPGD: tuple[jax.Array, jax.Array] | None,
         attention: str | None,
+        keeps_products: bool = False,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Returns the layer's output and the keys and values of x's own tokens, each [B, S, G, D]."""
+        """Returns the layer's output and the keys and values of x's own tokens, each [B, S, G, D].
+
+        With `keeps_products` the backward pass does not compute the layer's products again.
+        """
         q_BSHD, k_BSGD, v_BSGD = self._project(x_BSE, rotation, attention)
         k_BKGD, v_BKGD = k_BSGD, v_BSGD
         if prefix_BPGD is not None:
             k_BKGD = jnp.concatenate([prefix_BPGD[0].astype(k_BSGD.dtype), k_BSGD], axis=1)
             v_BKGD = jnp.concatenate([prefix_BPGD[1].astype(v_BSGD.dtype), v_BSGD], axis=1)
         attended_BSHD = interval_attention(q_BSHD, k_BKGD, v_BKGD, mask, implementation=attention)
-        return self._finish(x_BSE, attended_BSHD), (k_BSGD, v_BSGD)
+        return self._finish(x_BSE, attended_BSHD, keeps_products), (k_BSGD, v_BSGD)
 
     def decode(
         self, x_B1E: jax.Array, rotation: Rotation, cache: StaticCache, layer: jax.Array, index: jax.Array,
@@ -147,11 +151,14 @@ class DecoderBlock(nnx.Module):
         _, k_BSGD, v_BSGD = self._project(x_BSE, rotation, "xla")
         return KeyValues(k_BSGD, v_BSGD)
 
-    def _finish(self, x_BSE: jax.Array, attended_BSHD: jax.Array) -> jax.Array:
+    def _finish(self, x_BSE: jax.Array, attended_BSHD: jax.Array, keeps_products: bool = False) -> jax.Array:
         """Adds the attention's output and the MLP to the residual stream."""
         x_BSE = x_BSE + self.out(attended_BSHD.reshape(*x_BSE.shape[:2], -1))
         normed = self.mlp_norm(x_BSE)
-        return x_BSE + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
+        gate, up = settled_together(self.gate(normed), self.up(normed))
+        if keeps_products:  # Else XLA on TPU fuses SwiGLU into a product, and copies its result to where it is kept.
+            gate, up = jax.lax.optimization_barrier((gate, up))
+        return x_BSE + self.down(jax.nn.silu(gate) * up)
 
 
 class Decoder(nnx.Module):
@@ -214,7 +221,7 @@ class Decoder(nnx.Module):
         rotation = self.rotation(positions_BS)
 
         def run(x: jax.Array, block: DecoderBlock, layer_prefix: KeyValues | None) -> tuple[jax.Array, KeyValues]:
-            x, (k_BSGD, v_BSGD) = block(x, rotation, mask, layer_prefix, attention)
+            x, (k_BSGD, v_BSGD) = block(x, rotation, mask, layer_prefix, attention, remat == "minimal")
             if keep_outputs:
                 return x, block.keys_and_values(x[:, first:], self.rotation(positions_BS[:, first:]))
             return x, KeyValues(k_BSGD[:, first:], v_BSGD[:, first:])

@@ -14,14 +14,14 @@ Block = TypeVar("Block", bound=nnx.Module)
 Carry = TypeVar("Carry")
 
 # What the forward pass of a block keeps for the backward pass; everything else is computed again. All policies keep the
-# input of every block. `offload` is `full`, but keeps them in the host's memory.
+# input of every block, and one number per token and norm. `offload` is `full`, but keeps inputs in the host's memory.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),  # parts are gathered again
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "minimal": jax.checkpoint_policies.save_only_these_names("linear"),
-    "attention_out": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    "full": jax.checkpoint_policies.save_only_these_names("norm"),
+    "minimal": jax.checkpoint_policies.save_only_these_names("linear", "norm"),
+    "attention_out": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse", "norm"),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"],
+        names_which_can_be_saved=["norm"], names_which_can_be_offloaded=["block_input"],
         offload_src="device", offload_dst="pinned_host",
     ),
 }

@@ -19,6 +19,7 @@ collectives  bytes of the whole arrays that one device gathers or sums in a step
              nothing" are a part of them
 MFU bound    model FLOPs, without what rematerialisation repeats, over the chip's peak in the step's seconds
 tokens/s     of rows counted as full, padding included; "the decoder alone" leaves the vision tower's seconds out
+head, vision chunks of target slots and of images; a step runs those that are filled, and only these are priced
 products     FLOPs of all matrix products of one device, repeated ones included, without those inside the kernels
 run          steps times the step's seconds. In no sum: compiling, waiting for data, validation, the last checkpoint"""
 COLUMNS = """\
