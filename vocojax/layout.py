@@ -211,7 +211,7 @@ class SampleLayout:
         hidden = np.flatnonzero(~self.seen_by_text(visibility))
         stop[hidden] = (unit_index[hidden] + 1) * self.unit_length
         positions = np.arange(length) - unit_index * (self.unit_length - stride)
-        if units_stand_alone(visibility) and self.unit.vocos:
+        if units_stand_alone(visibility) and self.unit.vocos and (self.unit.places, self.unit.sees) != ("end", "unit"):
             self._place_vocos(positions, start, stop)
         thread_starts, thread_ends = self.thread_bounds()
         for first, end in zip(thread_starts, thread_ends, strict=True):

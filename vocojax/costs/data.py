@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -67,13 +68,16 @@ def write_records(path: Path, count: int, images: Sequence[str], words: int) -> 
 
 
 def stage(folder: Path) -> tuple[ModelConfig, DataConfig]:
-    """Returns the configs of a 7B stage on the data in a folder (`records.json`, `images`), with a word tokenizer."""
+    """Returns the configs of a 7B stage on the data in a folder (`records.json`, `images`), with a word tokenizer.
+
+    It has as many threads as the machine has cores: more of them push each other's pixels out of the caches.
+    """
     tokenizer = word_tokenizer([" ".join(WORDS) + " USER: ASSISTANT: "])
     tokenizer.save(folder / "tokenizer")
     model = preset("clip_l_336_vicuna_7b")
     model = ModelConfig(VisionConfig(), model.projector, model.decoder, VocoConfig(token_id=tokenizer.voco_id))
     return model, DataConfig(path=str(folder / "records.json"), image_root=str(folder / "images"),
-                             tokenizer=str(folder / "tokenizer"), images_per_row=3, num_threads=4)
+                             tokenizer=str(folder / "tokenizer"), images_per_row=3, num_threads=os.cpu_count() or 1)
 
 
 def stream_rate(folder: Path, images: int) -> Callable[[], float]:

@@ -2,8 +2,8 @@
 
 Pillow's own loops are scalar. Here both passes run over whole rows of memory (the horizontal one on transposed strips
 of the image), which a compiler turns into vector instructions; the arithmetic is Pillow's: weights of 22 bits, sums in
-int32, 8 bits between the passes. Four rows are taken at a time, since otherwise most of the time goes into loading and
-storing the sums, and into single pixels of the transposed strips.
+int32, 8 bits between the passes. Several rows are taken at a time, since otherwise most of the time goes into loading
+and storing the sums, and into single pixels of the transposed strips.
 """
 
 import functools
@@ -19,7 +19,7 @@ BLACK = (0, 0, 0)
 # Rows of the horizontal pass at a time. They and their result stay in a core's cache; an odd number of cache lines (16
 # pixels each) lets the columns of the transposed strip use all of the first-level cache's sets.
 STRIP = 5 * 16
-TOGETHER = 4  # rows that both passes read in one loop; it divides STRIP
+TAPS = 8  # rows that the vertical pass adds up in one loop
 _A = -0.5  # parameter of the cubic convolution
 
 
@@ -68,14 +68,14 @@ def _weights(size: int, target: int) -> tuple[np.ndarray, np.ndarray]:
       target: number of rows that they become.
 
     Returns:
-      int64 [target], and int32 [target, n] with n a multiple of `TOGETHER`: fixed-point weights, zeros after the last.
+      int64 [target], and int32 [target, n] with n a multiple of `TAPS`: fixed-point weights, zeros after the last.
     """
     scale = size / target
     stretch = max(scale, 1.0)
     centre, support = (np.arange(target) + 0.5) * scale, 2 * stretch
     first = np.maximum((centre - support + 0.5).astype(int), 0)
     count = np.minimum((centre + support + 0.5).astype(int), size) - first
-    tap = np.arange(-(-count.max() // TOGETHER) * TOGETHER)
+    tap = np.arange(-(-count.max() // TAPS) * TAPS)
     x = np.abs((tap + first[:, None] - centre[:, None] + 0.5) / stretch)
     near, far = ((_A + 2) * x - (_A + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * _A
     weights = np.where(tap < count[:, None], np.where(x < 1, near, np.where(x < 2, far, 0.0)), 0.0)
@@ -89,13 +89,18 @@ def _weigh_rows(rows, first, weights, out):  # type: ignore[no-untyped-def]
     total = np.empty(rows.shape[1], np.int32)
     for i in range(len(out)):
         total[:] = 1 << (PRECISION_BITS - 1)
-        for tap in range(0, weights.shape[1], TOGETHER):
-            row = first[i] + tap
+        for tap in range(0, weights.shape[1], TAPS):
+            row, w = first[i] + tap, weights[i, tap : tap + TAPS]
             a, b = rows[min(row, last)], rows[min(row + 1, last)]
             c, d = rows[min(row + 2, last)], rows[min(row + 3, last)]
-            p, q, r, s = weights[i, tap], weights[i, tap + 1], weights[i, tap + 2], weights[i, tap + 3]
+            e, f = rows[min(row + 4, last)], rows[min(row + 5, last)]
+            g, h = rows[min(row + 6, last)], rows[min(row + 7, last)]
+            w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
             for x in range(len(total)):
-                total[x] += np.int32(a[x]) * p + np.int32(b[x]) * q + np.int32(c[x]) * r + np.int32(d[x]) * s
+                total[x] += (
+                    np.int32(a[x]) * w0 + np.int32(b[x]) * w1 + np.int32(c[x]) * w2 + np.int32(d[x]) * w3
+                    + np.int32(e[x]) * w4 + np.int32(f[x]) * w5 + np.int32(g[x]) * w6 + np.int32(h[x]) * w7
+                )
         for x in range(len(total)):
             out[i, x] = min(max(total[x] >> PRECISION_BITS, 0), 255)
 
@@ -138,7 +143,7 @@ def _turn(rows, pairs):  # type: ignore[no-untyped-def]
       pairs: uint64 [w, STRIP / 2], the transposed strip, two pixels at a time; the last row stands for missing ones.
     """
     last, half = len(rows) - 1, np.uint64(32)
-    for y in range(0, STRIP, TOGETHER):
+    for y in range(0, STRIP, 4):
         a, b = rows[min(y, last)], rows[min(y + 1, last)]
         c, d = rows[min(y + 2, last)], rows[min(y + 3, last)]
         for x in range(len(pairs)):
