@@ -59,19 +59,21 @@ class Generation:
 # matrix units are busy 56, 52 and 41 % of the time, so these pairs take 17, 19 and 19 % of it: what a smaller tile
 # wins at its edges it loses inside.
 # In the backward pass the matrix units are busy 80 % with 512 x 512 on v5e, and 56 % with 256 x 256 of 4 heads, one
-# after another. With 8 heads, two at a time, it is 72 %: visible pairs take 33 % of the kernel's time in place of 24
-# (v5p: 35 in place of 25). Products of outputs and gradients, bound by HBM, are another 10 % (v5p: 8 %). On causal rows
-# of 8,192 such tiles would take 13 % more per pair than 512 x 512 of 4 heads, one after another (two at a time: 21 %).
+# after another. With 16 heads, two at a time, it is 77 %: visible pairs take 36 % of the kernel's time in place of 24
+# (v5p: 38 in place of 25). 16 heads, because a step takes about 500 cycles before it computes anything, and the first
+# and the last two heads leave units idle. Products of outputs and gradients, bound by HBM, are another 12 % of
+# the kernel's time (v5p: 9 %). On long causal rows dq leaves no room for 16 heads. With 8 such tiles take 13 % more per
+# pair than 512 x 512 of 4 heads one after another (two at a time: 21 %).
 GENERATIONS = {
     "v4": Generation(Blocks(512, 512, 256), Blocks(512, 512, 128), Blocks(512, 512, 128), 6 * MIB, 16 * MIB),
     "v5e": Generation(
-        Blocks(512, 512, 1024), Blocks(256, 256, 1024, together=2), Blocks(512, 512, 512), 72 * MIB, 112 * MIB
+        Blocks(512, 512, 1024), Blocks(256, 256, 2048, together=2), Blocks(512, 512, 512), 72 * MIB, 112 * MIB
     ),
     "v5p": Generation(
-        Blocks(512, 512, 1024), Blocks(256, 256, 1024, together=2), Blocks(512, 512, 512), 36 * MIB, 56 * MIB
+        Blocks(512, 512, 1024), Blocks(256, 256, 2048, together=2), Blocks(512, 512, 512), 36 * MIB, 56 * MIB
     ),
     "v6e": Generation(
-        Blocks(512, 512, 1024), Blocks(512, 512, 512, True), Blocks(512, 512, 512, True), 72 * MIB, 112 * MIB
+        Blocks(512, 512, 1024), Blocks(256, 256, 2048, True, 2), Blocks(512, 512, 512, True), 72 * MIB, 112 * MIB
     ),
 }
 PACKED = 2048  # up to here rows are taken to be packed with short pieces
