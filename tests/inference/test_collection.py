@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from vocojax.cli.flag_checks import refuse_empty, require_writable
 from vocojax.config import ConfigError
 from vocojax.data.conversation import Turn
 from vocojax.inference.assistant import Assistant
-from vocojax.inference.caches.cache import VocoCache
+from vocojax.inference.caches.cache import CacheError, VocoCache
 from vocojax.inference.caches.store import Store
 from vocojax.inference.collection import compress_files, find_files, int8_loss
 from vocojax.inference.decoding.sampling import SamplingConfig
@@ -68,6 +69,20 @@ def test_compression_resumes_and_reports_bad_files(assistant, photos, tmp_path):
     assert str(rest) == "3 compressed, 5 there already, 2 bad"
     cache = assistant.recall(store, [photos / "5.png"])
     np.testing.assert_allclose(cache.k_LUNGD, assistant.compress([photos / "5.png"]).k_LUNGD, atol=1e-5)
+
+
+def test_nothing_is_compressed_for_a_store_that_cannot_be_written(assistant, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(assistant), "compress", lambda *_: pytest.fail("images were compressed"))
+
+    def refuse(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    store = Store(tmp_path)
+    for work in (lambda: assistant.recall(store, [photos / "0.png"]),
+                 lambda: compress_files(assistant, store, [photos / "0.png"], num_threads=1)):
+        with pytest.raises(CacheError, match="can't be written: Read-only file system: name a store that can"):
+            work()
 
 
 def test_what_a_store_lacks_or_has_damaged_is_compressed_and_put_in(assistant, photos, tmp_path):

@@ -172,6 +172,22 @@ def test_damage_in_a_store_that_may_only_be_read_is_named(tmp_path, monkeypatch)
         store.get(IMAGES[0], MODEL, 2)
 
 
+def test_a_store_that_cannot_be_written_is_found_out_before_images_are_compressed(tmp_path, monkeypatch):
+    Store(tmp_path / "new").require_writable()
+    assert list((tmp_path / "new").iterdir()) == [], "nothing is left of the trial"
+    (tmp_path / "photo.png").write_bytes(b"")
+    for place in ("photo.png", "photo.png/caches"):
+        with pytest.raises(CacheError, match=r"photo\.png.*: can't be written: .*: name a directory$"):
+            Store(tmp_path / place).require_writable()
+
+    def refuse(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(store_module.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(CacheError, match="can't be written: Read-only file system: name a store that can be written"):
+        Store(tmp_path / "new").require_writable()
+
+
 def test_half_written_files_of_killed_writers_are_swept_up(tmp_path):
     store = Store(tmp_path)
     path = Path(store.path(IMAGES[0], MODEL, 2))

@@ -73,11 +73,12 @@ def main(arguments: Sequence[str]) -> None:
     share = (jax.process_index(), jax.process_count())
     paths = find_files(FLAGS.images, *share) if FLAGS.images else []
     videos = find_videos(FLAGS.videos, *share) if FLAGS.videos else []
+    store = Store(FLAGS.store, FLAGS.storage, None if FLAGS.max_gib is None else int(FLAGS.max_gib * 2**30))
+    store.require_writable()
     assistant = Assistant.from_pretrained(FLAGS.checkpoint, mesh=parse_mesh(FLAGS.mesh), dtype=FLAGS.dtype)
     if not assistant.reads_caches:
         raise InputError(f"{FLAGS.checkpoint}: was not trained with the VoCo mask, so it has no VoCo tokens to store; "
                          "answer its questions from whole images, or name another checkpoint")
-    store = Store(FLAGS.store, FLAGS.storage, None if FLAGS.max_gib is None else int(FLAGS.max_gib * 2**30))
     outcome = compress_files(assistant, store, paths, FLAGS.batch_size, FLAGS.threads) if FLAGS.images else Outcome()
     if FLAGS.videos:
         outcome += compress_videos(assistant, store, videos, FLAGS.frames, FLAGS.frame_sampling, FLAGS.batch_size)

@@ -189,6 +189,8 @@ class Assistant(Reader):
                     caches[digest] = store.get(digest, self.fingerprint, self.processor.unit.vocos)
         missing = {digest: visual for digest, visual in different.items() if digest not in caches}
         if missing:
+            if store is not None:
+                store.require_writable()
             new = self.compress(list(missing.values()), batch_size).split(
                 [len(visual.units) for visual in missing.values()])
             caches |= dict(zip(missing, new, strict=True))

@@ -134,6 +134,7 @@ def compress_files(
     num_vocos = assistant.model.config.unit_vocos
 
     def flush() -> None:
+        store.require_writable()
         visuals = list(waiting.values())
         for cache in assistant.compress(visuals, batch_size).split([len(visual.units) for visual in visuals]):
             store.put_visual(cache)

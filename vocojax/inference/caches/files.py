@@ -163,11 +163,17 @@ def write_cache(path: epath.Path, content: bytes) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:
-        remedy = {
-            errno.ENOSPC: ": free space, or limit the store's size", errno.EDQUOT: ": free space, or limit its size",
-            errno.EROFS: ": name a store that can be written", errno.EACCES: ": name a store that this user may write",
-        }.get(error.errno or 0, "")
-        raise CacheError(f"{path}: can't be written: {error.strerror or error}{remedy}") from error
+        raise not_written(path, error) from error
+
+
+def not_written(path: epath.Path, error: OSError) -> CacheError:
+    """Returns the error of a file or directory that can't be written, with the remedy."""
+    remedy = {
+        errno.ENOSPC: ": free space, or limit the store's size", errno.EDQUOT: ": free space, or limit its size",
+        errno.EROFS: ": name a store that can be written", errno.EACCES: ": name a store that this user may write",
+        errno.ENOTDIR: ": name a directory", errno.EEXIST: ": name a directory",
+    }.get(error.errno or 0, "")
+    return CacheError(f"{path}: can't be written: {error.strerror or error}{remedy}")
 
 
 def _array(tensor: Mapping[str, Any]) -> np.ndarray:

@@ -10,6 +10,7 @@ import contextlib
 import glob
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import NamedTuple, get_args
@@ -20,7 +21,7 @@ from vocojax.config import require
 from vocojax.errors import shown
 from vocojax.files import NotAFile, is_remote, read_file
 from vocojax.inference.caches.cache import CacheError, VocoCache
-from vocojax.inference.caches.files import DamagedCache, Storage, from_bytes, to_bytes, write_cache
+from vocojax.inference.caches.files import DamagedCache, Storage, from_bytes, not_written, to_bytes, write_cache
 from vocojax.inference.caches.fingerprint import Fingerprint, is_digest
 
 # The last four parts of an entry's path. Nothing else is ever removed.
@@ -110,6 +111,22 @@ class Store:
             return cache if kept == num_vocos else cache.truncate(num_vocos)
         raise MissingCache(f"{self.root}: holds no {self.storage} cache of image {digest} with {num_vocos} or more "
                            f"VoCo tokens by model {fingerprint.digest}; {self._contents(fingerprint)}")
+
+    def require_writable(self) -> None:
+        """Finds out, before images are compressed, whether entries can be written; makes the directory.
+
+        An object store is not asked: who may write there need not be allowed to remove what was written to try it.
+
+        Raises:
+          CacheError: they can't.
+        """
+        if is_remote(self.root):
+            return
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.root).close()
+        except OSError as error:
+            raise not_written(self.root, error) from error
 
     def put(self, cache: VocoCache) -> None:
         """Writes an entry for each unit of a cache: each is a visual of its own; see `put_visual`."""
