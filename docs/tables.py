@@ -269,7 +269,7 @@ TABLES = {
                              mosaic_refining, "3 CPU-hours (those of mosaic), the extra quickstart"),
     "quickstart": Table("bash launch/quickstart.sh --seeds 0,1,2", "runs/quickstart/retention.json", quickstart,
                         "15 CPU-minutes, the extra quickstart"),
-    "steps": Table(STEPS, "runs/measured/steps/*.json", steps, "30 CPU-minutes, 3 GB of memory, the extra tpu",
+    "steps": Table(STEPS, "runs/measured/steps/*.json", steps, "50 CPU-minutes, 4 GB of memory, the extra tpu",
                    ("jax", "libtpu"), True),
     "torch_agreement": Table(
         "python launch/convert.py --source=runs/quickstart/seed_0/voco_1 --target=runs/measured/export "
