@@ -4,6 +4,7 @@
 where it comes from.
 """
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ MOSAIC = {"Upper Bound": "Upper Bound (16 vision tokens)",
 CLIPS = ("frame t", "first frame", "last frame", "came first", "change after t", "count", "change")
 LAYOUTS = {"a": "8 packed rows of 2,048", "b": "one unit of 576 + 128 text", "c": "video, 64 × 258 + 128 text",
            "d": "causal 8,192"}
+BEST = ("configs/voco.py, N = 1", "configs/voco_7b_best.py, N = 8, pooled")  # in the order of the files' names
 CHIPS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1")
 
 
@@ -218,6 +220,30 @@ def steps(results: Sequence[Any]) -> Rows:
     return rows
 
 
+def steps_typical(results: Sequence[Any]) -> Rows:
+    """Reads the compile reports of a 7B's training step, with what its attention and its collectives take."""
+    rows = [["7B on", "rematerialisation", "rows per chip", "s/step", "MFU bound", "tokens/s/chip",
+             "decoder alone, tokens/s/chip", "of the step, attention", "of the step, collectives that nothing hides",
+             "GB per chip"]]
+    for report in results:
+        whole, seconds = report["estimated_seconds"], report["seconds"]
+        rows.append([
+            report["topology"], report["remat"], str(report["rows_per_device"]), f"{whole:.3f}",
+            f"{report['mfu_bound']:.0%}".replace("%", " %"), f"{report['tokens_per_second_per_device']:,.0f}",
+            f"{report['decoder_tokens_per_second_per_device']:,.0f}", percent(seconds["attention"] / whole),
+            percent(seconds["interconnect"] / whole), f"{report['peak_bytes'] / 1e9:.1f}"])
+    return rows
+
+
+def best_7b(results: Sequence[Any]) -> Rows:
+    """Reads the compile reports of the paper's stage and of the best recipe's, in turns."""
+    rows = [["7B, everything rematerialised", "stage", "rows per chip", "s/step", "MFU bound", "GB per chip"]]
+    for report, stage in zip(results, itertools.cycle(BEST), strict=False):
+        rows.append([report["topology"], stage, str(report["rows_per_device"]), f"{report['estimated_seconds']:.3f}",
+                     f"{report['mfu_bound']:.0%}".replace("%", " %"), f"{report['peak_bytes'] / 1e9:.2f}"])
+    return rows
+
+
 def video_memory(results: Sequence[Any]) -> Rows:
     """Reads the compile reports of a video stage with rising numbers of frames, in both plans."""
     (reports,) = results
@@ -248,9 +274,23 @@ mkdir -p runs/measured/steps
 for rows in 1 2 8; do one v5e:16x16 full $rows $((256 * rows)); one v5p:4x4x4 full $rows $((64 * rows)); done
 one v5e:16x16 minimal 2 512; one v5p:4x4x4 minimal 2 128; one v5p:4x4x4 minimal 8 512"""
 
+STEPS_TYPICAL = """\
+one() { . launch/xla_flags.sh "${1%%:*}"; python launch/compile_report.py --config=configs/voco.py --topology="$1" \
+--config.remat="$2" --config.batch_size="$3" --json="runs/measured/steps_typical/$1.json"; }
+mkdir -p runs/measured/steps_typical
+one v5e:16x16 full 2048; one v5p:4x4x4 minimal 512"""
+
+BEST_7B = """\
+one() { . launch/xla_flags.sh "${1%%:*}"; python launch/compile_report.py --config="configs/$3.py" --topology="$1" \
+--config.batch_size="$2" --json="runs/measured/best_7b/$1-$3.json"; }
+mkdir -p runs/measured/best_7b
+for stage in voco voco_7b_best; do one v5e:16x16 256 $stage; one v5p:4x4x4 128 $stage; done"""
+
 TABLES = {
     "agreement": Table("bash launch/quickstart.sh --seeds 0,1,2", "runs/quickstart/retention.json", agreement,
                        "15 CPU-minutes, the extra quickstart"),
+    "best_7b": Table(BEST_7B, "runs/measured/best_7b/*.json", best_7b, "12 CPU-minutes, 3 GB of memory, the extra tpu",
+                     ("jax", "libtpu"), True),
     "data": Table("python launch/data_report.py --json=runs/measured/data.json", "runs/measured/data.json", data,
                   "5 CPU-minutes, 2 GB of disk, the extra test", ("jax", "torch", "transformers")),
     "efficiency": Table(
@@ -271,6 +311,8 @@ TABLES = {
                         "15 CPU-minutes, the extra quickstart"),
     "steps": Table(STEPS, "runs/measured/steps/*.json", steps, "50 CPU-minutes, 4 GB of memory, the extra tpu",
                    ("jax", "libtpu"), True),
+    "steps_typical": Table(STEPS_TYPICAL, "runs/measured/steps_typical/*.json", steps_typical,
+                           "6 CPU-minutes, 3 GB of memory, the extra tpu", ("jax", "libtpu"), True),
     "torch_agreement": Table(
         "python launch/convert.py --source=runs/quickstart/seed_0/voco_1 --target=runs/measured/export "
         "--target_layout=huggingface\n"

@@ -166,6 +166,13 @@ MADE = {  # a table, a result of its command, and its rows after the columns
     "kernels": ({"layouts": {letter: {chip: {"ours": {"seconds": 0.00654}, "splash": {"seconds": 0.0417}}
                                       for chip in tables.CHIPS} for letter in "abcd"}},
                 [[name, *["6.54 / 41.7 ms"] * 3] for name in tables.LAYOUTS.values()]),
+    "steps_typical": ({"topology": "v5e:16x16", "remat": "full", "rows_per_device": 8, "estimated_seconds": 5.0,
+                       "mfu_bound": 0.614, "tokens_per_second_per_device": 3019.6,
+                       "decoder_tokens_per_second_per_device": 3117.2, "peak_bytes": 7.86e9,
+                       "seconds": {"attention": 0.25, "interconnect": 0.1}},
+                      [["v5e:16x16", "full", "8", "5.000", "61 %", "3,020", "3,117", "5.0 %", "2.0 %", "7.9"]]),
+    "best_7b": ({"topology": "v5p:4x4x4", "rows_per_device": 2, "estimated_seconds": 0.6378, "mfu_bound": 0.56,
+                 "peak_bytes": 4.134e9}, [["v5p:4x4x4", "configs/voco.py, N = 1", "2", "0.638", "56 %", "4.13"]]),
     "torch_peer": ({"training step": {"ratio": 0.444}}, [["training step", "0.44"]]),
     "agreement": ({"two_stage": {"identical_answers": 9673, "questions": 9673}},
                   [["answers from a cache", "the single pass", "9,673 of 9,673 are the same"]]),
