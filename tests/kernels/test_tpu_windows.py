@@ -48,8 +48,8 @@ def test_a_forward_step_sees_the_keys_of_its_query_heads(heads, columns):
         assert place == [row, key_block]
         for i in range(step.query):  # the kernel reads the part i * kv // query of the window
             assert kv_block * step.kv + i * step.kv // step.query == (h * step.query + i) // (H // G)
-    assert windows.start.index_map(0, 0, CODES) == (row, query_block, 0)
-    assert windows.stop.index_map(0, 0, CODES) == (row, 0, key_block)
+    assert windows.start.index_map(0, 0, CODES) == (row, 0, query_block)
+    assert windows.stop.index_map(0, 0, CODES) == (row, key_block, 0)
 
 
 @settings(deadline=None)

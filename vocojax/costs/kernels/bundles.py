@@ -192,7 +192,8 @@ def _issue(
         cost = machine.push_bf16 if "bf16" in op else machine.push_f32
         free["push " + unit] = max(free["push " + unit], now) + cost
     elif unit.startswith("xlu") and not op.startswith("vpop"):
-        free[unit] = now + machine.xlu
-        results[unit].append(now + machine.xlu_result)
+        registers = 2 if ".binary" in op else 1  # of 16-bit numbers, two are transposed at once
+        free[unit] = now + registers * machine.xlu
+        results[unit].extend([now + machine.xlu_result] * registers)
     elif _EUP.match(op):
         results["eup"].append(now + machine.eup_result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from vocojax.costs.kernels.tpu import Compiled, Job, TileCosts
 from vocojax.devices import known_tpu
 from vocojax.kernels.interval_attention import IntervalMask, tpu_blocks, tpu_tiles, tpu_windows
 from vocojax.kernels.interval_attention.block_info import DIRTY, EMPTY, FULL, PARTIAL, TileCode, padded_vectors
+from vocojax.kernels.interval_attention.tpu_blocks import LANES
 from vocojax.training.flops import visible_pairs
 
 HEADS, WIDTH = 32, 128
@@ -99,7 +101,7 @@ def _entry(passes: Sequence[Cost], visible: Sequence[float]) -> dict[str, Any]:
 def live_tiles(layout: Layout, device_kind: str) -> dict[str, int]:
     """Counts the tiles that the forward kernel computes, and those that hold a visible pair."""
     table = tpu_blocks.GENERATIONS[tpu_blocks.generation(device_kind)]
-    blocks = tpu_blocks.fitted(table.forward, layout.length, layout.length)
+    blocks = tpu_blocks.fitted(table.forward_of(layout.length), layout.length, layout.length)
     kinds = tile_codes(layout, blocks.q, blocks.k, None) & TileCode.KIND
     return {
         "live_tiles": int((kinds != EMPTY).sum()),
@@ -127,9 +129,8 @@ def _tile_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: boo
     """Walks the kernel's own tile list: a step costs what its tile and flags say, or its DMA if that takes longer."""
     generation = tpu_blocks.generation(kernel.device_kind)
     table = tpu_blocks.GENERATIONS[generation]
-    blocks = tpu_blocks.fitted(
-        table.backward_of(layout.length) if backward else table.forward, layout.length, layout.length
-    )
+    chosen = table.backward_of(layout.length) if backward else table.forward_of(layout.length)
+    blocks = tpu_blocks.fitted(chosen, layout.length, layout.length)
     heads, spans = tpu_windows.heads_per_step(HEADS, blocks.columns // WIDTH, 1), None
     if backward:
         heads, spans = tpu_windows.backward_plan(layout.length, HEADS, 1, WIDTH, blocks, 2, table.dq_bytes)
@@ -149,10 +150,12 @@ def _tile_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: boo
     # Every step reads two operands on the side that it walks. On the other side a group reads and writes arrays once: q
     # and out in the forward pass, k, v, dk and dv in the backward pass.
     walked, kept = (blocks.q, 4 * blocks.k) if backward else (blocks.k, 2 * blocks.q)
-    dma = (2 * walked + kept * (codes & TileCode.FIRST != 0)) * 2 * heads * WIDTH / per_cycle
-    groups = HEADS // heads
+    first = codes & TileCode.FIRST != 0
+    stop = blocks.k * LANES * 4 * (first if backward else 1)  # a register row for every key
+    dma = ((2 * walked + kept * first) * 2 * heads * WIDTH + stop) / per_cycle
+    turns = math.ceil(HEADS // heads / cores)  # the cores share the groups of heads
     matrix = np.select(which, costs.matrix, 0.0)
-    to_seconds = groups / cores / chip.ghz / 1e9
+    to_seconds = turns / chip.ghz / 1e9
     return Cost(
         block=(blocks.q, blocks.k),
         seconds=float(np.maximum(cycles, dma).sum() * to_seconds),

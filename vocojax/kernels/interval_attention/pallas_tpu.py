@@ -70,7 +70,7 @@ def forward(
     B, Q, H, D = q_BQHD.shape
     K, G = k_BKGD.shape[1:3]
     spec = tpu_blocks.GENERATIONS[generation]
-    blocks = blocks or tpu_blocks.fitted(spec.forward, Q, K)
+    blocks = blocks or tpu_blocks.fitted(spec.forward_of(K), Q, K)
     Dp = -(-D // LANES) * LANES
     heads = forward_heads(H, G, Dp, blocks)
     q, k, v = (columns_of(x, block, Dp) for x, block in ((q_BQHD, blocks.q), (k_BKGD, blocks.k), (v_BKGD, blocks.k)))
@@ -78,7 +78,8 @@ def forward(
     start, stop = padded_vectors(mask, blocks.q, blocks.k)
     tiles = tiles_to_walk(start, stop, mask.prefix, blocks.q, blocks.k)
     windows = forward_windows(tiles.layout, blocks, heads, H // G)
-    statistics, sums = (pltpu.VMEM((blocks.q, heads.query * width), jnp.float32) for width in (LANES, Dp))
+    statistic = pltpu.VMEM((heads.query, 1, blocks.q), jnp.float32)
+    sums = pltpu.VMEM((heads.query * Dp, blocks.q), jnp.float32)
 
     out, lse = pl.pallas_call(
         functools.partial(
@@ -91,7 +92,7 @@ def forward(
             grid=(H // heads.query, tiles.count),
             in_specs=[windows.q, windows.k, windows.k, windows.start, windows.stop],
             out_specs=[windows.q, windows.lse],
-            scratch_shapes=[statistics, statistics, sums],
+            scratch_shapes=[statistic, statistic, sums],
         ),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -102,7 +103,7 @@ def forward(
         ),
         cost_estimate=_cost(2, B, H, Qp, Kp, Dp, [q, q, k, v]),
         interpret=interpret,
-    )(tiles.codes, q, k, v, along_rows(start), stop[:, None])
+    )(tiles.codes, q, k, v, start[:, None], along_rows(stop))
     return out.reshape(B, Qp, H, Dp)[:, :Q, :, :D], lse[:, :, 0, :Q]
 
 

@@ -36,7 +36,8 @@ class Generation:
     """Blocks of a TPU generation, and the VMEM that its kernels may plan with.
 
     Attributes:
-      forward: of the forward pass, for sequences of more than `SHORT` keys.
+      forward: of the forward pass, for sequences of more than `SHORT` keys and up to `PACKED`.
+      forward_long: of the forward pass, for more.
       backward: of the backward pass, likewise, for up to `PACKED` keys.
       backward_long: of the backward pass, for more.
       dq_bytes: the most that the backward pass may keep of one span of dq. Longer rows are cut into spans.
@@ -44,10 +45,15 @@ class Generation:
     """
 
     forward: Blocks
+    forward_long: Blocks
     backward: Blocks
     backward_long: Blocks
     dq_bytes: int
     vmem_bytes: int
+
+    def forward_of(self, keys: int) -> Blocks:
+        """Returns the blocks of the forward pass for rows of that many keys."""
+        return self.forward if keys <= PACKED else self.forward_long
 
     def backward_of(self, keys: int) -> Blocks:
         """Returns the blocks of the backward pass for rows of that many keys."""
@@ -55,9 +61,13 @@ class Generation:
 
 
 # Pieces of packed rows do not fill their tiles. On typical rows of 2,048 tokens (static cost, libtpu 0.0.42.1), of the
-# pairs in tiles of 512 x 512, 256 x 512 and 256 x 256, the visible are 31, 36 and 47 %. In the forward pass on v5e the
-# matrix units are busy 56, 52 and 41 % of the time, so these pairs take 17, 19 and 19 % of it: what a smaller tile
-# wins at its edges it loses inside.
+# pairs in tiles of 512 x 512, 256 x 256, 256 x 128 and 128 x 128, the visible are 31, 47, 49 and 64 %.
+# In the forward pass the matrix units are busy 57 % of the time with 256 x 128 of 32 heads on v5e, 59 % with 16 heads
+# on v5p: visible pairs take 28 and 29 % of it. v5p has two cores, which share the groups of heads, so one group would
+# leave a core idle. A full tile of a head takes 165 cycles (186 of 16 heads), its products 128. Of the rest, 9 (21) are
+# the grid step, most others the start and end of the chain of heads. A query block's opening, closing, and DMA of
+# queries and output, longer than its two to five tiles can hide, are a fifth of the pass. Tiles of 128 x 128 would wait
+# for the DMA of keys and values. On v5p causal rows of 8,192 take 1.68 ms, 3 % more than with scores not transposed.
 # In the backward pass the matrix units are busy 80 % with 512 x 512 on v5e, and 56 % with 256 x 256 of 4 heads, one
 # after another. With 16 heads, two at a time, it is 77 %: visible pairs take 36 % of the kernel's time in place of 24
 # (v5p: 38 in place of 25). 16 heads, because a step takes about 500 cycles before it computes anything, and the first
@@ -65,17 +75,26 @@ class Generation:
 # the kernel's time (v5p: 9 %). On long causal rows dq leaves no room for 16 heads. With 8 such tiles take 13 % more per
 # pair than 512 x 512 of 4 heads one after another (two at a time: 21 %).
 GENERATIONS = {
-    "v4": Generation(Blocks(512, 512, 256), Blocks(512, 512, 128), Blocks(512, 512, 128), 6 * MIB, 16 * MIB),
+    "v4": Generation(
+        forward=Blocks(256, 128, 1024), forward_long=Blocks(512, 512, 256),
+        backward=Blocks(512, 512, 128), backward_long=Blocks(512, 512, 128), dq_bytes=6 * MIB, vmem_bytes=16 * MIB,
+    ),
     "v5e": Generation(
-        Blocks(512, 512, 1024), Blocks(256, 256, 2048, together=2), Blocks(512, 512, 512), 72 * MIB, 112 * MIB
+        forward=Blocks(256, 128, 4096), forward_long=Blocks(256, 128, 4096),
+        backward=Blocks(256, 256, 2048, together=2), backward_long=Blocks(512, 512, 512),
+        dq_bytes=72 * MIB, vmem_bytes=112 * MIB,
     ),
     "v5p": Generation(
-        Blocks(512, 512, 1024), Blocks(256, 256, 2048, together=2), Blocks(512, 512, 512), 36 * MIB, 56 * MIB
+        forward=Blocks(256, 128, 2048), forward_long=Blocks(512, 128, 2048),
+        backward=Blocks(256, 256, 2048, together=2), backward_long=Blocks(512, 512, 512),
+        dq_bytes=36 * MIB, vmem_bytes=56 * MIB,
     ),
     "v6e": Generation(
-        Blocks(512, 512, 1024), Blocks(256, 256, 2048, True, 2), Blocks(512, 512, 512, True), 72 * MIB, 112 * MIB
+        forward=Blocks(256, 256, 4096), forward_long=Blocks(256, 256, 4096),
+        backward=Blocks(256, 256, 2048, True, 2), backward_long=Blocks(512, 512, 512, True),
+        dq_bytes=72 * MIB, vmem_bytes=112 * MIB,
     ),
-}
+}  # fmt: skip
 PACKED = 2048  # up to here rows are taken to be packed with short pieces
 SHORT = 1024  # up to here a tile of 512 would be mostly padding and diagonal
 

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 
 from vocojax.kernels.interval_attention.block_info import DIRTY, FULL, PARTIAL, TileCode
 from vocojax.kernels.interval_attention.tpu_blocks import LANES
-from vocojax.kernels.interval_attention.tpu_tiles import along_lanes, any_of, only, part, product, widened
+from vocojax.kernels.interval_attention.tpu_tiles import along_lanes, any_of, only, part, product, turned, widened
 
 HIDDEN = -2.0e38  # the score of an invisible pair
 LOWEST = -1.0e30  # where running maxima begin: far above HIDDEN, so that exp2(HIDDEN - maximum) is exactly 0
@@ -30,18 +30,21 @@ def forward_kernel(
 ) -> None:  # fmt: skip
     """Adds one tile to the running softmax of its query block, for the heads of the step.
 
+    Scores are computed transposed, keys by queries. So maxima and sums run down the rows, which the vector units do,
+    and a statistic of a query is one lane. Along lanes the transpose unit would be busier than the matrix units.
+
     Args:
       codes: int32 [T] in scalar memory, the list of tiles.
       q_ref: [bq, heads * width].
       k_ref: [bk, kv_heads * width].
       v_ref: [bk, kv_heads * width].
-      start_ref: int32 [bq, 128] with equal lanes.
-      stop_ref: int32 [1, bk].
+      start_ref: int32 [1, bq].
+      stop_ref: int32 [bk, 128] with equal lanes.
       out_ref: [bq, heads * width], written with the last tile of the query block.
       lse_ref: fp32 [heads, 1, bq], likewise.
-      highest_ref: fp32 [bq, heads * 128], the running maxima with equal lanes.
-      total_ref: fp32 [bq, heads * 128], the running sums of weights.
-      sum_ref: fp32 [bq, heads * width], the running sums of weighted values.
+      highest_ref: fp32 [heads, 1, bq], the running maxima.
+      total_ref: fp32 [heads, 1, bq], the running sums of weights.
+      sum_ref: fp32 [heads * width, bq], the running sums of weighted values.
       at: how tiles are coded.
       scale: of the scores, for a base-2 softmax.
       heads: query heads of the step.
@@ -59,29 +62,46 @@ def forward_kernel(
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def accumulate(visible: jax.Array | None, seen: jax.Array | None = None) -> None:
-        for h in range(heads):
-            head, stats, kv = part(h, width), part(h, LANES), part(h * kv_heads // heads, width)
-            v = only(seen, v_ref[:, kv])
-            scores = product(q_ref[:, head], k_ref[:, kv], ((1,), (1,))) * scale
-            if visible is not None:
-                scores = jnp.where(visible, scores, HIDDEN)
-            before = highest_ref[:, stats]
-            highest = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-            weights = jnp.exp2(scores - widened(highest, bk))
-            decay = jnp.exp2(before - highest)
-            highest_ref[:, stats] = highest
-            total_ref[:, stats] = total_ref[:, stats] * decay + weights.sum(axis=1, keepdims=True)
-            gain = product(weights.astype(v.dtype), v, ((1,), (0,)))
-            sum_ref[:, head] = sum_ref[:, head] * widened(decay, width) + gain
+        kv_of = lambda h: part(h * kv_heads // heads, width)
+
+        def scores_of(h: int) -> jax.Array:
+            scores = product(k_ref[:, kv_of(h)], q_ref[:, part(h, width)], ((1,), (1,))) * scale
+            return scores if visible is None else jnp.where(visible, scores, HIDDEN)
+
+        def weigh(h: int, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+            before = highest_ref[h]
+            highest = jnp.maximum(before, scores.max(axis=0, keepdims=True))
+            weights, decay = jnp.exp2(scores - highest), jnp.exp2(before - highest)
+            highest_ref[h] = highest
+            total_ref[h] = total_ref[h] * decay + weights.sum(axis=0, keepdims=True)
+            return weights.astype(v_ref.dtype), decay
+
+        def gather(h: int, weights: jax.Array, decay: jax.Array) -> None:
+            v = turned(only(seen, v_ref[:, kv_of(h)]))
+            head = part(h, width)
+            sum_ref[head] = sum_ref[head] * decay + product(v, weights, ((1,), (0,)))
+
+        # The compiler's scheduler moves little past a head. So the order in the program is that of a pipeline: scores
+        # of two heads ahead keep the matrix units busy during a softmax. Its weights are used a head later, where a
+        # block is small enough that a head alone does not fill the units.
+        lag = 1 if bq <= 256 else 0
+        scores, weighed = {}, {}
+        for step in range(heads + 2 + lag):
+            if step < heads:
+                scores[step] = scores_of(step)
+            if 0 <= step - 2 < heads:
+                weighed[step - 2] = weigh(step - 2, scores.pop(step - 2))
+            if step >= 2 + lag:
+                gather(step - 2 - lag, *weighed.pop(step - 2 - lag))
 
     @pl.when(code & TileCode.KIND == FULL)
     def full_tile() -> None:
         accumulate(None)
 
     def visible() -> jax.Array:
-        i = prefix + at.query_block(code) * bq + lax.broadcasted_iota(jnp.int32, (bq, bk), 0)
-        j = at.key_block(code) * bk + lax.broadcasted_iota(jnp.int32, (bq, bk), 1)
-        return (widened(start_ref[...], bk) <= j) & (j <= i) & (i < stop_ref[...])
+        i = prefix + at.query_block(code) * bq + lax.broadcasted_iota(jnp.int32, (bk, bq), 1)
+        j = at.key_block(code) * bk + lax.broadcasted_iota(jnp.int32, (bk, bq), 0)
+        return (start_ref[...] <= j) & (j <= i) & (i < widened(stop_ref[...], bq))
 
     @pl.when(code & TileCode.KIND == PARTIAL)
     def partial_tile() -> None:
@@ -90,17 +110,15 @@ def forward_kernel(
     @pl.when(code & TileCode.KIND == DIRTY)
     def dirty_tile() -> None:
         pairs = visible()
-        accumulate(pairs, seen=any_of(pairs, of_rows=False))
+        accumulate(pairs, seen=any_of(pairs, of_rows=True))
 
     @pl.when(code & TileCode.LAST != 0)
     def close_block() -> None:
         for h in range(heads):
-            head, stats = part(h, width), part(h, LANES)
-            total = total_ref[:, stats]
+            total = total_ref[h]
             divisor = jnp.where(total > 0, total, 1.0)
-            out_ref[:, head] = (sum_ref[:, head] * widened(1 / divisor, width)).astype(out_ref.dtype)
-            lse = jnp.where(total > 0, highest_ref[:, stats] + jnp.log2(divisor), 0.0)
-            lse_ref[h] = along_lanes(lse)
+            out_ref[:, part(h, width)] = turned((sum_ref[part(h, width)] * (1 / divisor)).astype(out_ref.dtype))
+            lse_ref[h] = jnp.where(total > 0, highest_ref[h] + jnp.log2(divisor), 0.0)
 
 
 def backward_kernel(

@@ -38,6 +38,14 @@ def widened(x: jax.Array, width: int) -> jax.Array:
     return jnp.tile(x, (1, width // LANES))
 
 
+def turned(x: jax.Array) -> jax.Array:
+    """Transposes a matrix of 128's multiples in the transpose unit.
+
+    The compiler would do some transpositions of 16-bit numbers in the matrix units, of 32-bit numbers it does none.
+    """
+    return x.astype(jnp.float32).T.astype(x.dtype)
+
+
 def only(live: jax.Array | None, x: jax.Array) -> jax.Array:
     """Returns the rows of x where `live` `[rows, 128]` is set, and zeros in the others."""
     if live is None:

@@ -90,8 +90,8 @@ class ForwardWindows(NamedTuple):
     Attributes:
       q: of queries, and of the output, `[B, S, H * width]`.
       k: of keys, and of values, `[B, S, G * width]`.
-      start: of `start`, `[B, S, 128]` with equal lanes.
-      stop: of `stop`, `[B, 1, S]`.
+      start: of `start`, `[B, 1, S]`.
+      stop: of `stop`, `[B, S, 128]` with equal lanes.
       lse: of the log-sum-exp, `[B, H, 1, S]`.
     """
 
@@ -115,10 +115,10 @@ def forward_windows(at: TileCode, blocks: Blocks, heads: StepHeads, repeats: int
         return at.row(codes[t]), at.key_block(codes[t]), group_of_kv_heads(h)
 
     def start(h: Any, t: Any, codes: Any) -> tuple[Any, ...]:
-        return at.row(codes[t]), at.query_block(codes[t]), 0
+        return at.row(codes[t]), 0, at.query_block(codes[t])
 
     def stop(h: Any, t: Any, codes: Any) -> tuple[Any, ...]:
-        return at.row(codes[t]), 0, at.key_block(codes[t])
+        return at.row(codes[t]), at.key_block(codes[t]), 0
 
     def lse(h: Any, t: Any, codes: Any) -> tuple[Any, ...]:
         return at.row(codes[t]), h, 0, at.query_block(codes[t])
@@ -126,8 +126,8 @@ def forward_windows(at: TileCode, blocks: Blocks, heads: StepHeads, repeats: int
     return ForwardWindows(
         q=pl.BlockSpec((None, blocks.q, heads.query * heads.width), queries),
         k=pl.BlockSpec((None, blocks.k, heads.kv * heads.width), keys),
-        start=pl.BlockSpec((None, blocks.q, LANES), start),
-        stop=pl.BlockSpec((None, 1, blocks.k), stop),
+        start=pl.BlockSpec((None, 1, blocks.q), start),
+        stop=pl.BlockSpec((None, blocks.k, LANES), stop),
         lse=pl.BlockSpec((None, heads.query, 1, blocks.q), lse),
     )
 
