@@ -50,10 +50,10 @@ def head_chunks(config: StageConfig, rows: int) -> tuple[int, int]:
     return filled, all_of_them
 
 
-def image_chunks(config: StageConfig, rows: int, *, on_tpu: bool) -> tuple[int, int]:
-    """Returns how many chunks of images the typical rows of one device fill, and how many their slots make."""
+def image_chunks(config: StageConfig, rows: int, kind: str) -> tuple[int, int]:
+    """Returns how many chunks of images the typical rows of one device of this kind fill, and how many there are."""
     slots = config.data.images_per_row
-    size = chunk_size(rows, slots, on_tpu=on_tpu)
+    size = chunk_size(rows, slots, kind)
     return math.ceil(rows * row_counts(config).images / size), rows * slots // size
 
 

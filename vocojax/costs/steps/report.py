@@ -99,7 +99,7 @@ def compile_report(config: StageConfig, topology: Topology, *, fast: bool = Fals
         return report | {"estimated_seconds": None, "mfu_bound": None, "collective_bytes": {}}
     report["head_chunks"], report["target_chunks"] = attention.head_chunks(config, rows)
     report["image_chunks"], report["slot_chunks"] = attention.image_chunks(
-        config, rows, on_tpu=not topology.is_gpu)
+        config, rows, compiled.device_kind)
     filled = {"head": report["head_chunks"], "vision": report["image_chunks"]}
     costs = add_up(hlo.parse(compiled.hlo, filled), compiled.devices)
     attention_seconds = _attention(config, topology, costs, device, rows)
