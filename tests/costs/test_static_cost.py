@@ -186,5 +186,6 @@ def test_the_report_has_the_figures_that_it_promises(tmp_path):
         assert entry["ratio"] == pytest.approx(entry["splash"]["seconds"] / entry["ours"]["seconds"])
         for figure in ("seconds", "mxu_util", "spills"):
             assert entry["ours"][figure] > 0 and entry["splash"][figure] > 0
-        assert 0 < entry["ours"]["forward"]["visible_share"] < entry["ours"]["backward"]["visible_share"] < 1
+        for direction in ("forward", "backward"):
+            assert 0 < entry["ours"][direction]["visible_share"] < 1
     assert "splash" in printed
