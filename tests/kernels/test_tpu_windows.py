@@ -3,11 +3,12 @@
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vocojax.kernels.interval_attention.block_info import TileCode
-from vocojax.kernels.interval_attention.tpu_blocks import Blocks
+from vocojax.kernels.interval_attention.tpu_blocks import GENERATIONS, Blocks, shared_by_cores
 from vocojax.kernels.interval_attention.tpu_windows import (
     backward_heads,
     backward_windows,
@@ -31,6 +32,17 @@ def test_a_step_has_whole_groups_of_heads_or_a_part_of_one(heads, most):
     found = heads_per_step(H, most, repeats)
     fits = [n for n in range(1, most + 1) if H % n == 0 and (n % repeats == 0 or repeats % n == 0)]
     assert found == max(fits)
+
+
+@pytest.mark.parametrize(("generation", "heads", "groups"), [
+    ("v5p", 32, 2), ("v5p", 16, 2), ("v5p", 2, 2), ("v5p", 1, 1), ("v5e", 32, 1), ("v5e", 1, 1), ("v4", 4, 2)])
+def test_every_core_has_heads(generation, heads, groups):
+    table = GENERATIONS[generation]
+    blocks = shared_by_cores(table.forward, generation, heads * 128)
+    assert heads // forward_heads(heads, heads, 128, blocks).query == groups
+    blocks = shared_by_cores(table.backward, generation, heads * 128)
+    step, _ = backward_heads(2048, heads, heads, 128, blocks, 2, table.dq_bytes)
+    assert heads // step.group >= groups
 
 
 @settings(deadline=None)

@@ -70,8 +70,9 @@ def forward(
     B, Q, H, D = q_BQHD.shape
     K, G = k_BKGD.shape[1:3]
     spec = tpu_blocks.GENERATIONS[generation]
-    blocks = blocks or tpu_blocks.fitted(spec.forward_of(K), Q, K)
     Dp = -(-D // LANES) * LANES
+    if blocks is None:
+        blocks = tpu_blocks.shared_by_cores(tpu_blocks.fitted(spec.forward_of(K), Q, K), generation, H * Dp)
     heads = forward_heads(H, G, Dp, blocks)
     q, k, v = (columns_of(x, block, Dp) for x, block in ((q_BQHD, blocks.q), (k_BKGD, blocks.k), (v_BKGD, blocks.k)))
     Qp, Kp = q.shape[1], k.shape[1]
@@ -144,8 +145,9 @@ def backward(
     B, Q, H, D = q_BQHD.shape
     K, G = k_BKGD.shape[1:3]
     spec = tpu_blocks.GENERATIONS[generation]
-    blocks = blocks or tpu_blocks.fitted(spec.backward_of(K), Q, K)
     Dp = -(-D // LANES) * LANES
+    if blocks is None:
+        blocks = tpu_blocks.shared_by_cores(tpu_blocks.fitted(spec.backward_of(K), Q, K), generation, H * Dp)
     heads, spans = backward_heads(Q, H, G, Dp, blocks, q_BQHD.dtype.itemsize, dq_bytes or spec.dq_bytes)
     q, dout = (columns_of(x, spans * blocks.q, Dp) for x in (q_BQHD, dout_BQHD))
     k, v = (columns_of(x, blocks.k, Dp) for x in (k_BKGD, v_BKGD))

@@ -110,3 +110,9 @@ def fitted(blocks: Blocks, queries: int, keys: int) -> Blocks:
     most = 256 if keys <= SHORT else max(blocks.q, blocks.k)
     fit = lambda block, length: min(block, most, -(-length // LANES) * LANES)
     return dataclasses.replace(blocks, q=fit(blocks.q, queries), k=fit(blocks.k, keys))
+
+
+def shared_by_cores(blocks: Blocks, generation: str, columns: int) -> Blocks:
+    """Returns the blocks for arrays of so many columns. A chip's cores share the steps' groups of heads, so a step has
+    the heads of one core at most."""
+    return dataclasses.replace(blocks, columns=min(blocks.columns, columns // devices.TPUS[generation].cores))
