@@ -151,10 +151,11 @@ MADE = {  # a table, a result of its command, and its rows after the columns
     "mosaic_refining": ({"seeds": [0], "refining": {
         "asked_for": 0.99, "questions": [4000], "agreement": [0.9912], "mean_tokens": [6.125]}},
         [["seed 0", "4,000", "99.1 %", "6.12"]]),
-    "steps": ({"topology": "v5e:16x16", "remat": "full", "rows_per_device": 8, "estimated_seconds": 5.4256,
-               "mfu_bound": 0.614, "tokens_per_second_per_device": 3019.6, "vision_share": 0.0212,
-               "peak_bytes": 7.86e9},
-              [["v5e:16x16", "full", "8", "5.426", "61 %", "3,020", "2.1 %", "7.9"]]),
+    "steps": ({"topology": "v5e:16x16", "remat": "full", "rows_per_device": 8, "estimated_seconds": 5.0,
+               "mfu_bound": 0.614, "tokens_per_second_per_device": 3019.6,
+               "decoder_tokens_per_second_per_device": 3117.2, "vision_share": 0.0212, "peak_bytes": 7.86e9,
+               "seconds": {"attention": 0.25, "interconnect": 0.1}},
+              [["v5e:16x16", "full", "8", "5.000", "61 %", "3,020", "3,117", "5.0 %", "2.0 %", "2.1 %", "7.9"]]),
     "video_memory": ([
         {"plan": "single_pass", "frames": 8,
          "hbm_bytes_per_device": {"frozen": 20e9, "batch": 4e8, "temporaries": 13e9},
@@ -166,11 +167,6 @@ MADE = {  # a table, a result of its command, and its rows after the columns
     "kernels": ({"layouts": {letter: {chip: {"ours": {"seconds": 0.00654}, "splash": {"seconds": 0.0417}}
                                       for chip in tables.CHIPS} for letter in "abcd"}},
                 [[name, *["6.54 / 41.7 ms"] * 3] for name in tables.LAYOUTS.values()]),
-    "steps_typical": ({"topology": "v5e:16x16", "remat": "full", "rows_per_device": 8, "estimated_seconds": 5.0,
-                       "mfu_bound": 0.614, "tokens_per_second_per_device": 3019.6,
-                       "decoder_tokens_per_second_per_device": 3117.2, "peak_bytes": 7.86e9,
-                       "seconds": {"attention": 0.25, "interconnect": 0.1}},
-                      [["v5e:16x16", "full", "8", "5.000", "61 %", "3,020", "3,117", "5.0 %", "2.0 %", "7.9"]]),
     "best_7b": ({"topology": "v5p:4x4x4", "rows_per_device": 2, "estimated_seconds": 0.6378, "mfu_bound": 0.56,
                  "peak_bytes": 4.134e9}, [["v5p:4x4x4", "configs/voco.py, N = 1", "2", "0.638", "56 %", "4.13"]]),
     "torch_peer": ({"training step": {"ratio": 0.444}}, [["training step", "0.44"]]),
