@@ -15,6 +15,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,23 @@ def changes(before: Rows, after: Rows) -> Iterator[str]:
       before: the columns, then the rows.
       after: the same.
     """
-    old, new = ({(row[0], place): cell for row in rows for place, cell in enumerate(row)} for rows in (before, after))
+    old, new = _cells(before), _cells(after)
     columns = (after or before)[0]
-    for row, place in [*new, *(key for key in old if key not in new)]:
-        was, now = old.get((row, place)), new.get((row, place))
+    for row, number, place in [*new, *(key for key in old if key not in new)]:
+        was, now = old.get((row, number, place)), new.get((row, number, place))
         if was != now:
             column = columns[place] if place < len(columns) else "?"
-            yield f"{row} | {column}: {was or 'nothing'} -> {now or 'nothing'}{_by_how_much(was or '', now or '')}"
+            name = f"{row} ({number})" if number > 1 else row
+            yield f"{name} | {column}: {was or 'nothing'} -> {now or 'nothing'}{_by_how_much(was or '', now or '')}"
+
+
+def _cells(rows: Rows) -> dict[tuple[str, int, int], str]:
+    """Returns every cell by its row's first cell, the number of rows so far that begin with it, and its place."""
+    seen, cells = Counter[str](), {}
+    for row in rows:
+        seen[row[0]] += 1
+        cells |= {(row[0], seen[row[0]], place): cell for place, cell in enumerate(row)}
+    return cells
 
 
 def _by_how_much(was: str, now: str) -> str:

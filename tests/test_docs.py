@@ -182,6 +182,13 @@ def test_a_table_is_read_from_the_result_of_its_command(name):
     assert found == rows and all(len(row) == len(columns) for row in found)
 
 
+def test_every_row_is_compared_where_several_begin_alike():
+    columns, twice = ["7B on", "s/step"], ["v5e", "4"]
+    found = list(measure.changes([columns, ["v5e", "1"], ["v5e", "2"]], [columns, ["v5e", "3"], twice, twice]))
+    assert found == ["v5e | s/step: 1 -> 3 (+200.0 %)", "v5e (2) | s/step: 2 -> 4 (+100.0 %)",
+                     "v5e (3) | 7B on: nothing -> v5e", "v5e (3) | s/step: nothing -> 4"]
+
+
 def test_a_table_is_made_again_and_what_changed_is_said(tmp_path, monkeypatch, capsys):
     for name in ("measured", "runs"):
         (tmp_path / name).mkdir()

@@ -70,7 +70,7 @@ class Encoded(NamedTuple):
 
 
 class TextTokenizer(Protocol):
-    """A tokenizer, as the layout uses it. It can be hashed: what it makes of all units is kept for it.
+    """A tokenizer, as the layout uses it.
 
     Attributes:
       bos_id: id of BOS.
@@ -85,8 +85,6 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> Encoded:
         """Encodes a text. Adds no BOS; turns the text of a special token into its id."""
         ...
-
-    def __hash__(self) -> int: ...
 
 
 class UnitShape(NamedTuple):
@@ -359,13 +357,18 @@ def _lead(tokenizer: TextTokenizer, vocos: int) -> tuple[str, int]:
     return ("\n" + tokenizer.voco_token + "\n", 1) if vocos else ("\n", 1)
 
 
-@functools.lru_cache(maxsize=8)
 def _unit_tokens(tokenizer: TextTokenizer, unit: UnitShape) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ids (int32) and roles (int8) of a unit's tokens, which are the same for all samples; read-only."""
+    """Returns the ids (int32) and roles (int8) of a unit's tokens, read-only."""
     lead, unit_end = _lead(tokenizer, unit.vocos)
     encoded = tokenizer.encode(lead)
-    newline = [token for token, end in zip(encoded.ids, encoded.ends, strict=True) if end <= unit_end]
-    ids = np.array([tokenizer.bos_id] * (1 + unit.tokens) + newline + [tokenizer.voco_id] * unit.vocos, np.int32)
+    newline = tuple(token for token, end in zip(encoded.ids, encoded.ends, strict=True) if end <= unit_end)
+    return _unit_arrays(unit, tokenizer.bos_id, newline, tokenizer.voco_id)
+
+
+@functools.lru_cache(maxsize=8)
+def _unit_arrays(unit: UnitShape, bos_id: int, newline: tuple[int, ...], voco_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what `_unit_tokens` does; kept, because all samples have the same."""
+    ids = np.array([bos_id] * (1 + unit.tokens) + list(newline) + [voco_id] * unit.vocos, np.int32)
     roles = np.repeat(np.array([Role.BOS, Role.VISION, Role.NEWLINE, Role.VOCO], np.int8),
                       [1, unit.tokens, len(newline), unit.vocos])
     ids.flags.writeable = roles.flags.writeable = False

@@ -329,14 +329,17 @@ def test_a_tiny_step_is_compiled_for_two_slices(tiny_stage):
 
 @needs_libtpu
 def test_every_kernel_of_a_step_has_a_price():
-    """Rotary positions are XLA's where their kernel does not take the heads; on keys a call costs their share."""
+    """Rotary positions are XLA's where their kernel does not take the heads; on keys a call costs their share. With
+    `tensor`, a device's steps have fewer heads, and each of these costs more."""
     stage = load_for_a_pod("voco")
-    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, row_length=1024))  # smaller blocks
-    narrow = dataclasses.replace(stage.model.decoder, head_width=72, num_kv_heads=8)
-    grouped = dataclasses.replace(stage.model.decoder, num_kv_heads=8)
-    with_decoder = lambda decoder: dataclasses.replace(stage, model=dataclasses.replace(stage.model, decoder=decoder))
+    decoder = dataclasses.replace(stage.model.decoder, num_heads=8, num_kv_heads=8)
+    data = dataclasses.replace(stage.data, row_length=1024)  # smaller blocks
+    of = lambda tensor=1, **changes: attention.kernel_seconds(dataclasses.replace(
+        stage, data=data, mesh=MeshConfig(tensor=tensor),
+        model=dataclasses.replace(stage.model, decoder=dataclasses.replace(decoder, **changes))), "v5e:4x4", 4)
     passes = {f"interval_attention_{name}" for name in ("forward", "mean", "backward")}
-    whole, part = (attention.kernel_seconds(s, "v5e:4x4", 4) for s in (stage, with_decoder(grouped)))
+    whole, grouped, quarter = of(), of(num_kv_heads=2), of(tensor=4)
     assert set(whole) == {*passes, "rotary"} and min(whole.values()) > 0
-    assert part["rotary"] == pytest.approx(whole["rotary"] * (1 + 8 / 32) / 2)
-    assert set(attention.kernel_seconds(with_decoder(narrow), "v5e:4x4", 4)) == passes
+    assert grouped["rotary"] == pytest.approx(whole["rotary"] * (1 + 2 / 8) / 2)
+    assert quarter["interval_attention_forward"] > 1.2 * whole["interval_attention_forward"] / 4
+    assert set(of(head_width=72)) == passes

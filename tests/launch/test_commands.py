@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,16 @@ def test_arguments_of_another_program_begin_with_the_two_dashes(monkeypatch, arg
     monkeypatch.setattr(runner.flags, "FLAGS", values)
     monkeypatch.setattr(sys, "argv", ["pytest"])  # another program's
     assert runner._parse_flags(["vocojax prepare_data", *arguments]) == ["vocojax prepare_data", *rest]
+
+
+def test_other_commands_do_not_see_the_two_dashes(monkeypatch):
+    monkeypatch.setattr(runner, "show_own_messages", lambda: None)
+    taken = []
+    command = types.SimpleNamespace(main=taken.append)
+    runner._run_main(command, ["--", "photo"])
+    command.HANDS_ARGUMENTS_ON = True
+    runner._run_main(command, ["--", "photo"])
+    assert taken == [["photo"], ["--", "photo"]]
 
 
 CONFIG_FILE = """from vocojax.config import ConfigError

@@ -21,6 +21,7 @@ from absl import app, flags
 from vocojax.errors import MissingPackage
 
 FLAGS = flags.FLAGS
+HANDS_ARGUMENTS_ON = True  # to Beam
 
 
 def define_flags() -> None:

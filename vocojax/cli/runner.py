@@ -26,7 +26,7 @@ def run(command: ModuleType, argv: Sequence[str] | None = None) -> None:
 
     Args:
       command: a module of `vocojax.cli` with `define_flags` and `main`, which takes the arguments that are no flags.
-        If these come after `--`, that is the first one.
+        With `HANDS_ARGUMENTS_ON`, a `--` before them is the first one: they are another program's.
       argv: the program's name and its arguments; those of this process by default.
     """
     program, *arguments = sys.argv if argv is None else argv
@@ -112,6 +112,8 @@ def _end_by_mistake(message: str) -> NoReturn:
 
 
 def _run_main(command: ModuleType, arguments: list[str]) -> None:
+    if arguments[:1] == ["--"] and not getattr(command, "HANDS_ARGUMENTS_ON", False):
+        arguments = arguments[1:]
     show_own_messages()
     try:
         command.main(arguments)

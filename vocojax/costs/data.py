@@ -70,7 +70,7 @@ def write_records(path: Path, count: int, images: Sequence[str], words: int) -> 
 def stage(folder: Path) -> tuple[ModelConfig, DataConfig]:
     """Returns the configs of a 7B stage on the data in a folder (`records.json`, `images`), with a word tokenizer.
 
-    It has as many threads as the machine has cores: more of them push each other's pixels out of the caches.
+    It has one thread per core: more of them would push each other's pixels out of the caches.
     """
     tokenizer = word_tokenizer([" ".join(WORDS) + " USER: ASSISTANT: "])
     tokenizer.save(folder / "tokenizer")

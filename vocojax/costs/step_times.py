@@ -120,7 +120,7 @@ def own_parts(config: ModelConfig) -> dict[str, Callable[[], Any]]:
 
 
 def _answers(model: VocoLlama, prompts: Prompts, new_tokens: int) -> Callable[[], Any]:
-    """Returns what answers prompts with so many tokens, and returns these or, of one token, its logits."""
+    """Returns a function that answers the prompts and returns the new tokens; of a single one, its logits."""
     prompts = jax.tree.map(jnp.asarray, prompts)
     samplings = [SamplingConfig(max_new_tokens=new_tokens)] * len(prompts.lengths_B)
     statics, inputs = SamplingStatics.of(samplings), SamplingInputs.of(samplings)

@@ -185,7 +185,7 @@ def _without_markers(turns: Conversation, has_visuals: bool) -> Conversation:
     newline = lambda found: "\n" if found.start() and found.end() < len(found.string) else ""
     cleaned = []
     for turn in turns:
-        # Most turns have no marker, and looking for one with white space before it takes longer than to see that.
+        # Most turns have no marker, and a search for one with white space around it takes longer than this check.
         text = _MARKER.sub(newline, turn.text) if "<image>" in turn.text or "<video>" in turn.text else turn.text
         cleaned.append(Turn(turn.role, text.strip()))
     return tuple(cleaned)

@@ -206,7 +206,7 @@ def _open(content: bytes, name: str) -> ImageFile.ImageFile:
 
 
 def _problem(content: bytes, width: int, height: int) -> tuple[str, str] | None:
-    """Returns what forbids to decode an image of this size, and a short key for it; None if nothing does."""
+    """Returns why an image of this size must not be decoded, and a short key for it; None if it may be."""
     if problem := too_large(width, height):
         return problem, "too many pixels"
     if problem := too_many_scans(content, width * height):

@@ -116,24 +116,25 @@ def ours_costs(layout: Layout, kernels: dict[str, Compiled]) -> tuple[Cost, Cost
     return forward, dataclasses.replace(backward, seconds=backward.seconds + before)
 
 
-def tile_costs(layout: Layout, kernels: dict[str, Compiled]) -> tuple[Cost, Cost]:
-    """Returns the costs of the kernels that walk tiles, forward and backward."""
+def tile_costs(layout: Layout, kernels: dict[str, Compiled], heads: int = HEADS) -> tuple[Cost, Cost]:
+    """Returns the costs of the kernels that walk tiles, forward and backward, compiled for so many heads."""
     forward, backward = (kernels[f"interval_attention_{name}"] for name in ("forward", "backward"))
     return (
-        _tile_cost(layout, forward, tpu.tile_costs(forward), backward=False),
-        _tile_cost(layout, backward, tpu.tile_costs(backward), backward=True),
+        _tile_cost(layout, forward, tpu.tile_costs(forward), heads, backward=False),
+        _tile_cost(layout, backward, tpu.tile_costs(backward), heads, backward=True),
     )
 
 
-def _tile_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: bool) -> Cost:
+def _tile_cost(layout: Layout, kernel: Compiled, costs: TileCosts, heads: int, *, backward: bool) -> Cost:
     """Walks the kernel's own tile list: a step costs what its tile and flags say, or its DMA if that takes longer."""
     generation = tpu_blocks.generation(kernel.device_kind)
     table = tpu_blocks.GENERATIONS[generation]
     chosen = table.backward_of(layout.length) if backward else table.forward_of(layout.length)
     blocks = tpu_blocks.fitted(chosen, layout.length, layout.length)
-    heads, spans = tpu_windows.heads_per_step(HEADS, blocks.columns // WIDTH, 1), None
+    blocks = tpu_blocks.shared_by_cores(blocks, generation, heads * WIDTH)
+    of_step, spans = tpu_windows.heads_per_step(heads, blocks.columns // WIDTH, 1), None
     if backward:
-        heads, spans = tpu_windows.backward_plan(layout.length, HEADS, 1, WIDTH, blocks, 2, table.dq_bytes)
+        of_step, spans = tpu_windows.backward_plan(layout.length, heads, 1, WIDTH, blocks, 2, table.dq_bytes)
     codes = tile_codes(layout, blocks.q, blocks.k, spans)
     kinds = codes & TileCode.KIND
     full, partial, dirty = costs.tiles
@@ -152,18 +153,18 @@ def _tile_cost(layout: Layout, kernel: Compiled, costs: TileCosts, backward: boo
     walked, kept = (blocks.q, 4 * blocks.k) if backward else (blocks.k, 2 * blocks.q)
     first = codes & TileCode.FIRST != 0
     stop = blocks.k * LANES * 4 * (first if backward else 1)  # a register row for every key
-    dma = ((2 * walked + kept * first) * 2 * heads * WIDTH + stop) / per_cycle
-    turns = math.ceil(HEADS // heads / cores)  # the cores share the groups of heads
+    dma = ((2 * walked + kept * first) * 2 * of_step * WIDTH + stop) / per_cycle
+    turns = math.ceil(heads // of_step / cores)  # the cores share the groups of heads
     matrix = np.select(which, costs.matrix, 0.0)
     to_seconds = turns / chip.ghz / 1e9
     return Cost(
         block=(blocks.q, blocks.k),
         seconds=float(np.maximum(cycles, dma).sum() * to_seconds),
         matrix_seconds=float(matrix.sum() * to_seconds),
-        full_tile_cycles=full / heads,
-        partial_tile_cycles=partial / heads,
-        dirty_tile_cycles=dirty / heads,
-        spills=costs.spills[0] / heads,
+        full_tile_cycles=full / of_step,
+        partial_tile_cycles=partial / of_step,
+        dirty_tile_cycles=dirty / of_step,
+        spills=costs.spills[0] / of_step,
         vmem_bytes=costs.vmem_bytes,
     )
 

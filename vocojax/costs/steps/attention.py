@@ -54,7 +54,8 @@ def image_chunks(config: StageConfig, rows: int, kind: str) -> tuple[int, int]:
     """Returns how many chunks of images the typical rows of one device of this kind fill, and how many there are."""
     slots = config.data.images_per_row
     size = chunk_size(rows, slots, kind)
-    return math.ceil(rows * row_counts(config).images / size), rows * slots // size
+    filled = rows * (row_counts(config).images if config.plan == "single_pass" else slots)
+    return math.ceil(filled / size), rows * slots // size
 
 
 class RowCounts(NamedTuple):
@@ -160,23 +161,22 @@ def kernel_seconds(config: StageConfig, topology: str, rows: int) -> dict[str, f
     # Whatever makes no difference to a row of one head has one value, so that it is compiled once.
     per_head = dataclasses.replace(config.model, decoder=dataclasses.replace(decoder, num_kv_heads=decoder.num_heads))
     alike = dataclasses.replace(config, model=per_head, remat="full", accumulate=1, mesh=MeshConfig())
-    share = rows * decoder.num_heads / config.mesh.tensor / report.HEADS
     mean_call = {"rotary": (1 + decoder.num_kv_heads / decoder.num_heads) / 2}
-    each = _mean_row(alike, topology.partition(":")[0])
-    return {name: seconds * share * mean_call.get(name, 1) for name, seconds in each.items()}
+    each = _mean_row(alike, topology.partition(":")[0], decoder.num_heads // config.mesh.tensor)
+    return {name: seconds * rows * mean_call.get(name, 1) for name, seconds in each.items()}
 
 
 @functools.cache
-def _mean_row(config: StageConfig, kind: str) -> dict[str, float]:
-    """Returns the seconds per typical row of each kernel with `report.HEADS` heads, on one chip."""
+def _mean_row(config: StageConfig, kind: str, heads: int) -> dict[str, float]:
+    """Returns the seconds per typical row of each kernel with so many heads, on one chip."""
     layout = Layout.of("typical rows", stage_rows(config, config.visibility))
     alone = f"{kind}:1x1" if kind in ("v5e", "v6e") else f"{kind}:1x1x1"
-    shape = layout.length, COMPILED_ROWS, report.HEADS, config.model.decoder.head_width
+    shape = layout.length, COMPILED_ROWS, heads, config.model.decoder.head_width
     jobs = [Job("ours", *shape)] + [Job("rotary", *shape)] * rotary_tpu.takes(*shape[2:])
     with tempfile.TemporaryDirectory() as folder:
         passes, *rotary = tpu.compile_jobs(alone, jobs, folder)
         kernels = functools.reduce(dict.__or__, rotary, passes)
         seconds = {name: tpu.streaming_seconds(kernel) / COMPILED_ROWS
                    for name, kernel in kernels.items() if kernel.steps}
-        walks = zip(("forward", "backward"), report.tile_costs(layout, passes), strict=True)
+        walks = zip(("forward", "backward"), report.tile_costs(layout, passes, heads), strict=True)
         return seconds | {f"interval_attention_{name}": cost.seconds / ROWS for name, cost in walks}

@@ -66,13 +66,14 @@ class Generation:
 # on v5p: visible pairs take 28 and 29 % of it. v5p has two cores, which share the groups of heads, so one group would
 # leave a core idle. A full tile of a head takes 165 cycles (186 of 16 heads), its products 128. Of the rest, 9 (21) are
 # the grid step, most others the start and end of the chain of heads. A query block's opening, closing, and DMA of
-# queries and output, longer than its two to five tiles can hide, are a fifth of the pass. Tiles of 128 x 128 would wait
-# for the DMA of keys and values. On v5p causal rows of 8,192 take 1.68 ms, 3 % more than with scores not transposed.
+# queries and output, longer than its few tiles (4.5 in the mean) can hide, are a fifth of the pass. Tiles of 128 x 128
+# would wait for the DMA of keys and values. On v5p causal rows of 8,192 take 1.68 ms, 3 % more than with scores not
+# transposed.
 # In the backward pass the matrix units are busy 80 % with 512 x 512 on v5e, and 56 % with 256 x 256 of 4 heads, one
 # after another. With 16 heads, two at a time, it is 77 %: visible pairs take 36 % of the kernel's time in place of 24
 # (v5p: 38 in place of 25). 16 heads, because a step takes about 500 cycles before it computes anything, and the first
-# and the last two heads leave units idle. Products of outputs and gradients, bound by HBM, are another 12 % of
-# the kernel's time (v5p: 9 %). On long causal rows dq leaves no room for 16 heads. With 8 such tiles take 13 % more per
+# and the last two heads leave units idle. Products of outputs and gradients, bound by HBM, are another 12 % of the
+# kernel's time (v5p: 9 %). On long causal rows dq leaves no room for 16 heads. With 8 such tiles take 13 % more per
 # pair than 512 x 512 of 4 heads one after another (two at a time: 21 %).
 GENERATIONS = {
     "v4": Generation(
@@ -91,7 +92,8 @@ GENERATIONS = {
     ),
     "v6e": Generation(
         forward=Blocks(256, 256, 4096), forward_long=Blocks(256, 256, 4096),
-        backward=Blocks(256, 256, 2048, True, 2), backward_long=Blocks(512, 512, 512, True),
+        backward=Blocks(256, 256, 2048, transposed_dq=True, together=2),
+        backward_long=Blocks(512, 512, 512, transposed_dq=True),
         dq_bytes=72 * MIB, vmem_bytes=112 * MIB,
     ),
 }  # fmt: skip

@@ -39,9 +39,9 @@ def widened(x: jax.Array, width: int) -> jax.Array:
 
 
 def turned(x: jax.Array) -> jax.Array:
-    """Transposes a matrix of 128's multiples in the transpose unit.
+    """Transposes a matrix whose sides are multiples of 128, in the transpose unit.
 
-    The compiler would do some transpositions of 16-bit numbers in the matrix units, of 32-bit numbers it does none.
+    The compiler transposes some 16-bit matrices in the matrix units, but no 32-bit ones.
     """
     return x.astype(jnp.float32).T.astype(x.dtype)
 
