@@ -148,8 +148,8 @@ def on_eight_devices_with_dropout(stage, words, folder):
 def on_eight_devices(stage, words, folder, *mesh):
     """What both plans move on a mesh of eight devices, where their losses and gradients are checked."""
     report = report_of_eight_devices(stage, words, folder, *mesh)
-    found, wanted = report["loss"]
-    assert abs(found - wanted) <= 1e-4 * wanted
+    wanted, *found = report["losses"]
+    assert max(abs(loss - wanted) for loss in found) <= 1e-4 * wanted
     worst = report["worst"]
     worst.pop("vision/blocks/attention/key/bias")  # see `assert_gradients_agree`
     assert max(worst.values()) <= 1e-4, worst
