@@ -35,8 +35,8 @@ xla_flags_v5e() {
     # One core, a 2D torus and slow links: gathers are fused into matmuls. Decomposed (windowed, "collective") matmuls
     # lose more than they hide on this torus, so their threshold in MiB is out of reach. Of 128 MiB of VMEM, fusions may
     # use 48 (the default is 16): SwiGLU's gradient and matmuls get larger tiles. By the compiler's cycles, a 7B step with
-    # 8 rows per chip and everything rematerialised computes for 4.62 s in place of 4.78 with 24 MiB, and 24 MiB took 3 to
-    # 12 % off the default (but 5 % more with a single row per chip). Compiling takes 220 to 450 CPU-seconds in place of 170.
+    # 8 rows per chip and everything rematerialised computes for 4.62 s in place of 4.78 with 24 MiB; with one row the step
+    # takes 0.739 s in place of 0.758. Compiling takes 220 to 450 CPU-seconds, about twice as many.
     tpu=("${overlap[@]}" "${data_parallel[@]}"
         --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
         --xla_jf_spmd_threshold_for_windowed_einsum_mib=100000
