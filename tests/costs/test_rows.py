@@ -53,7 +53,7 @@ def test_the_shapes_are_the_seven_billion_s():
 
 
 def test_chunks_of_images():
-    """Of 24 slots of 8 rows with 3 each, typical samples fill 15."""
+    """Eight rows have 24 slots for images. Typical samples fill 15 of them."""
     stage = load_for_a_pod("voco")
     assert image_chunks(stage, 8, "TPU v5 lite") == (8, 12), "of 2 images"
     assert image_chunks(stage, 8, "TPU v5") == (2, 3), "of 8 images"

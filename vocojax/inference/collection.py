@@ -134,7 +134,8 @@ def compress_files(
     num_vocos = assistant.model.config.unit_vocos
 
     def flush() -> None:
-        store.require_writable()
+        if not outcome.compressed:
+            store.require_writable()
         visuals = list(waiting.values())
         for cache in assistant.compress(visuals, batch_size).split([len(visual.units) for visual in visuals]):
             store.put_visual(cache)

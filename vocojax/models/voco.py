@@ -120,8 +120,7 @@ class VocoLlama(nnx.Module):
         self, vision_BS: jax.Array, images_UHWC: jax.Array, step: jax.Array | int, questions_UT: jax.Array | None,
         axes: tuple[str, ...] | None,
     ) -> jax.Array:
-        """Returns the tokens of all slots for images; those of a slot without one mean nothing, and nobody reads them.
-        """
+        """Returns the tokens of all slots for images; nobody reads those of a slot without an image."""
         if axes is None:
             return self.encode_images(images_UHWC, step, questions_UT)
         chunks = ImageChunks.of(vision_BS, len(images_UHWC) // len(vision_BS), self.config.unit_tokens, axes)
