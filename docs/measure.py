@@ -22,16 +22,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from docs import front_page, tables
-from docs.tables import TABLES, Rows, Table
-from vocojax.errors import VocojaxError
+from docs.tables import TABLES, NoResult, Rows, Table
 from vocojax.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = re.compile(r"[-−]?\d[\d,]*\.?\d*")
-
-
-class NoResult(VocojaxError):
-    """A table's command has not been run, or has failed."""
 
 
 def stored_names() -> list[str]:
@@ -94,21 +89,20 @@ def changes(before: Rows, after: Rows) -> Iterator[str]:
       after: the same.
     """
     old, new = _cells(before), _cells(after)
-    columns = (after or before)[0]
-    for row, number, place in [*new, *(key for key in old if key not in new)]:
-        was, now = old.get((row, number, place)), new.get((row, number, place))
+    for row, number, column in [*new, *(key for key in old if key not in new)]:
+        was, now = old.get((row, number, column)), new.get((row, number, column))
         if was != now:
-            column = columns[place] if place < len(columns) else "?"
             name = f"{row} ({number})" if number > 1 else row
             yield f"{name} | {column}: {was or 'nothing'} -> {now or 'nothing'}{_by_how_much(was or '', now or '')}"
 
 
-def _cells(rows: Rows) -> dict[tuple[str, int, int], str]:
-    """Returns every cell by its row's first cell, the number of rows so far that begin with it, and its place."""
+def _cells(table: Rows) -> dict[tuple[str, int, str], str]:
+    """Returns every cell by its row's first cell, the number of rows so far that begin with it, and its column."""
     seen, cells = Counter[str](), {}
+    columns, *rows = table or [[]]
     for row in rows:
         seen[row[0]] += 1
-        cells |= {(row[0], seen[row[0]], place): cell for place, cell in enumerate(row)}
+        cells |= {(row[0], seen[row[0]], column): cell for column, cell in zip(columns, row, strict=True)}
     return cells
 
 

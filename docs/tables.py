@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vocojax.errors import VocojaxError
+
 Rows = list[list[str]]
 KINDS = ("colour", "shape", "yes/no")  # of easy-VQA's questions
 QUICKSTART = {  # rows of retention.json, and how the table names them
@@ -25,6 +27,10 @@ LAYOUTS = {"a": "8 packed rows of 2,048", "b": "one unit of 576 + 128 text", "c"
            "d": "causal 8,192"}
 BEST = ("configs/voco.py, N = 1", "configs/voco_7b_best.py, N = 8, pooled")  # in the order of the files' names
 CHIPS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1")
+
+
+class NoResult(VocojaxError):
+    """A table's command has not been run, or has failed."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +231,13 @@ def steps(results: Sequence[Any]) -> Rows:
 
 
 def best_7b(results: Sequence[Any]) -> Rows:
-    """Reads the compile reports of the paper's stage and of the best recipe's, in turns."""
+    """Reads the compile reports of the paper's stage and of the best recipe's, in turns.
+
+    Raises:
+      NoResult: one of a pair is missing.
+    """
+    if len(results) % len(BEST):
+        raise NoResult("best_7b: the command stopped before its end; run docs/measure.py best_7b again")
     rows = [["7B, everything rematerialised", "stage", "rows per chip", "s/step", "MFU bound", "GB per chip"]]
     for report, stage in zip(results, itertools.cycle(BEST), strict=False):
         rows.append([report["topology"], stage, str(report["rows_per_device"]), f"{report['estimated_seconds']:.3f}",

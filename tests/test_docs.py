@@ -136,6 +136,8 @@ def test_every_table_that_a_command_makes_is_stored():
     assert set(tables.TABLES) <= {path.stem for path in (SITE / "measured").glob("*.json")}
 
 
+_OF_BEST = {"topology": "v5p:4x4x4", "rows_per_device": 2, "estimated_seconds": 0.6378, "mfu_bound": 0.56,
+            "peak_bytes": 4.134e9}
 MADE = {  # a table, a result of its command, and its rows after the columns
     "quickstart": ({"seeds": [0], "rows": {
         name: {"accuracy": 0.5, "accuracy_by_question_type": {"colour": 0.25, "shape": 1.0, "yes/no": 0.125},
@@ -167,8 +169,9 @@ MADE = {  # a table, a result of its command, and its rows after the columns
     "kernels": ({"layouts": {letter: {chip: {"ours": {"seconds": 0.00654}, "splash": {"seconds": 0.0417}}
                                       for chip in tables.CHIPS} for letter in "abcd"}},
                 [[name, *["6.54 / 41.7 ms"] * 3] for name in tables.LAYOUTS.values()]),
-    "best_7b": ({"topology": "v5p:4x4x4", "rows_per_device": 2, "estimated_seconds": 0.6378, "mfu_bound": 0.56,
-                 "peak_bytes": 4.134e9}, [["v5p:4x4x4", "configs/voco.py, N = 1", "2", "0.638", "56 %", "4.13"]]),
+    "best_7b": ((_OF_BEST, _OF_BEST | {"peak_bytes": 4.2e9}), [
+        ["v5p:4x4x4", "configs/voco.py, N = 1", "2", "0.638", "56 %", "4.13"],
+        ["v5p:4x4x4", "configs/voco_7b_best.py, N = 8, pooled", "2", "0.638", "56 %", "4.20"]]),
     "torch_peer": ({"training step": {"ratio": 0.444}}, [["training step", "0.44"]]),
     "agreement": ({"two_stage": {"identical_answers": 9673, "questions": 9673}},
                   [["answers from a cache", "the single pass", "9,673 of 9,673 are the same"]]),
@@ -178,8 +181,13 @@ MADE = {  # a table, a result of its command, and its rows after the columns
 @pytest.mark.parametrize("name", MADE)
 def test_a_table_is_read_from_the_result_of_its_command(name):
     result, rows = MADE[name]
-    columns, *found = tables.TABLES[name].rows([result])
+    columns, *found = tables.TABLES[name].rows(result if isinstance(result, tuple) else [result])
     assert found == rows and all(len(row) == len(columns) for row in found)
+
+
+def test_a_table_of_pairs_is_not_read_from_half_of_one():
+    with pytest.raises(tables.NoResult, match=r"run docs/measure\.py best_7b again"):
+        tables.best_7b([_OF_BEST])
 
 
 def test_every_row_is_compared_where_several_begin_alike():
@@ -187,6 +195,7 @@ def test_every_row_is_compared_where_several_begin_alike():
     found = list(measure.changes([columns, ["v5e", "1"], ["v5e", "2"]], [columns, ["v5e", "3"], twice, twice]))
     assert found == ["v5e | s/step: 1 -> 3 (+200.0 %)", "v5e (2) | s/step: 2 -> 4 (+100.0 %)",
                      "v5e (3) | 7B on: nothing -> v5e", "v5e (3) | s/step: nothing -> 4"]
+    assert list(measure.changes([["", "x", "y"], ["r", "1", "2"]], [["", "y"], ["r", "2"]])) == ["r | x: 1 -> nothing"]
 
 
 def test_a_table_is_made_again_and_what_changed_is_said(tmp_path, monkeypatch, capsys):
@@ -198,7 +207,8 @@ def test_a_table_is_made_again_and_what_changed_is_said(tmp_path, monkeypatch, c
     (tmp_path / "README.md").write_text("a\n<!-- measured peer -->\n| old |\n\nb\n")
     monkeypatch.setattr(front_page, "TABLES", {"peer": lambda: front_page.stored("torch_peer")["rows"]})
     rows = [["training step", "0.40"], ["gone", "1"]]
-    old = {"title": "Beside torch", "columns": ["", "x"], "rows": rows, "note": "n"}
+    columns = ["58 M parameters, fp32", "CPU-seconds, ours / torch's"]
+    old = {"title": "Beside torch", "columns": columns, "rows": rows, "note": "n"}
     (tmp_path / "measured" / "torch_peer.json").write_text(json.dumps(old))
     command = """echo '{"training step": {"ratio": 0.44}, "prefill": {"ratio": 0.5}}' > runs/measured/torch_peer.json"""
     table = tables.Table(command, "runs/measured/torch_peer.json", tables.torch_peer, "nothing")
